@@ -1,0 +1,125 @@
+"""Writing and reading weight files: whole or not at all, and never by running what is in them.
+
+Every write goes to a temporary file beside the target, is flushed to the disk, and is renamed over the target, so a
+killed run leaves the last good file. Weights are safetensors; `.pt` and `.ckpt` files are read with weights_only=True.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SAFETENSORS = ".safetensors"
+PICKLED = (".pt", ".ckpt", ".bin", ".pth")
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used: which one, and why."""
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call write(temporary path) and move the result to `path`.
+
+    Raises:
+        CheckpointError: if the folder cannot be written; nothing is left behind then.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes a private file
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors (made contiguous, on the CPU) and string metadata as one safetensors file, atomically."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(contiguous, temporary, dict(metadata)))
+
+
+def load_safetensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: if the file is missing, truncated, or no safetensors file.
+    """
+    with open_safetensors(path, device) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
+def open_safetensors(path: Path, device: str = "cpu"):
+    """A lazily read safetensors file; tensors are memory-mapped until they are asked for."""
+    if not path.is_file():
+        raise CheckpointError(f"no file at {path}")
+    try:
+        return safe_open(path, framework="pt", device=device)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def load_pickled(path: Path) -> Any:
+    """The content of a `.pt` file, restricted to tensors and plain containers: nothing in it is executed.
+
+    Raises:
+        CheckpointError: if the file is missing, truncated, no torch file, or holds anything but weights.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no file at {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} is not a torch file of plain weights: {reason}") from error
+
+
+def existing_weights(path: Path) -> tuple[Path, str | None]:
+    """The file that stands for `path`, and a line to print if it is not `path` itself.
+
+    Lessons and older commands name `diffusion-10000.pt` where this project writes `diffusion-10000.safetensors`.
+
+    Raises:
+        CheckpointError: if neither exists; the names of the checkpoints that do stand there are listed.
+    """
+    if path.is_file():
+        return path, None
+    twin = path.with_suffix(SAFETENSORS)
+    if path.suffix in PICKLED and twin.is_file():
+        return twin, f"{path} is not there; reading {twin.name} beside it"
+    present = sorted(p.name for p in path.parent.glob(f"*{SAFETENSORS}")) if path.parent.is_dir() else []
+    raise CheckpointError(f"no checkpoint at {path}" + (f"; there are: {', '.join(present)}" if present else ""))
+
+
+def content_hash(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of names, dtypes, shapes and bits, independent of order, device and memory layout: 32 hex digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,94 @@
+"""A labelled image set held in memory, its batches, and its inverted style.
+
+Small sets live as one uint8 tensor, resized once: a batch is an index and a scaling, with no per-image work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from xdiffusion.data.captions import PromptTable
+
+
+class Batch(NamedTuple):
+    """images: (B, C, H, W) float32 in [-1, 1]; labels: (B,) int64; captions: B strings."""
+
+    images: Float[Tensor, "B C H W"]
+    labels: Int[Tensor, " B"]
+    captions: list[str]
+
+
+@dataclass(frozen=True)
+class Split:
+    """images: (N, C, H, W) uint8, 0 = black; labels: (N,) int64."""
+
+    images: UInt8[Tensor, "N C H W"]
+    labels: Int[Tensor, " N"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def floats(self, index: Int[Tensor, " B"] | slice = slice(None)) -> Float[Tensor, "B C H W"]:
+        """The indexed images scaled to [-1, 1]."""
+        return to_unit_range(self.images[index])
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A training and a held-out split, with the captions of the classes.
+
+    Args:
+        name: as in `--dataset_name`.
+        train, test: the splits; the test split is never trained on.
+        prompts: the captions of each class.
+        inverted: whether the images are negatives of the named set's; evaluation un-inverts them for the judge.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    prompts: PromptTable
+    inverted: bool = False
+
+    @property
+    def image_size(self) -> int:
+        return self.train.images.shape[-1]
+
+    @property
+    def channels(self) -> int:
+        return self.train.images.shape[1]
+
+    def batch(self, index: Int[Tensor, " B"], wording: Float[Tensor, " B"]) -> Batch:
+        """The indexed training images; `wording` in [0, 1) picks each caption among its class's."""
+        labels = self.train.labels[index]
+        return Batch(self.train.floats(index), labels, self.prompts.choose(labels, wording))
+
+
+def invert(images: ImageSet) -> ImageSet:
+    """The negative of every image under the same captions: the style that a LoRA learns in the lessons."""
+
+    def negative(split: Split) -> Split:
+        return Split(255 - split.images, split.labels)
+
+    return replace(
+        images,
+        name=f"{images.name}_inverted",
+        train=negative(images.train),
+        test=negative(images.test),
+        inverted=not images.inverted,
+    )
+
+
+def to_unit_range(images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    """0..255 -> [-1, 1]."""
+    return images.float().mul_(2 / 255).sub_(1)
+
+
+def to_uint8(images: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:
+    """[-1, 1] -> 0..255, rounded and clamped; the inverse of `to_unit_range` on its values."""
+    return images.add(1).mul_(255 / 2).round_().clamp_(0, 255).to(torch.uint8)

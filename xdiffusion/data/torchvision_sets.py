@@ -1,0 +1,99 @@
+"""MNIST, Fashion-MNIST and CIFAR-10 by torchvision: downloaded once, or read from a folder that holds them.
+
+Each is read into one uint8 tensor and resized once, by the antialiased bilinear filter that PIL uses.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import UInt8
+from torch import Tensor
+
+from xdiffusion.data.captions import PROMPT_TABLES
+from xdiffusion.data.image_set import ImageSet, Split
+
+DOWNLOAD_ROOT = Path("output/datasets")
+SECONDS_WITHOUT_ANSWER = 5.0
+
+
+class DatasetUnavailable(ValueError):
+    """The data is neither on the disk nor to be had from the network."""
+
+
+def load_mnist(image_size: int, data_dir: str | None = None) -> ImageSet:
+    """`image/mnist`: 28x28 grey digits, 60,000 and 10,000 (or what data_dir holds).
+
+    Args:
+        image_size: side to resize to.
+        data_dir: an existing torchvision root (`data_dir/MNIST/raw/...`); None downloads.
+
+    Raises:
+        DatasetUnavailable: within seconds, if the files are not there and cannot be downloaded.
+    """
+    return _load("image/mnist", "MNIST", image_size, data_dir)
+
+
+def load_fashion_mnist(image_size: int, data_dir: str | None = None) -> ImageSet:
+    """`image/fashion_mnist`: 28x28 grey clothes; arguments as `load_mnist`, `data_dir/FashionMNIST/raw/...`."""
+    return _load("image/fashion_mnist", "FashionMNIST", image_size, data_dir)
+
+
+def load_cifar10(image_size: int, data_dir: str | None = None) -> ImageSet:
+    """`image/cifar10`: 32x32 colour photographs; arguments as `load_mnist`, `data_dir/cifar-10-batches-py/...`."""
+    return _load("image/cifar10", "CIFAR10", image_size, data_dir)
+
+
+def _load(name: str, torchvision_name: str, image_size: int, data_dir: str | None) -> ImageSet:
+    import torchvision.datasets
+
+    if image_size < 8:
+        raise ValueError(f"image_size={image_size} must be at least 8 for {name}")
+    read = getattr(torchvision.datasets, torchvision_name)
+    root = DOWNLOAD_ROOT if data_dir is None else Path(data_dir)
+    try:
+        with _network_timeout():
+            train, test = (read(root, train=train, download=data_dir is None) for train in (True, False))
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        where = f"cannot be read from --data_dir {root}" if data_dir else "cannot be downloaded"
+        raise DatasetUnavailable(
+            f"{name} {where} ({' '.join(str(error).split())[:200]}). Point --data_dir at a folder that "
+            f"torchvision.datasets.{torchvision_name}(root=FOLDER) reads, or use --dataset_name image/digits, "
+            "which needs no download"
+        ) from error
+    return ImageSet(name, _split(train, image_size), _split(test, image_size), PROMPT_TABLES[name])
+
+
+def _split(dataset, image_size: int) -> Split:
+    data = torch.as_tensor(np.asarray(dataset.data))
+    images = data[:, None] if data.dim() == 3 else data.permute(0, 3, 1, 2)
+    return Split(resize(images, image_size), torch.as_tensor(dataset.targets).long())
+
+
+def resize(images: UInt8[Tensor, "N C H W"], image_size: int) -> UInt8[Tensor, "N C S S"]:
+    """Antialiased bilinear resizing, in blocks so that the float copies stay small."""
+    if images.shape[-2:] == (image_size, image_size):
+        return images.contiguous()
+
+    def resized(block: Tensor) -> Tensor:
+        size = (image_size, image_size)
+        return F.interpolate(block.float(), size=size, mode="bilinear", antialias=True).round().clamp(0, 255).byte()
+
+    return torch.cat([resized(block) for block in images.split(4096)])
+
+
+@contextmanager
+def _network_timeout() -> Iterator[None]:
+    """torchvision's downloads would wait for ever on a network that swallows packets."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SECONDS_WITHOUT_ANSWER)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,0 +1,18 @@
+"""Background: how bright the pixels are that are never part of a digit. The first thing an inverting adapter flips."""
+
+from __future__ import annotations
+
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+SHARE = 0.99
+
+
+def background_mask(images: UInt8[Tensor, "N C H W"]) -> Bool[Tensor, "C H W"]:
+    """The pixels that are dark (below half) in at least 99% of the images."""
+    return (images < 128).float().mean(dim=0) >= SHARE
+
+
+def background_brightness(images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "C H W"]) -> float | None:
+    """Mean over the masked pixels of images in [-1, 1], as brightness in [0, 1]; None where the mask is empty."""
+    return float(images[:, mask].add(1).div(2).mean()) if mask.any() else None

@@ -1,0 +1,99 @@
+"""Multi-head attention: one block for the UNet's self- and cross-attention, the text encoder and the autoencoder.
+
+    Attention(Q, K, V) = softmax(Q K^T / sqrt(d)) V,    Q = x W_q,  K = c W_k,  V = c W_v       ([Attention] eq. 1)
+
+with c = x for self-attention and c = the text embedding for cross-attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Project, attend per head, project back.
+
+    Args:
+        dim: width of x and of the output.
+        context_dim: width of the cross-attention context; None for self-attention.
+        num_heads: must divide dim.
+        qkv_bias: whether q, k and v have biases (CLIP and the autoencoder: yes; UNets: no).
+        qk_norm: layer-normalise queries and keys per head, with a learned gain, for stability at high learning rates
+            ([ViT22B] section 2).
+        causal: each token sees itself and earlier tokens only (CLIP's text transformer).
+
+    Raises:
+        ValueError: if num_heads does not divide dim.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        context_dim: int | None = None,
+        num_heads: int,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        causal: bool = False,
+    ):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide the attention width {dim}")
+        self.num_heads = num_heads
+        self.causal = causal
+        self.to_q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
+        self.to_out = nn.Linear(dim, dim)
+        self.norm_q = nn.LayerNorm(dim // num_heads, bias=False) if qk_norm else nn.Identity()
+        self.norm_k = nn.LayerNorm(dim // num_heads, bias=False) if qk_norm else nn.Identity()
+        self._cache: _ContextCache | None = None
+
+    def forward(
+        self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B L E"] | None = None
+    ) -> Float[Tensor, "B N D"]:
+        query = self.norm_q(self._split_heads(self.to_q(x)))
+        key, value = self._keys_values(x) if context is None else self._context_keys_values(context)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        return self.to_out(attended.transpose(1, 2).reshape(x.shape))
+
+    def _keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        return self.norm_k(self._split_heads(self.to_k(source))), self._split_heads(self.to_v(source))
+
+    def _context_keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        if self._cache is None:
+            return self._keys_values(context)
+        if self._cache.context is not context:
+            self._cache.context, self._cache.keys_values = context, self._keys_values(context)
+        return self._cache.keys_values
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, L, head_dim)
+
+
+class _ContextCache:
+    """Keys and values of the last context tensor seen (the same object, not an equal one)."""
+
+    context: Tensor | None = None
+    keys_values: tuple[Tensor, Tensor] | None = None
+
+
+@contextmanager
+def cached_context(model: nn.Module) -> Iterator[None]:
+    """Within this block every cross-attention of `model` projects an unchanged context tensor once, not at every step.
+
+    For sampling: the weights must not change and no gradient may be needed inside the block.
+    """
+    attentions = [m for m in model.modules() if isinstance(m, Attention)]
+    for attention in attentions:
+        attention._cache = _ContextCache()
+    try:
+        yield
+    finally:
+        for attention in attentions:
+            attention._cache = None

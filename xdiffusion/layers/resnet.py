@@ -1,0 +1,80 @@
+"""The residual block and the changes of resolution, all shape (B, C, H, W)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class ResBlock(nn.Module):
+    """x + conv(act(norm(conv(act(norm(x))), time))), the time entering between the convolutions.
+
+    Args:
+        in_channels, out_channels: a 1x1 convolution carries x across where they differ.
+        time_dim: width of the time embedding; None for a block without time (the autoencoder's).
+        time_conditioning: "scale_shift" modulates the second norm, norm(h) * (1 + scale) + shift ([iDDPM] section 3.4,
+            [ADM]); "add" adds a projection of the time to h ([DDPM], Stable Diffusion).
+        norm_groups, norm_eps: of the GroupNorms.
+        dropout: before the second convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        time_dim: int | None,
+        time_conditioning: Literal["scale_shift", "add"] = "scale_shift",
+        norm_groups: int = 32,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.time_conditioning = time_conditioning
+        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=norm_eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        if time_dim is not None:
+            width = 2 * out_channels if time_conditioning == "scale_shift" else out_channels
+            self.time_emb_proj = nn.Linear(time_dim, width)
+        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=norm_eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(
+        self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B D"] | None = None
+    ) -> Float[Tensor, "B E H W"]:
+        h = self.conv1(F.silu(self.norm1(x)))
+        if time is None:
+            h = self.norm2(h)
+        elif self.time_conditioning == "scale_shift":
+            scale, shift = self.time_emb_proj(F.silu(time))[:, :, None, None].chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + self.time_emb_proj(F.silu(time))[:, :, None, None])
+        return self.conv_shortcut(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class Downsample(nn.Module):
+    """Half the resolution: a strided convolution, or 2x2 average pooling."""
+
+    def __init__(self, channels: int, kind: Literal["conv", "resample"] = "conv"):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if kind == "conv" else nn.AvgPool2d(2)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C h w"]:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Resize to `size` by nearest neighbour, then (kind "conv") a 3x3 convolution."""
+
+    def __init__(self, channels: int, kind: Literal["conv", "resample"] = "conv"):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if kind == "conv" else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "B C h w"], size: tuple[int, int]) -> Float[Tensor, "B C H W"]:
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))

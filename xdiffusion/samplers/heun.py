@@ -1,0 +1,48 @@
+"""Heun's second-order method on the probability-flow ODE in EDM coordinates ([EDM] algorithm 1).
+
+With y = xt / alpha and s = sigma / alpha the ODE is dy/ds = (y - x0(y, s)) / s ([EDM] eq. 1 with sigma(t) = t).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from xdiffusion.samplers.contract import BoundDenoiser, Generators, OnStep
+
+
+@torch.no_grad()
+def sample_heun(
+    denoiser: BoundDenoiser,
+    x_T: Float[Tensor, "B C H W"],
+    times: Float[Tensor, " n"],
+    *,
+    generator: Generators | None = None,
+    on_step: OnStep | None = None,
+) -> Float[Tensor, "B C H W"]:
+    """Follow `times` from noise to data with two denoiser calls a step (one at the last).
+
+    Args:
+        denoiser: `(xt, t) -> x0`, with `.schedule`.
+        x_T: the starting noise, unit variance.
+        times: decreasing grid from 1 to 0 (see `time_grids`).
+        generator: unused, the method is deterministic.
+        on_step: called as on_step(i, xt, x0) after each step.
+    """
+    xt = x_T
+    for i, (t, u) in enumerate(zip(times[:-1], times[1:])):
+        alpha_t, sigma_t = denoiser.schedule.alpha_sigma(t)
+        alpha_u, sigma_u = denoiser.schedule.alpha_sigma(u)
+        level_t, level_u = sigma_t / alpha_t, sigma_u / alpha_u
+        x0 = denoiser(xt, t)
+        y = xt / alpha_t
+        slope = (y - x0) / level_t  # line 4
+        y_next = y + (level_u - level_t) * slope  # line 5, Euler
+        if i < len(times) - 2:
+            slope_next = (y_next - denoiser(alpha_u * y_next, u)) / level_u  # line 7
+            y_next = y + (level_u - level_t) * (slope + slope_next) / 2  # line 8, trapezoid
+        xt = alpha_u * y_next
+        if on_step is not None:
+            on_step(i, xt, x0)
+    return xt

@@ -1,0 +1,52 @@
+"""Exponential moving average of the trained weights: what is sampled and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """average <- decay * average + (1 - decay) * weights, after each step.
+
+    Early on the decay is (1 + step) / (10 + step), so that the average spans the last tenth of the run and forgets the
+    start; `decay` is its ceiling.
+
+    Args:
+        parameters: the trained weights.
+        decay: the ceiling in [0, 1); 0 makes the average the weights themselves.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float):
+        if not 0 <= decay < 1:
+            raise ValueError(f"training.ema_decay={decay} must be in [0, 1)")
+        self.parameters = list(parameters)
+        self.decay = decay
+        self.average = [p.detach().clone() for p in self.parameters]
+        self._trained: list[torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after `step` steps (the first is 1)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.average, [p.data for p in self.parameters], 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within this block the model holds the average; the trained weights come back after it, untouched."""
+        self._trained = [p.data for p in self.parameters]
+        for parameter, average in zip(self.parameters, self.average):
+            parameter.data = average
+        try:
+            yield
+        finally:
+            for parameter, data in zip(self.parameters, self._trained):
+                parameter.data = data
+            self._trained = None
+
+    def trained(self) -> list[torch.Tensor]:
+        """The weights without averaging, wherever they are now."""
+        return [p.data for p in self.parameters] if self._trained is None else self._trained

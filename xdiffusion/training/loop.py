@@ -1,0 +1,153 @@
+"""The training loop: one for base models and for LoRA, which differ only in which weights are trainable.
+
+A step: pick the batch, embed its captions, differentiate the objective, clip, AdamW, moving average. Every draw is a
+function of the seed and the step (see `randomness`), so a resumed run repeats an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from omegaconf import DictConfig, OmegaConf
+
+from xdiffusion.data.image_set import ImageSet
+from xdiffusion.diffusion.objective import loss
+from xdiffusion.model import DiffusionModel
+from xdiffusion.text_encoders.prompt_cache import PromptCache
+from xdiffusion.training.ema import EMA
+from xdiffusion.training.randomness import DataOrder, generator_at
+from xdiffusion.training.settings import OptimizerSettings, TrainingSettings
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or its gradient is not finite."""
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What a step reports; grad_norm is before clipping."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    images_per_second: float
+
+
+class Trainer:
+    """The state of a run and its step.
+
+    Args:
+        model: its weights that require gradients are trained, all others are left alone.
+        data: the images and captions.
+        config: resolved; the sections `training`, `optimizer` and `diffusion` are read.
+        force_cpu: do not use an accelerator that is there.
+
+    Raises:
+        ValueError: for settings that cannot work together or on this device.
+    """
+
+    def __init__(self, model: DiffusionModel, data: ImageSet, config: DictConfig, *, force_cpu: bool = False):
+        self.settings = TrainingSettings(**OmegaConf.to_container(config.training))
+        self.optimizer_settings = OptimizerSettings(**OmegaConf.to_container(config.optimizer))
+        self.objective = {k: config.diffusion[k] for k in ("prediction", "min_snr_gamma")}
+        self.settings.check()
+        self.accelerator = Accelerator(mixed_precision=self.settings.mixed_precision, cpu=force_cpu)
+        self.model = model.to(self.accelerator.device).train()
+        self.data = data
+        self.order = DataOrder(len(data.train), self.settings.batch_size, self.settings.seed)
+        self.embed = PromptCache(model.text_encoder)
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.ema = EMA(list(self.trainable.values()), self.settings.ema_decay)
+        model.network.gradient_checkpointing = self.settings.gradient_checkpointing
+        network = torch.compile(model.network) if self.settings.compile else model.network
+        optimizer = torch.optim.AdamW(
+            self.trainable.values(),
+            lr=self.optimizer_settings.learning_rate,
+            betas=self.optimizer_settings.betas,
+            weight_decay=self.optimizer_settings.weight_decay,
+            fused=True,
+        )
+        self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
+
+    def step(self, step: int) -> StepMetrics:
+        """Take optimizer step number `step` (the first is 1).
+
+        Raises:
+            TrainingDiverged: before any weight is changed by a loss or gradient that is not finite.
+        """
+        started = time.perf_counter()
+        learning_rate = learning_rate_at(step, self.settings.num_training_steps, self.optimizer_settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        parts = self.settings.gradient_accumulation_steps
+        total = sum(self._backward_part(step, part, parts) for part in range(parts))
+        grad_norm = self.accelerator.clip_grad_norm_(self.trainable.values(), self.optimizer_settings.max_grad_norm)
+        self._check_finite(step, float(total), float(grad_norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update(step)
+        seconds = time.perf_counter() - started
+        return StepMetrics(step, float(total), float(grad_norm), learning_rate, self.settings.batch_size / seconds)
+
+    def _backward_part(self, step: int, part: int, parts: int) -> torch.Tensor:
+        """Add one accumulation part's gradient; returns its share of the batch's mean loss."""
+        device = self.accelerator.device
+        rows = slice(*(k * self.settings.batch_size // parts for k in (part, part + 1)))
+        draws = torch.rand(2, self.settings.batch_size, generator=generator_at(self.settings.seed, "captions", step))
+        wording, dropped = draws[:, rows]
+        batch = self.data.batch(self.order.indices(step - 1)[rows], wording)
+        captions = ["" if d < self.settings.caption_dropout else c for c, d in zip(batch.captions, dropped.tolist())]
+        with torch.no_grad():
+            x0 = self.model.autoencoder.encode(batch.images.to(device))
+        with self.accelerator.autocast():
+            part_loss = loss(
+                self.network,
+                self.model.schedule,
+                x0=x0,
+                context=self.embed(captions),
+                generator=generator_at(self.settings.seed, "noise", step),
+                share=(part, parts),
+                **self.objective,
+            )
+        self.accelerator.backward(part_loss / parts)
+        return part_loss.detach() / parts
+
+    def _check_finite(self, step: int, value: float, grad_norm: float) -> None:
+        # with fp16 a gradient overflow is the scaler's business: it skips the step and lowers its scale
+        scaled = self.accelerator.scaler is not None
+        if not math.isfinite(value) or not (scaled or math.isfinite(grad_norm)):
+            raise TrainingDiverged(f"loss {value}, gradient norm {grad_norm} at step {step}")
+
+
+def fit(
+    trainer: Trainer,
+    *,
+    first_step: int,
+    on_step: Callable[[StepMetrics], None],
+    on_checkpoint: Callable[[int], None],
+) -> None:
+    """Train from first_step to the last; on_checkpoint runs with the averaged weights in place."""
+    settings = trainer.settings
+    for step in range(first_step, settings.num_training_steps + 1):
+        on_step(trainer.step(step))
+        if step % settings.save_and_sample_every_n == 0 or step == settings.num_training_steps:
+            trainer.model.eval()
+            with trainer.ema.in_place():
+                on_checkpoint(step)
+            trainer.model.train()
+
+
+def learning_rate_at(step: int, last_step: int, settings: OptimizerSettings) -> float:
+    """The learning rate of step 1..last_step: linear warm-up, then cosine or constant."""
+    warmed = min(1.0, step / max(1, settings.warmup_steps))
+    if settings.schedule == "constant":
+        return settings.learning_rate * warmed
+    progress = max(0, step - settings.warmup_steps) / max(1, last_step - settings.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return settings.learning_rate * warmed * (settings.final_factor + (1 - settings.final_factor) * cosine)

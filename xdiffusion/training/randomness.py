@@ -1,0 +1,50 @@
+"""Randomness by position: every draw of a run is a function of the seed and of where in the run it is made.
+
+Nothing has to be saved to resume a run exactly, and nothing depends on how many processes share a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def generator_at(seed: int, stream: str, position: int = 0) -> torch.Generator:
+    """A fresh CPU generator for one position of one named stream."""
+    digest = hashlib.blake2b(f"{seed}|{stream}|{position}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class DataOrder:
+    """Which samples each step sees: epoch after epoch, each a fresh permutation, cut into batches without a remainder.
+
+    Args:
+        size: of the data set.
+        batch_size: samples per step.
+        seed: of the permutations.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int):
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self._epochs: dict[int, Tensor] = {}
+
+    def indices(self, step: int) -> Int[Tensor, " B"]:
+        """The sample indices of a step (from 0); a batch may span two epochs."""
+        pieces, first, wanted = [], step * self.batch_size, self.batch_size
+        while wanted:
+            epoch, start = divmod(first, self.size)
+            piece = self._permutation(epoch)[start : start + wanted]
+            pieces.append(piece)
+            first, wanted = first + len(piece), wanted - len(piece)
+        return torch.cat(pieces)
+
+    def _permutation(self, epoch: int) -> Int[Tensor, " N"]:
+        if epoch not in self._epochs:
+            self._epochs = {e: order for e, order in self._epochs.items() if e == epoch - 1}
+            self._epochs[epoch] = torch.randperm(self.size, generator=generator_at(self.seed, "order", epoch))
+        return self._epochs[epoch]

@@ -1,0 +1,95 @@
+"""What a run writes beside its checkpoints: metrics.jsonl, TensorBoard, the progress bar, and the loss curve."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from xdiffusion.training.loop import StepMetrics
+
+SMOOTHING = 50
+
+
+class Records:
+    """The record of one run, kept up to date step by step.
+
+    Args:
+        folder: of the run.
+        first_step, last_step: the steps that this process takes; a resumed run appends to what is there, dropping
+            lines of steps that it repeats.
+    """
+
+    def __init__(self, folder: Path, first_step: int, last_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        self.metrics_path = folder / "metrics.jsonl"
+        kept = [m for m in read_metrics(self.metrics_path) if m["step"] < first_step]
+        self.metrics_path.write_text("".join(json.dumps(m) + "\n" for m in kept))
+        self.metrics = self.metrics_path.open("a", buffering=1)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self.bar = tqdm(total=last_step, initial=first_step - 1, unit="step", dynamic_ncols=True, desc=folder.name)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Record one step."""
+        self.metrics.write(json.dumps(asdict(metrics)) + "\n")
+        self.bar.update()
+        self.bar.set_postfix(loss=f"{metrics.loss:.4f}", images_per_s=f"{metrics.images_per_second:.0f}", refresh=False)
+        if metrics.step % 10 == 0:
+            for name in ("loss", "grad_norm", "learning_rate", "images_per_second"):
+                self.board.add_scalar(name, getattr(metrics, name), metrics.step)
+
+    def image(self, name: str, page: Image.Image, step: int) -> None:
+        """Record a picture."""
+        self.board.add_image(name, np.asarray(page), step, dataformats="HWC")
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        self.bar.write(line)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.close()
+        self.metrics.close()
+        self.board.close()
+        draw_loss_curve(self.metrics_path, self.folder / "loss.png")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line that a killed run left unfinished is dropped."""
+    metrics = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return metrics
+
+
+def draw_loss_curve(metrics_path: Path, picture: Path) -> None:
+    """The loss of each step and its running mean, on a logarithmic scale."""
+    metrics = read_metrics(metrics_path)
+    if len(metrics) < 2:
+        return
+    from matplotlib.figure import Figure
+
+    steps = np.array([m["step"] for m in metrics])
+    losses = np.array([m["loss"] for m in metrics])
+    window = min(SMOOTHING, len(losses))
+    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each step")
+    axes.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"mean of {window} steps")
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title=str(metrics_path.parent.name))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120)
