@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from xdiffusion.data.image_set import ImageSet
     from xdiffusion.diffusion.schedules import Schedule
     from xdiffusion.model import DiffusionModel
+    from xdiffusion.text_encoders.clip import CLIPTextEncoder
 
 DATASETS = {
     "image/digits": "xdiffusion.data.digits:load_digits",
@@ -56,6 +57,8 @@ _SAMPLER_ARGUMENTS = frozenset({"denoiser", "x_T", "times", "generator", "on_ste
 SCHEMA = {
     "data": Slot(DATASETS, suffix=INVERTED),
     "model": Section(
+        "xdiffusion.model:DiffusionModel",
+        injected=frozenset({"network", "text_encoder", "autoencoder", "schedule", "prediction", "image_shape"}),
         children={
             "network": Slot(NETWORKS, injected=frozenset({"in_channels", "context_dim"}), default="unet"),
             "text_encoder": Slot(TEXT_ENCODERS, extra={"pretrained": _PRETRAINED}, default="clip"),
@@ -133,7 +136,7 @@ def build_model(config: DictConfig) -> DiffusionModel:
 
     parts = config.model
     shape = image_shape(config)
-    text_encoder = _construct(TEXT_ENCODERS[parts.text_encoder.kind], parts.text_encoder, "model.text_encoder")
+    text_encoder = build_text_encoder(config)
     autoencoder = _construct(
         AUTOENCODERS[parts.autoencoder.kind], parts.autoencoder, "model.autoencoder", channels=shape[0]
     )
@@ -145,7 +148,15 @@ def build_model(config: DictConfig) -> DiffusionModel:
         context_dim=text_encoder.width,
     )
     schedule = build_schedule(config)
-    return DiffusionModel(network, text_encoder, autoencoder, schedule, config.diffusion.prediction, shape)
+    return DiffusionModel(
+        network, text_encoder, autoencoder, schedule, config.diffusion.prediction, shape, parts.channels_last
+    )
+
+
+def build_text_encoder(config: DictConfig) -> CLIPTextEncoder:
+    """The text encoder of `model.text_encoder:` with random weights."""
+    slot = config.model.text_encoder
+    return _construct(TEXT_ENCODERS[slot.kind], slot, "model.text_encoder")
 
 
 def load_model(path: str | Path, config_path: str | Path | None = None) -> tuple[DiffusionModel, DictConfig]:

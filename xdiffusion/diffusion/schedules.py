@@ -11,13 +11,14 @@ under autocast. Papers: [VDM] for the log-SNR view, [iDDPM] and [CFG] for the co
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """What the objective, the denoiser and the samplers ask of a schedule; `t` may have any shape, values in [0, 1]."""
 

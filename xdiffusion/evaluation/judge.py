@@ -81,7 +81,7 @@ def train_judge(
         loss.backward()
         optimizer.step()
         one_cycle.step()
-    return judge.eval()
+    return judge.eval().requires_grad_(False)
 
 
 @torch.no_grad()

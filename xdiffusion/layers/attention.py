@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -57,13 +58,13 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B L E"] | None = None
     ) -> Float[Tensor, "B N D"]:
-        query = self.norm_q(self._split_heads(self.to_q(x)))
+        query = self._heads(self.norm_q, self.to_q(x))
         key, value = self._keys_values(x) if context is None else self._context_keys_values(context)
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
-        return self.to_out(attended.transpose(1, 2).reshape(x.shape))
+        return self.to_out(rearrange(attended, "b h n d -> b n (h d)"))
 
     def _keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        return self.norm_k(self._split_heads(self.to_k(source))), self._split_heads(self.to_v(source))
+        return self._heads(self.norm_k, self.to_k(source)), self._heads(nn.Identity(), self.to_v(source))
 
     def _context_keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         if self._cache is None:
@@ -72,8 +73,8 @@ class Attention(nn.Module):
             self._cache.context, self._cache.keys_values = context, self._keys_values(context)
         return self._cache.keys_values
 
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, L, head_dim)
+    def _heads(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return norm(rearrange(x, "b n (h d) -> b n h d", h=self.num_heads)).transpose(1, 2)  # (B, heads, N, head_dim)
 
 
 class _ContextCache:

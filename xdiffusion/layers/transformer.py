@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -53,13 +54,13 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """x + proj_out(blocks(proj_in(norm(x)))) with the pixels as tokens ([LDM] appendix E.2.1).
+    """Transformer blocks with the pixels as tokens: x + proj_out(blocks(proj_in(norm(x)))) ([LDM] appendix E.2.1).
 
     Args:
         channels: of the feature map.
         depth: number of transformer blocks.
-        projection: of proj_in and proj_out, "conv" (1x1, Stable Diffusion 1.x), "linear" (2.x) or "none". The same mathematics;
-            the weights' shapes differ, and checkpoints hold shapes.
+        projection: of proj_in and proj_out: "conv" (1x1, Stable Diffusion 1.x), "linear" (2.x; the same mathematics, but
+            checkpoints hold shapes), or "none": blocks(x) alone, so that the blocks write into x itself.
         norm_groups: of the GroupNorm.
         context_dim, num_heads, ff_mult, qk_norm: see `TransformerBlock`.
     """
@@ -78,32 +79,40 @@ class SpatialTransformer(nn.Module):
     ):
         super().__init__()
         self.projection = projection
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
-        make_projection = {
-            "conv": lambda: nn.Conv2d(channels, channels, 1),
-            "linear": lambda: nn.Linear(channels, channels),
-            "none": nn.Identity,
-        }
-        self.proj_in = make_projection[projection]()
+        make_projection = {"conv": lambda: nn.Conv2d(channels, channels, 1), "linear": lambda: nn.Linear(channels, channels)}
+        if projection != "none":
+            self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
+            self.proj_in = make_projection[projection]()
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, context_dim=context_dim, num_heads=num_heads, ff_mult=ff_mult, qk_norm=qk_norm)
             for _ in range(depth)
         )
-        self.proj_out = make_projection[projection]()
+        if projection != "none":
+            self.proj_out = make_projection[projection]()
 
     def forward(self, x: Float[Tensor, "B C H W"], context: Float[Tensor, "B L E"]) -> Float[Tensor, "B C H W"]:
-        h = x if self.projection == 'none' else self.norm(x)
+        if self.projection == "none":
+            return self._transform(x, context)
+        h = self.norm(x)
         if self.projection == "conv":
-            h = self.proj_in(h)
-        # channels_last memory makes both changes of layout free of copies
-        tokens = h.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H*W, C)
-        if self.projection == "linear":
-            tokens = self.proj_in(tokens)
+            return x + self.proj_out(self._transform(self.proj_in(h), context))
+        return x + self._transform(h, context, self.proj_in, self.proj_out)
+
+    def _transform(
+        self,
+        x: Float[Tensor, "B C H W"],
+        context: Float[Tensor, "B L E"],
+        before: nn.Module | None = None,
+        after: nn.Module | None = None,
+    ) -> Float[Tensor, "B C H W"]:
+        """Pixels to tokens, the blocks (between linear projections), tokens to pixels, in x's memory layout."""
+        tokens = rearrange(x, "b c h w -> b (h w) c")  # free of copies in channels_last memory, as is the way back
+        if before is not None:
+            tokens = before(tokens)
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
-        if self.projection == "linear":
-            tokens = self.proj_out(tokens)
-        h = tokens.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # (B, C, H, W)
-        if self.projection == "conv":
-            h = self.proj_out(h)
-        return h if self.projection == "none" else x + h
+        if after is not None:
+            tokens = after(tokens)
+        h = rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
+        # one layout throughout: convolutions on a mixture of layouts cost a third more
+        return h.contiguous() if x.is_contiguous() else h

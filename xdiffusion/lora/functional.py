@@ -56,7 +56,8 @@ def merging_pays(x: Float[Tensor, "*B I"], weight: Float[Tensor, "O I"]) -> bool
 def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """W + scaling B A of any kernel shape, computed in the factors' dtype and returned in W's."""
     flat = weight.flatten(1).to(lora_A.dtype)
-    return torch.addmm(flat, lora_B.flatten(1), lora_A.flatten(1), alpha=scaling).to(weight.dtype).view_as(weight)
+    merged = torch.addmm(flat, lora_B.flatten(1), lora_A.flatten(1), alpha=scaling).to(weight.dtype).view(weight.shape)
+    return merged if weight.is_contiguous() else torch.empty_like(weight).copy_(merged)  # keeps a channels_last layout
 
 
 class _MergedLinear(torch.autograd.Function):

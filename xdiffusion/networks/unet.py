@@ -101,11 +101,11 @@ class UNet(nn.Module):
             last = i == len(levels) - 1
             resnets, width = _chain(resnet, [width] + [level_width] * num_res_blocks)
             attentions = [transformer(level_width, depth) for _ in resnets if depth]
-            self.down_blocks.append(_Level(resnets, attentions, None if last else Downsample(width, resample)))
+            self.down_blocks.append(_Level(resnets, attentions, downsample=None if last else Downsample(width, resample)))
             skip_widths += [level_width] * (num_res_blocks + (not last))
 
         self.mid_block = _Level(
-            [resnet(width, width), resnet(width, width)], [transformer(width, max(1, transformer_depth[-1]))], None
+            [resnet(width, width), resnet(width, width)], [transformer(width, max(1, transformer_depth[-1]))]
         )
 
         self.up_blocks = nn.ModuleList()
@@ -116,10 +116,20 @@ class UNet(nn.Module):
                 width = level_width
             attentions = [transformer(level_width, depth) for _ in resnets if depth]
             last = i == len(levels) - 1
-            self.up_blocks.append(_Level(resnets, attentions, None if last else Upsample(width, resample)))
+            self.up_blocks.append(_Level(resnets, attentions, upsample=None if last else Upsample(width, resample)))
 
         self.conv_norm_out = nn.GroupNorm(norm_groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, (out_channels or in_channels) * patch_size**2, 3, padding=1)
+        self._zero_residual_branches()
+
+    def _zero_residual_branches(self) -> None:
+        """Start each residual block as the identity and the prediction at zero ([ADM] reference implementation)."""
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                nn.init.zeros_(module.conv2.weight)
+                nn.init.zeros_(module.conv2.bias)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
 
     def forward(
         self, xt: Float[Tensor, "B C H W"], time: Float[Tensor, " B"], context: Float[Tensor, "B L D"]
@@ -135,8 +145,8 @@ class UNet(nn.Module):
             for i in range(len(level.resnets)):
                 h = self._stage(level, i, h, time, context)
                 skips.append(h)
-            if level.resample is not None:
-                h = level.resample(h)
+            if level.downsample is not None:
+                h = level.downsample(h)
                 skips.append(h)
 
         h = self._stage(self.mid_block, 0, h, time, context)
@@ -145,8 +155,8 @@ class UNet(nn.Module):
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
                 h = self._stage(level, i, torch.cat([h, skips.pop()], dim=1), time, context)
-            if level.resample is not None:
-                h = level.resample(h, skips[-1].shape[2:])
+            if level.upsample is not None:
+                h = level.upsample(h, skips[-1].shape[2:])
 
         h = self.conv_out(F.silu(self.conv_norm_out(h)))
         return F.pixel_shuffle(h, self.patch_size) if self.patch_size > 1 else h
@@ -160,11 +170,19 @@ class UNet(nn.Module):
 class _Level(nn.Module):
     """Residual blocks of one resolution, the transformer behind each, and the step to the next resolution."""
 
-    def __init__(self, resnets: Sequence[ResBlock], attentions: Sequence[SpatialTransformer], resample: nn.Module | None):
+    def __init__(
+        self,
+        resnets: Sequence[ResBlock],
+        attentions: Sequence[SpatialTransformer],
+        *,
+        downsample: Downsample | None = None,
+        upsample: Upsample | None = None,
+    ):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
-        self.resample = resample
+        self.downsample = downsample
+        self.upsample = upsample
 
     def stage(self, i: int, h: Tensor, time: Tensor, context: Tensor) -> Tensor:
         h = self.resnets[i](h, time)

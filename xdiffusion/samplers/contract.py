@@ -7,7 +7,7 @@ denoiser contract below, so any estimate of x0 can be sampled: a UNet, a latent 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ OnStep = Callable[[int, Tensor, Tensor], None]
 Generators = torch.Generator | Sequence[torch.Generator]
 
 
+@runtime_checkable
 class BoundDenoiser(Protocol):
     """`(xt, t) -> x0` with everything else (prompts, guidance) bound; t is a 0-dim tensor in (0, 1]."""
 
@@ -36,5 +37,6 @@ def fresh_noise(xt: Float[Tensor, "B C H W"], generator: Generators | None) -> F
     if generator is None:
         raise ValueError("this sampler draws noise at each step: pass generator=torch.Generator().manual_seed(...)")
     if isinstance(generator, torch.Generator):
-        return torch.randn(xt.shape, generator=generator, device=generator.device).to(xt.device)
-    return torch.stack([torch.randn(xt.shape[1:], generator=g, device=g.device) for g in generator]).to(xt.device)
+        return torch.randn(xt.shape, generator=generator, device=generator.device, dtype=xt.dtype).to(xt.device)
+    noise = [torch.randn(xt.shape[1:], generator=g, device=g.device, dtype=xt.dtype) for g in generator]
+    return torch.stack(noise).to(xt.device)

@@ -21,8 +21,14 @@ def uniform_times(schedule: Schedule, steps: int, t_max: float = 1.0) -> Float[T
 def logsnr_times(
     schedule: Schedule, steps: int, t_max: float = 1.0, logsnr_max: float = 10.0, logsnr_min: float = -10.0
 ) -> Float[Tensor, " n"]:
-    """Equally spaced in log-SNR between `t_max` (or logsnr_min, if that is later) and logsnr_max, then 0 ([DPM++] section 5)."""
-    start = max(float(schedule.logsnr(torch.tensor(t_max, dtype=torch.float64))), logsnr_min)
+    """Equally spaced in log-SNR from `t_max` (or logsnr_min, if that is later) to logsnr_max, then 0 ([DPM++] section 5).
+
+    Where the schedule's data end, t = 0, is no cleaner than logsnr_max, the even spacing goes on to that end.
+    """
+    start, end = schedule.logsnr(torch.tensor([t_max, 0.0], dtype=torch.float64)).tolist()
+    start = max(start, logsnr_min)
+    if end <= logsnr_max:
+        return schedule.time_of_logsnr(torch.linspace(start, end, _checked(steps) + 1, dtype=torch.float64))
     logsnr = torch.linspace(start, logsnr_max, _checked(steps), dtype=torch.float64)
     return torch.cat([schedule.time_of_logsnr(logsnr), torch.zeros(1, dtype=torch.float64)])
 

@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+from xdiffusion.diffusion.objective import draw_noise, draw_times, loss, min_snr_weight, squared_error
+from xdiffusion.diffusion.predictions import PREDICTIONS, to_x0
+from xdiffusion.diffusion.schedules import BetaSchedule, CosineSchedule
+
+CONTEXT = torch.zeros(6, 1, 2)
+
+
+def generator_of(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_loss_written_out(generator):
+    """The same numbers step by step, with the draws replayed from an equal generator."""
+    x0 = torch.randn(6, 1, 4, 4, generator=generator)
+    schedule = BetaSchedule()
+    network = lambda xt, time, context: 0.3 * xt + time.view(-1, 1, 1, 1) / 1000  # noqa: E731
+
+    value = loss(network, schedule, "v", x0, CONTEXT, generator=generator_of(7))
+
+    replay = generator_of(7)
+    offset = torch.rand((), generator=replay)
+    total = 0.0
+    steps = [int(((offset + i / 6) % 1) * 1000) for i in range(6)]
+    eps = torch.randn(x0.shape, generator=replay)
+    for i, n in enumerate(steps):
+        a, s = schedule.alpha_bar[n].sqrt().float(), (1 - schedule.alpha_bar[n]).sqrt().float()
+        xt = a * x0[i] + s * eps[i]
+        total += (0.3 * xt + n / 1000 - (a * eps[i] - s * x0[i])).square().mean() / 6
+    torch.testing.assert_close(value, total)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_perfect_network_has_no_loss(prediction, generator):
+    x0 = torch.randn(6, 1, 4, 4, generator=generator, dtype=torch.float64)
+    schedule, t = CosineSchedule(-8, 8), torch.linspace(0.05, 0.95, 6, dtype=torch.float64)
+    eps = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
+    alpha, sigma = (c.view(-1, 1, 1, 1) for c in schedule.alpha_sigma(t))
+
+    def perfect(xt, time, context):
+        """Inverts xt -> prediction by solving for the output that decodes to x0."""
+        zero, one = (to_x0(prediction, torch.full_like(xt, value), xt, alpha, sigma) for value in (0.0, 1.0))
+        return (x0 - zero) / (one - zero)
+
+    error = squared_error(perfect, schedule, prediction, x0, eps, t, CONTEXT)
+    torch.testing.assert_close(error, torch.zeros_like(error), atol=1e-9, rtol=0)
+
+
+def test_times_are_stratified(generator):
+    t = draw_times(CosineSchedule(), 64, generator)
+    counts = torch.histc(t, bins=64, min=0, max=1)
+    assert torch.equal(counts, torch.ones(64))
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_a_divided_batch_draws_as_the_whole(parts, generator):
+    x0 = torch.randn(6, 1, 4, 4, generator=generator)
+    network = lambda xt, time, context: 0.3 * xt  # noqa: E731
+    whole = loss(network, CosineSchedule(), "eps", x0, CONTEXT, generator=generator_of(3))
+    shares = [
+        loss(network, CosineSchedule(), "eps", x, c, generator=generator_of(3), share=(k, parts))
+        for k, (x, c) in enumerate(zip(x0.chunk(parts), CONTEXT.chunk(parts)))
+    ]
+    torch.testing.assert_close(torch.stack(shares).mean(), whole)
+
+
+def test_min_snr_weight_equalises_the_predictions_in_x0_space():
+    """weight * |error of the prediction| must be min(SNR, gamma) * |error of x0| for each of them."""
+    schedule, t = CosineSchedule(), torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+    logsnr = schedule.logsnr(t)
+    alpha, sigma = schedule.alpha_sigma(t)
+    for prediction in PREDICTIONS:
+        xt, output = torch.ones_like(t), torch.zeros_like(t)
+        x0_error = to_x0(prediction, output + 1, xt, alpha, sigma) - to_x0(prediction, output, xt, alpha, sigma)
+        weighted = min_snr_weight(logsnr, prediction, 5.0)
+        torch.testing.assert_close(weighted, logsnr.exp().clamp(max=5.0) * x0_error**2)
+
+
+def test_noise_is_standard_normal(generator):
+    noise = draw_noise((1000, 1, 10, 10), generator)
+    assert abs(noise.mean()) < 0.01
+    assert abs(noise.std() - 1) < 0.01

@@ -1,0 +1,153 @@
+"""Samplers against a case with a closed form: for Gaussian data the denoiser is known exactly.
+
+For x0 ~ N(m, s^2) the posterior mean is x0(xt) = m + alpha s^2 / v (xt - alpha m) with v = alpha^2 s^2 + sigma^2, and the
+probability-flow ODE carries x_T to x_0 = m + s / sqrt(v_T) (x_T - alpha_T m).
+"""
+
+import math
+from inspect import unwrap
+
+import pytest
+import torch
+
+from xdiffusion.diffusion.schedules import BetaSchedule, CosineSchedule
+from xdiffusion.samplers.ancestral import sample_ancestral
+from xdiffusion.samplers.ddim import sample_ddim
+from xdiffusion.samplers.dpm_solver import sample_dpm_solver
+from xdiffusion.samplers.heun import sample_heun
+from xdiffusion.samplers.time_grids import karras_times, logsnr_times, uniform_times
+
+MEAN, STD = 0.4, 0.25
+SCHEDULE = CosineSchedule(-10, 10)
+
+
+class GaussianDenoiser:
+    def __init__(self, schedule=SCHEDULE):
+        self.schedule = schedule
+        self.calls = 0
+
+    def __call__(self, xt, t):
+        self.calls += 1
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        return MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (xt - alpha * MEAN)
+
+
+def exact_end(x_T, schedule=SCHEDULE):
+    alpha, sigma = schedule.alpha_sigma(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    std = (alpha**2 * STD**2 + sigma**2).sqrt()
+    return alpha[1] * MEAN + std[1] / std[0] * (x_T - alpha[0] * MEAN)
+
+
+def start(n=64):
+    return torch.randn(n, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(sample_ddim, 1), (sample_heun, 2), (sample_dpm_solver, 2)])
+def test_order_of_convergence(sampler, order):
+    """Halving the step divides the error by 2^order. Times evenly spaced in log-SNR, where all three are regular.
+
+    The closing step to t = 0 is exact here up to sigma(0), so the order seen is that of the method.
+    """
+    errors = []
+    for steps in (40, 80, 160):
+        logsnr = torch.linspace(-10, 10, steps + 1, dtype=torch.float64)
+        times = SCHEDULE.time_of_logsnr(logsnr)
+        x_T = start()
+        errors.append((sampler(GaussianDenoiser(), x_T, times) - exact_end(x_T)).abs().max())
+    observed = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+    assert all(abs(o - order) < 0.25 for o in observed), observed
+    assert errors[-1] < (2e-2 if order == 1 else 5e-4)
+
+
+@pytest.mark.parametrize("variance", ["posterior", "beta"])
+def test_ancestral_reaches_the_distribution_that_its_recursion_predicts(variance):
+    """Each step is affine in xt plus noise, so mean and variance after n steps follow by hand, and tend to the data's."""
+    x_T = torch.randn(40_000, 1, 1, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for steps, tolerance in ((10, None), (200, 0.02)):
+        times = uniform_times(SCHEDULE, steps)
+        mean, var = 0.0, 1.0
+        for i, (t, s) in enumerate(zip(times[:-1], times[1:])):
+            (a_t, s_t), (a_s, s_s) = SCHEDULE.alpha_sigma(t), SCHEDULE.alpha_sigma(s)
+            gain = a_t * STD**2 / (a_t**2 * STD**2 + s_t**2)  # x0 = MEAN + gain (xt - a_t MEAN)
+            beta = 1 - (a_t / a_s) ** 2
+            on_x0, on_xt = a_s * beta / s_t**2, a_t / a_s * s_s**2 / s_t**2
+            mean = on_x0 * (MEAN + gain * (mean - a_t * MEAN)) + on_xt * mean
+            var = (on_x0 * gain + on_xt) ** 2 * var
+            if i < steps - 1:
+                var = var + (beta if variance == "beta" else beta * s_s**2 / s_t**2)
+        x = sample_ancestral(
+            GaussianDenoiser(), x_T, times, variance=variance, generator=torch.Generator().manual_seed(2)
+        )
+        assert abs(x.mean() - mean) < 5 * var**0.5 / 200
+        assert abs(x.var() / var - 1) < 0.05
+        if tolerance:
+            assert abs(mean - MEAN) < tolerance
+            assert abs(var**0.5 - STD) < tolerance
+
+
+def test_ddim_with_full_eta_is_ancestral():
+    times, x_T = uniform_times(SCHEDULE, 12), start()
+    noises = [torch.Generator().manual_seed(5) for _ in range(2)]
+    ours = sample_ddim(GaussianDenoiser(), x_T, times, eta=1.0, generator=noises[0])
+    # the same steps; DDIM also adds its (tiny) last noise, at sigma(0)
+    theirs = sample_ancestral(GaussianDenoiser(), x_T, times, generator=noises[1])
+    torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)
+
+
+def test_samples_do_not_depend_on_their_batch():
+    x_T, times = start(4), uniform_times(SCHEDULE, 5)
+
+    def sample(rows):
+        generators = [torch.Generator().manual_seed(i) for i in rows]
+        return sample_ancestral(GaussianDenoiser(), x_T[rows], times, generator=generators)
+
+    whole = sample([0, 1, 2, 3])
+    assert torch.equal(whole[2:], sample([2, 3]))
+
+
+@pytest.mark.parametrize("sampler", [sample_ddim, sample_heun, sample_dpm_solver, sample_ancestral])
+def test_steps_are_reported_and_counted(sampler):
+    denoiser, seen = GaussianDenoiser(), []
+    sampler(
+        denoiser, start(2), uniform_times(SCHEDULE, 6), generator=torch.Generator(), on_step=lambda i, xt, x0: seen.append(i)
+    )
+    assert seen == list(range(6))
+    assert denoiser.calls == (11 if sampler is sample_heun else 6)
+
+
+def test_beta_tables_end_in_clean_data_without_nan():
+    schedule = BetaSchedule()
+    for sampler in (sample_ddim, sample_heun, sample_dpm_solver):
+        x = sampler(GaussianDenoiser(schedule), start(), uniform_times(schedule, 100))
+        assert x.isfinite().all()
+        torch.testing.assert_close(x, exact_end(start(), schedule), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("grid", [uniform_times, logsnr_times, karras_times])
+@pytest.mark.parametrize("schedule", [SCHEDULE, BetaSchedule()], ids=["cosine", "betas"])
+def test_grids_fall_from_noise_to_data(grid, schedule):
+    times = grid(schedule, 15)
+    assert times.dtype == torch.float64
+    assert len(times) == 16
+    assert (times.diff() < 0).all()
+    assert times[-1] == 0
+    assert times[0] <= 1
+
+
+def test_karras_grid_is_even_in_its_power():
+    levels = (-0.5 * SCHEDULE.logsnr(karras_times(SCHEDULE, 9, sigma_max=20, sigma_min=0.05, rho=7)[:-1])).exp()
+    steps = (levels ** (1 / 7)).diff()
+    torch.testing.assert_close(steps, steps[:1].expand(8))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: uniform_times(SCHEDULE, 0), "steps=0"),
+        (lambda: sample_ddim(GaussianDenoiser(), start(), uniform_times(SCHEDULE, 3), eta=1.0), "generator"),
+        (lambda: unwrap(sample_ancestral)(None, None, [], variance="big"), "'big' is unknown; allowed: posterior, beta"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

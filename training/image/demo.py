@@ -1,0 +1,130 @@
+"""The whole story in minutes on two CPU cores: a tiny CLIP, a base model, a LoRA on it, pictures and scores.
+
+    python training/image/demo.py            (what `make demo` runs)
+
+Each stage is one of the commands that the README teaches, printed as one would type it. Everything is written to
+output/demo: pictures, checkpoints, and metrics.json with the seconds of each stage and the scores of both models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import runpy
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from xdiffusion.cli import positive_int, run
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIG = REPOSITORY / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output_path", type=Path, default=Path("output/demo"), metavar="DIR", help="default: output/demo")
+    add("--num_training_steps", type=positive_int, metavar="N", help="of base and LoRA each, for a trial run (default: the config's)")
+    add("--num_samples", type=positive_int, default=1000, metavar="N", help="samples that are scored (1000)")
+    add("--seed", type=int, default=0, metavar="N", help="of everything")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    from xdiffusion.build import load_config
+
+    folder = args.output_path
+    steps = [f"--num_training_steps={args.num_training_steps}"] if args.num_training_steps else []
+    base_steps, lora_steps = (
+        args.num_training_steps or load_config(CONFIG, (), lora).training.num_training_steps for lora in (False, True)
+    )
+    clip = folder / "clip.safetensors"
+    base = folder / "base" / f"diffusion-{base_steps}.safetensors"
+    lora = folder / "lora" / f"diffusion-{lora_steps}-lora.safetensors"
+    common = ["--config_path", CONFIG, "--seed", args.seed]
+    seconds: dict[str, float] = {}
+
+    with stage("clip", seconds):
+        command("training/clip/train.py", *common, "--output_path", clip)
+    with stage("base", seconds):
+        command("training/image/train.py", *common, *steps, "--output_path", base.parent, "--set", f"model.text_encoder.pretrained={clip}")
+    hash_before = base_hash(base)
+    with stage("lora", seconds):
+        command(
+            "training/image/train.py", *common, *steps, "--output_path", lora.parent, "--dataset_name", "image/digits_inverted",
+            "--use_lora_training", "--load_model_weights_from_checkpoint", base,
+        )  # fmt: skip
+    with stage("sample", seconds):
+        command("sampling/image/sample.py", "--checkpoint", base, "--lora_path", lora, "--output_path", folder, "--num_samples", 40, "--save_trajectory")
+    with stage("evaluate", seconds):
+        score = ["--checkpoint", base, "--num_samples", args.num_samples, "--seed", args.seed, "--json"]
+        base_scores = json.loads(command("sampling/image/evaluate.py", *score, "--dataset_name", "image/digits"))
+        lora_scores = json.loads(command("sampling/image/evaluate.py", *score, "--dataset_name", "image/digits_inverted", "--lora_path", lora))
+
+    metrics = {
+        "seconds": seconds | {"total": round(sum(seconds.values()), 1)},
+        "base": base_scores,
+        "lora": lora_scores,
+        "lora_file_bytes": lora.stat().st_size,
+        "base_unchanged": hash_before == base_hash(base),
+        "scale0_identical": scale0_identical(base, lora),
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    print(json.dumps(metrics, indent=2))
+    return 0
+
+
+@contextlib.contextmanager
+def stage(name: str, seconds: dict[str, float]):
+    """Time a stage."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - started, 1)
+
+
+def command(script: str, *arguments: object) -> str:
+    """Run an entry script in this process (its imports are paid for once); returns what it printed if that was JSON."""
+    words = [str(a) for a in arguments]
+    print(f"\n$ python {script} {shlex.join(words)}", flush=True)
+    main = runpy.run_path(str(REPOSITORY / script))["main"]
+    if "--json" not in words:
+        main(words)
+        return ""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main(words)
+    print(printed.getvalue())
+    return printed.getvalue()
+
+
+def base_hash(checkpoint: Path) -> str:
+    """The content hash of a checkpoint's weights."""
+    from xdiffusion.checkpoints.files import content_hash
+    from xdiffusion.checkpoints.native import load_model_file
+
+    return content_hash(load_model_file(checkpoint).tensors)
+
+
+def scale0_identical(base: Path, lora: Path) -> bool:
+    """Whether the model with the LoRA at scale 0 draws bit for bit what the model without it draws."""
+    import torch
+
+    from xdiffusion.build import build_sampling, load_model
+    from xdiffusion.lora import load_lora_weights
+    from xdiffusion.model import generate, generators_for
+
+    model, config = load_model(base)
+    sampling = build_sampling(config, model.schedule)
+    prompts = [str(digit) for digit in range(10)]
+    before = generate(model, prompts, generators_for(0, 10), **sampling)
+    load_lora_weights(model, lora, scale=0.0)
+    return torch.equal(before, generate(model, prompts, generators_for(0, 10), **sampling))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
