@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from jaxtyping import install_import_hook
@@ -20,7 +21,7 @@ install_import_hook(
     "typechecking.check",
 )  # fmt: skip
 
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,3 +39,55 @@ def mnist8k() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the digits of ../shared/data/mnist8k, which are not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def fake_mnist(tmp_path_factory) -> Path:
+    """A folder for --data_dir with a few random pictures in MNIST's layout."""
+    from fake_sets import write_mnist
+
+    return write_mnist(tmp_path_factory.mktemp("mnist"))
+
+
+@pytest.fixture(scope="session")
+def fake_cifar10(tmp_path_factory) -> Path:
+    """A folder for --data_dir with a few random pictures in CIFAR-10's layout."""
+    from fake_sets import write_cifar10
+
+    return write_cifar10(tmp_path_factory.mktemp("cifar10"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> SimpleNamespace:
+    """A tiny base model and a LoRA on it, trained for two steps by the training command into its default folders.
+
+    config_path and overrides (KEY=VALUE) are what it was called with; checkpoint and lora are the files it wrote.
+    """
+    from commands import TRAIN, run_script, set_words
+
+    config_path = ROOT / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
+    overrides = [
+        "data.image_size=12", "model.network.channels=[16,16]", "model.network.head_dim=8",
+        "model.network.norm_groups=4", "model.network.patch_size=1", "model.text_encoder.width=8",
+        "model.text_encoder.layers=1", "model.text_encoder.pretrained=null", "training.num_training_steps=2",
+        "training.save_and_sample_every_n=2", "training.batch_size=4", "optimizer.warmup_steps=0", "sampling.steps=2",
+        "lora.target_modules=attention",
+    ]  # fmt: skip
+    folder = tmp_path_factory.mktemp("tiny_run")
+    output = folder / "output/image"
+    checkpoint = output / "digits" / config_path.stem / "diffusion-2.safetensors"
+    lora = output / "digits_inverted" / config_path.stem / "lora/diffusion-2-lora.safetensors"
+    common = ["--config_path", config_path, *set_words(overrides)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run_script(TRAIN, *common) == 0
+        adapt = ["--dataset_name", "image/digits_inverted", "--use_lora_training"]
+        assert run_script(TRAIN, *common, *adapt, "--load_model_weights_from_checkpoint", checkpoint) == 0
+    return SimpleNamespace(config_path=config_path, overrides=overrides, checkpoint=checkpoint, lora=lora)
+
+
+@pytest.fixture
+def work_folder(tmp_path, monkeypatch) -> Path:
+    """An empty current folder, so that default output paths do not leave the test."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -28,9 +28,7 @@ def test_v_is_the_angular_velocity_of_xt(sample):
     x0, eps, alpha, sigma, _ = sample
     phi = torch.atan2(sigma, alpha).requires_grad_()
     xt = phi.cos() * x0 + phi.sin() * eps
-    velocity = torch.stack(
-        [torch.autograd.grad(x.sum(), phi, retain_graph=True)[0].sum() for x in xt.flatten(1).T[:5]]
-    )
+    velocity = torch.stack([torch.autograd.grad(x.sum(), phi, retain_graph=True)[0].sum() for x in xt.flatten(1).T[:5]])
     expected = training_target("v", x0, eps, alpha, sigma).flatten(1).sum(0)[:5]
     torch.testing.assert_close(velocity, expected)
 

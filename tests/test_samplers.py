@@ -109,7 +109,11 @@ def test_samples_do_not_depend_on_their_batch():
 def test_steps_are_reported_and_counted(sampler):
     denoiser, seen = GaussianDenoiser(), []
     sampler(
-        denoiser, start(2), uniform_times(SCHEDULE, 6), generator=torch.Generator(), on_step=lambda i, xt, x0: seen.append(i)
+        denoiser,
+        start(2),
+        uniform_times(SCHEDULE, 6),
+        generator=torch.Generator(),
+        on_step=lambda i, xt, x0: seen.append(i),
     )
     assert seen == list(range(6))
     assert denoiser.calls == (11 if sampler is sample_heun else 6)
@@ -145,7 +149,10 @@ def test_karras_grid_is_even_in_its_power():
     [
         (lambda: uniform_times(SCHEDULE, 0), "steps=0"),
         (lambda: sample_ddim(GaussianDenoiser(), start(), uniform_times(SCHEDULE, 3), eta=1.0), "generator"),
-        (lambda: unwrap(sample_ancestral)(None, None, [], variance="big"), "'big' is unknown; allowed: posterior, beta"),
+        (
+            lambda: unwrap(sample_ancestral)(None, None, [], variance="big"),
+            "'big' is unknown; allowed: posterior, beta",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call, message):

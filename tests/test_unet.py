@@ -65,9 +65,14 @@ def test_channels_last_has_no_layout_changes_inside():
     for name, module in unet.named_modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.GroupNorm)):
             module.register_forward_hook(
-                lambda m, i, o, name=name: mixed.append(name)
-                if not (i[0].is_contiguous(memory_format=torch.channels_last) and o.is_contiguous(memory_format=torch.channels_last))
-                else None
+                lambda m, i, o, name=name: (
+                    mixed.append(name)
+                    if not (
+                        i[0].is_contiguous(memory_format=torch.channels_last)
+                        and o.is_contiguous(memory_format=torch.channels_last)
+                    )
+                    else None
+                )
             )
     unet(*inputs())
     assert mixed == []

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from xdiffusion.config import ConfigError, Overlay, Section, Slot, load_yaml, parse_overrides, resolve, with_overrides
+from xdiffusion.config import (
+    ConfigError,
+    Overlay,
+    Section,
+    Slot,
+    load_yaml,
+    merge,
+    parse_overrides,
+    resolve,
+    with_overrides,
+)
 from xdiffusion.signatures import Parameter
 
 if TYPE_CHECKING:
@@ -63,11 +73,11 @@ SCHEMA = {
             "network": Slot(NETWORKS, injected=frozenset({"in_channels", "context_dim"}), default="unet"),
             "text_encoder": Slot(TEXT_ENCODERS, extra={"pretrained": _PRETRAINED}, default="clip"),
             "autoencoder": Slot(AUTOENCODERS, injected=frozenset({"channels"}), default="identity"),
-        }
+        },
     ),
     "diffusion": Section(
         "xdiffusion.diffusion.objective:loss",
-        injected=frozenset({"network", "schedule", "x0", "context", "generator"}),
+        injected=frozenset({"network", "schedule", "x0", "context", "generator", "share"}),
         children={"schedule": Slot(SCHEDULES, default="cosine")},
     ),
     "clip": Section(
@@ -103,10 +113,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), use_lora_traini
     """
     config = load_yaml(path)
     if use_lora_training:
-        if "lora" not in config:
+        of_lora = parse_overrides([o for o in overrides if o.startswith("lora.")])
+        config = with_overrides(config, of_lora, SCHEMA)
+        if not isinstance(config.get("lora"), DictConfig):
             raise ConfigError(f"{path} has no section lora:, which --use_lora_training reads")
-        for section in ("training", "optimizer"):
-            config = OmegaConf.merge(config, {section: config.lora.get(section) or {}})
+        overlay = {s: config.lora[s] for s in ("training", "optimizer") if s in config.lora}
+        config = merge(str(path), config, overlay)
     return override(config, overrides, str(path))
 
 
@@ -148,9 +160,10 @@ def build_model(config: DictConfig) -> DiffusionModel:
         context_dim=text_encoder.width,
     )
     schedule = build_schedule(config)
-    return DiffusionModel(
-        network, text_encoder, autoencoder, schedule, config.diffusion.prediction, shape, parts.channels_last
-    )
+    with _named("model.network"):
+        return DiffusionModel(
+            network, text_encoder, autoencoder, schedule, config.diffusion.prediction, shape, parts.channels_last
+        )
 
 
 def build_text_encoder(config: DictConfig) -> CLIPTextEncoder:
@@ -209,7 +222,13 @@ def check_same_architecture(config: DictConfig, file: ModelFile) -> None:
     """
     from xdiffusion.checkpoints.files import CheckpointError
 
-    for key in ("model.network", "model.text_encoder", "model.autoencoder", "diffusion.schedule", "diffusion.prediction"):
+    for key in (
+        "model.network",
+        "model.text_encoder",
+        "model.autoencoder",
+        "diffusion.schedule",
+        "diffusion.prediction",
+    ):
         ours, theirs = (OmegaConf.select(OmegaConf.create(c), key) for c in (config, file.config or config))
         differing = _first_difference(ours, theirs, key)
         if differing:

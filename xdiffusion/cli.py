@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -31,8 +32,21 @@ def overrides_from_flags(args: argparse.Namespace, keys: dict[str, str]) -> list
         args: parsed; a flag that was not given is None.
         keys: config key by flag name.
     """
-    flags = [f"{key}={getattr(args, flag)}" for flag, key in keys.items() if getattr(args, flag) is not None]
-    return [*args.set, *flags]
+    given = {key: getattr(args, flag) for flag, key in keys.items()}
+    # quoted, because YAML reads a bare `no` as false and a folder `2024` as a number
+    return [*args.set, *(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)]
+
+
+def sampling_overrides(args: argparse.Namespace, keys: dict[str, str]) -> list[str]:
+    """`overrides_from_flags` for a finished model, of which `--set` can change nothing but the section sampling:.
+
+    Raises:
+        ValueError: for a `--set` of another section, which would have no effect.
+    """
+    for assignment in args.set:
+        if not assignment.startswith("sampling."):
+            raise ValueError(f"--set {assignment!r}: only keys of the section sampling: can be set here")
+    return overrides_from_flags(args, keys)
 
 
 def positive_int(text: str) -> int:

@@ -93,8 +93,22 @@ def _load_yaml(path: Path, readers: tuple[Path, ...]) -> DictConfig:
         raise ConfigError(f"{path} must hold a mapping of sections, not {type(own).__name__}")
     bases = own.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, Sequence) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: base={bases} must be the path of a YAML file or a list of paths")
     below = [_load_yaml(path.parent / base, (*readers, path.resolve())) for base in bases]
-    return OmegaConf.merge(*below, own)
+    return merge(str(path), *below, own)
+
+
+def merge(source: str, *configs: DictConfig) -> DictConfig:
+    """Later configs on top of earlier ones; `source` is named in errors.
+
+    Raises:
+        ConfigError: where a mapping would be laid over a list, or a list over a mapping.
+    """
+    try:
+        return OmegaConf.merge(*configs)
+    except (OmegaConfBaseException, TypeError) as error:
+        raise ConfigError(f"{source}: {_one_line(error)}") from error
 
 
 def parse_overrides(assignments: Sequence[str]) -> DictConfig:
@@ -103,13 +117,15 @@ def parse_overrides(assignments: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: for an assignment without "=" or with an unreadable value.
     """
+    overrides = OmegaConf.create()
     for assignment in assignments:
         if "=" not in assignment.lstrip("="):
             raise ConfigError(f"--set {assignment!r} must have the form KEY=VALUE, such as training.batch_size=64")
-    try:
-        return OmegaConf.from_dotlist(list(assignments))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"--set {' '.join(assignments)}: {_one_line(error)}") from error
+        try:
+            overrides.merge_with_dotlist([assignment])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"--set {assignment!r}: {_one_line(error)}") from error
+    return overrides
 
 
 def with_overrides(config: DictConfig, overrides: DictConfig, schema: Schema) -> DictConfig:
@@ -122,7 +138,7 @@ def with_overrides(config: DictConfig, overrides: DictConfig, schema: Schema) ->
             target = slot.kinds.get(str(kind).removesuffix(slot.suffix) if slot.suffix else kind)
             kept = {*signature(target), *slot.extra} if target else set(given)
             OmegaConf.update(merged, path, {k: v for k, v in given.items() if k in kept}, merge=False)
-    return OmegaConf.merge(merged, overrides)
+    return merge(f"the overrides {overrides}", merged, overrides)
 
 
 def _slots(children: Mapping[str, Section | Slot | Overlay], where: str = "") -> Iterator[tuple[str, Slot]]:
@@ -185,7 +201,9 @@ def _resolve_slot(given: Any, slot: Slot, where: str) -> dict[str, Any]:
     plain_kind = str(kind).removesuffix(slot.suffix) if slot.suffix else kind
     if plain_kind not in slot.kinds:
         suffix = f" (each also with {slot.suffix})" if slot.suffix else ""
-        raise ConfigError(f"{where}kind={kind!r} is unknown{_nearest(kind, slot.kinds)}; allowed: {', '.join(slot.kinds)}{suffix}")
+        raise ConfigError(
+            f"{where}kind={kind!r} is unknown{_nearest(kind, slot.kinds)}; allowed: {', '.join(slot.kinds)}{suffix}"
+        )
     parameters = {k: p for k, p in signature(slot.kinds[plain_kind]).items() if k not in slot.injected}
     parameters |= slot.extra
     _check_known(given, ["kind", *parameters], where)
@@ -212,6 +230,8 @@ def _resolve_parameters(given: Mapping, parameters: Mapping[str, Parameter], whe
 
 
 def _checked(value: Any, parameter: Parameter, where: str) -> Any:
+    if value is False and not accepts(parameter.annotation, False) and accepts(parameter.annotation, "no"):
+        return "no"  # what YAML 1.1 reads as false, as in `mixed_precision: no`
     if not accepts(parameter.annotation, value):
         raise ConfigError(f"{where}{parameter.name}={value!r} must be {describe(parameter.annotation)}")
     return value

@@ -1,6 +1,6 @@
 """A diffusion model as a whole: its built parts, and the way from prompts to images.
 
-    images = autoencoder.decode(sampler(denoiser(network, schedule, prediction), noise, times))
+images = autoencoder.decode(sampler(denoiser(network, schedule, prediction), noise, times))
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ class DiffusionModel(nn.Module):
         schedule, prediction: the diffusion process and what the network outputs.
         image_shape: (C, H, W) of the images.
         channels_last: keep the network's convolutions in NHWC memory; faster, the same mathematics.
+
+    Raises:
+        ValueError: if the network's patches do not divide the image.
     """
 
     def __init__(
@@ -64,6 +67,9 @@ class DiffusionModel(nn.Module):
         self.schedule = schedule
         self.prediction = prediction
         self.image_shape = tuple(image_shape)
+        _, height, width = self.latent_shape
+        if height % network.patch_size or width % network.patch_size:
+            raise ValueError(f"patch_size={network.patch_size} does not divide the image size {height}x{width}")
 
     @property
     def device(self) -> torch.device:

@@ -47,7 +47,9 @@ def score(
     if num_samples < 2:
         raise ValueError(f"--num_samples {num_samples}: a Frechet distance needs at least 2 samples")
     if tuple(data.train.images.shape[1:]) != model.image_shape:
-        raise ValueError(f"{data.name} has images {tuple(data.train.images.shape[1:])}, the model makes {model.image_shape}")
+        raise ValueError(
+            f"{data.name} has images {tuple(data.train.images.shape[1:])}, the model makes {model.image_shape}"
+        )
     normal = invert(data) if data.inverted else data
     judge, judge_accuracy = cached_judge(normal, judge_folder)
     generator = torch.Generator().manual_seed(seed)
@@ -87,6 +89,7 @@ def cached_judge(images: ImageSet, folder: Path) -> tuple[Judge, float]:
     if path.is_file():
         tensors, metadata = load_safetensors(path)
         judge = Judge(images.channels, images.image_size, images.prompts.num_classes)
+        judge = judge.to(memory_format=torch.channels_last)  # as it was trained: the same scores to the last digit
         judge.load_state_dict(tensors)
         return judge.eval().requires_grad_(False), float(metadata["accuracy"])
     judge = train_judge(images.train.images, images.train.labels, images.prompts.num_classes)

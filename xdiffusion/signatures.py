@@ -124,9 +124,9 @@ def _resolve_alias(node: ast.expr | None, module: ast.Module) -> ast.expr | None
     for statement in module.body:
         if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", None) == node.id:
             return statement.value
-        if isinstance(statement, ast.ImportFrom) and (statement.module or "").startswith("xdiffusion"):
-            if any(alias.name == node.id for alias in statement.names):
-                return _resolve_alias(node, _parse(statement.module))
+        ours = isinstance(statement, ast.ImportFrom) and (statement.module or "").startswith("xdiffusion")
+        if ours and any(alias.name == node.id for alias in statement.names):
+            return _resolve_alias(node, _parse(statement.module))
     return node
 
 

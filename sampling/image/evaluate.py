@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from xdiffusion.cli import overrides_from_flags, positive_int, run
+from xdiffusion.cli import positive_int, run, sampling_overrides
 
 OUTPUT_ROOT = Path("output")
 FLAG_KEYS = {
@@ -34,36 +34,58 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="FILE", help="a model of training/image/train.py")
-    add("--config_path", metavar="YAML", help="optional: the checkpoint carries its config; if given, the two must agree")
+    add(
+        "--config_path",
+        metavar="YAML",
+        help="optional: the checkpoint carries its config; if given, the two must agree",
+    )
     add("--lora_path", metavar="FILE[:SCALE]", help="a LoRA of this model and its strength (1)")
-    add("--dataset_name", metavar="NAME", help="the images to compare with, such as image/digits_inverted for a LoRA (default: the checkpoint's)")
+    add(
+        "--dataset_name",
+        metavar="NAME",
+        help="the images to compare with, such as image/digits_inverted for a LoRA (default: the checkpoint's)",
+    )
     add("--data_dir", metavar="DIR", help="an existing copy of the data set; without it, it is downloaded")
-    add("--num_samples", type=positive_int, default=1000, metavar="N", help="samples, spread evenly over the classes (1000)")
-    add("--seed", type=int, default=0, metavar="N", help="of the noise, the prompts' wording and the real samples of the floor (0)")
+    add(
+        "--num_samples",
+        type=positive_int,
+        default=1000,
+        metavar="N",
+        help="samples, spread evenly over the classes (1000)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the noise, the prompts' wording and the real samples of the floor (0)",
+    )
     add("--guidance", type=float, metavar="SCALE", help="classifier-free guidance (default: the config's)")
     add("--sampling_steps", type=positive_int, metavar="N", help="steps of the sampler (default: the config's)")
     add("--sampler", metavar="NAME", help="ancestral, ddim, heun or dpm_solver (default: the config's)")
     add("--json", action="store_true", help="print one line of JSON and nothing else")
     add("--force_cpu", action="store_true", help="do not use a GPU that is there")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="set a key of the section sampling:; repeatable")
+    add(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="set a key of the section sampling:; repeatable"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     from xdiffusion.build import build_data, build_sampling, load_model, override
-    from xdiffusion.checkpoints.files import content_hash
+    from xdiffusion.checkpoints.files import content_hash, weights_file
     from xdiffusion.lora import load_lora_weights
     from xdiffusion.lora.weights import parse_lora_spec
     from xdiffusion.model import best_device
     from xdiffusion.scoring import score
 
-    model, config = load_model(Path(args.checkpoint), args.config_path)
-    config = override(config, overrides_from_flags(args, FLAG_KEYS), "command line")
+    model, config = load_model(weights_file(args.checkpoint), args.config_path)
+    config = override(config, sampling_overrides(args, FLAG_KEYS), "command line")
     data = build_data(config)
     if args.lora_path:
         path, scale = parse_lora_spec(args.lora_path)
-        load_lora_weights(model, path, scale=scale, base_hash=content_hash(model.base_weights()))
+        load_lora_weights(model, weights_file(path), scale=scale, base_hash=content_hash(model.base_weights()))
     model.to(best_device(args.force_cpu))
 
     scores = score(

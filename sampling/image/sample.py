@@ -15,9 +15,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from xdiffusion.cli import overrides_from_flags, positive_int, run
+from xdiffusion.cli import positive_int, run, sampling_overrides
 
-SAMPLING_KEYS = {"guidance": "sampling.cfg_scale", "sampling_steps": "sampling.steps", "sampler": "sampling.sampler.kind"}
+SAMPLING_KEYS = {
+    "guidance": "sampling.cfg_scale",
+    "sampling_steps": "sampling.steps",
+    "sampler": "sampling.sampler.kind",
+}
 PAIRED_SCALES = (0.5, 1.0)
 
 
@@ -25,19 +29,50 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="FILE", help="a model of training/image/train.py")
-    add("--config_path", metavar="YAML", help="optional: the checkpoint carries its config; if given, the two must agree")
-    add("--lora_path", action="append", default=[], metavar="FILE[:SCALE]", help="a LoRA of this model and its strength (1); repeatable, strengths add up")
-    add("--num_samples", type=positive_int, metavar="N", help="images; prompts take turns (default: one per prompt, or 8)")
-    add("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; {class} stands for every class in turn; repeatable (default: the classes)")
+    add(
+        "--config_path",
+        metavar="YAML",
+        help="optional: the checkpoint carries its config; if given, the two must agree",
+    )
+    add(
+        "--lora_path",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="a LoRA of this model and its strength (1); repeatable, strengths add up",
+    )
+    add(
+        "--num_samples",
+        type=positive_int,
+        metavar="N",
+        help="images; prompts take turns (default: one per prompt, or 8)",
+    )
+    add(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="what to draw; {class} stands for every class in turn; repeatable (default: the classes)",
+    )
     add("--guidance", type=float, metavar="SCALE", help="classifier-free guidance, 1 = none (default: the config's)")
     add("--sampling_steps", type=positive_int, metavar="N", help="steps of the sampler (default: the config's)")
     add("--sampler", metavar="NAME", help="ancestral, ddim, heun or dpm_solver (default: the config's)")
     add("--seed", type=int, default=0, metavar="N", help="image i is drawn from the noise of seed + i")
     add("--output_path", metavar="DIR", help="default: output/<dataset>/sample/<config name>")
     add("--save_trajectory", action="store_true", help="also write a film of the denoising (GIF)")
-    add("--allow_other_base", action="store_true", help="apply a LoRA although it was trained on another base of this shape")
+    add(
+        "--allow_other_base",
+        action="store_true",
+        help="apply a LoRA although it was trained on another base of this shape",
+    )
     add("--force_cpu", action="store_true", help="do not use a GPU that is there")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="set a key of the section sampling:, such as sampling.sampler.eta=1; repeatable")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set a key of the section sampling:, such as sampling.sampler.eta=1; repeatable",
+    )
     return parser.parse_args(argv)
 
 
@@ -46,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from omegaconf import OmegaConf
 
     from xdiffusion.build import build_sampling, load_model, override
-    from xdiffusion.checkpoints.files import content_hash, existing_weights
+    from xdiffusion.checkpoints.files import content_hash, ensure_writable, weights_file
     from xdiffusion.data.captions import PROMPT_TABLES
     from xdiffusion.lora import load_lora_weights, set_lora_scale
     from xdiffusion.lora.weights import parse_lora_spec
@@ -54,11 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xdiffusion.pictures import grid, labelled_rows, save_gif, save_png
     from xdiffusion.prompts import expand_prompts
 
-    checkpoint, note = existing_weights(Path(args.checkpoint))
-    if note:
-        print(note)
+    checkpoint = weights_file(args.checkpoint)
     model, config = load_model(checkpoint, args.config_path)
-    config = override(config, overrides_from_flags(args, SAMPLING_KEYS), "command line")
+    config = override(config, sampling_overrides(args, SAMPLING_KEYS), "command line")
     sampling = build_sampling(config, model.schedule)
     table = PROMPT_TABLES[config.data.kind.removesuffix("_inverted")]
     prompts = expand_prompts(args.prompt, table, args.num_samples)
@@ -67,11 +100,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     base_hash = content_hash(model.base_weights()) if args.lora_path and not args.allow_other_base else None
     strengths = {}
-    for i, (path, scale) in enumerate(parse_lora_spec(text) for text in args.lora_path):
+    for i, (given, scale) in enumerate(parse_lora_spec(text) for text in args.lora_path):
+        path = weights_file(given)
         report = load_lora_weights(model, path, scale=scale, adapter_name=f"lora_{i}", base_hash=base_hash)
         strengths[f"lora_{i}"] = scale
         print(f"{path}: {report}")
     model.to(best_device(args.force_cpu))
+    ensure_writable(folder)
 
     def draw(share: float, on_step=None):
         """Images with every LoRA at `share` of its strength; 0 is the base."""

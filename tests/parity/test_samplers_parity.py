@@ -63,7 +63,11 @@ NAMES = {"eps": "epsilon", "v": "v_prediction"}
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_ddim(prediction, eta):
     scheduler = DDIMScheduler(
-        **BETAS, prediction_type=NAMES[prediction], clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True
+        **BETAS,
+        prediction_type=NAMES[prediction],
+        clip_sample=False,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
     )
     scheduler.set_timesteps(STEPS)
     expected = theirs(scheduler, eta=eta, generator=torch.Generator().manual_seed(1))
@@ -92,7 +96,9 @@ def test_dpm_solver(prediction):
         **BETAS, prediction_type=NAMES[prediction], algorithm_type="dpmsolver++", timestep_spacing="trailing"
     )
     scheduler.set_timesteps(STEPS)
-    torch.testing.assert_close(ours(sample_dpm_solver, prediction, scheduler.timesteps), theirs(scheduler), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours(sample_dpm_solver, prediction, scheduler.timesteps), theirs(scheduler), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])

@@ -28,10 +28,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--config_path", required=True, metavar="YAML", help="a config whose model.text_encoder is of kind clip")
     add("--dataset_name", metavar="NAME", help="image/digits, image/mnist, image/fashion_mnist or image/cifar10")
     add("--data_dir", metavar="DIR", help="an existing copy of the data set; without it, it is downloaded")
-    add("--output_path", metavar="FILE", help="a .safetensors file; default: where training/image/train.py looks for it")
+    add(
+        "--output_path", metavar="FILE", help="a .safetensors file; default: where training/image/train.py looks for it"
+    )
     add("--num_training_steps", type=positive_int, metavar="N", help="steps (default: clip.steps of the config)")
     add("--seed", type=int, metavar="N", help="of weights and pairs")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="set any config key, such as clip.learning_rate=2e-3; repeatable")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set any config key, such as clip.learning_rate=2e-3; repeatable",
+    )
     return parser.parse_args(argv)
 
 
@@ -41,18 +49,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config = load_config(args.config_path, overrides_from_flags(args, FLAG_KEYS))
     if config.model.text_encoder.kind != "clip":
-        raise ValueError(f"model.text_encoder.kind={config.model.text_encoder.kind}: only a text encoder of kind clip is trained here")
+        raise ValueError(
+            f"model.text_encoder.kind={config.model.text_encoder.kind}: only a text encoder of kind clip is trained here"
+        )
 
     import torch
     from tqdm import tqdm
 
+    from xdiffusion.checkpoints.files import ensure_writable
     from xdiffusion.training.run import OUTPUT_ROOT
     from xdiffusion.training.text_encoder import tiny_clip_path, train_tiny_clip
 
+    path = Path(args.output_path) if args.output_path else tiny_clip_path(config, OUTPUT_ROOT)
+    ensure_writable(path.parent)
     data = build_data(config)
     torch.manual_seed(config.training.seed)
     encoder = build_text_encoder(config)
-    path = Path(args.output_path) if args.output_path else tiny_clip_path(config, OUTPUT_ROOT)
     with tqdm(total=config.clip.steps, desc="tiny CLIP", unit="step") as bar:
 
         def on_step(step: int, loss: float) -> None:

@@ -29,7 +29,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output_path", type=Path, default=Path("output/demo"), metavar="DIR", help="default: output/demo")
-    add("--num_training_steps", type=positive_int, metavar="N", help="of base and LoRA each, for a trial run (default: the config's)")
+    add(
+        "--num_training_steps",
+        type=positive_int,
+        metavar="N",
+        help="of base and LoRA each, for a trial run (default: the config's)",
+    )
     add("--num_samples", type=positive_int, default=1000, metavar="N", help="samples that are scored (1000)")
     add("--seed", type=int, default=0, metavar="N", help="of everything")
     return parser.parse_args(argv)
@@ -38,6 +43,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     from xdiffusion.build import load_config
+    from xdiffusion.checkpoints.files import write_atomically
 
     folder = args.output_path
     steps = [f"--num_training_steps={args.num_training_steps}"] if args.num_training_steps else []
@@ -48,35 +54,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     base = folder / "base" / f"diffusion-{base_steps}.safetensors"
     lora = folder / "lora" / f"diffusion-{lora_steps}-lora.safetensors"
     common = ["--config_path", CONFIG, "--seed", args.seed]
+    train = ["training/image/train.py", *common, *steps]
+    score = ["sampling/image/evaluate.py", "--checkpoint", base, "--num_samples", args.num_samples, "--json"]
     seconds: dict[str, float] = {}
 
     with stage("clip", seconds):
         command("training/clip/train.py", *common, "--output_path", clip)
     with stage("base", seconds):
-        command("training/image/train.py", *common, *steps, "--output_path", base.parent, "--set", f"model.text_encoder.pretrained={clip}")
+        command(*train, "--output_path", base.parent, "--set", f"model.text_encoder.pretrained={clip}")
     hash_before = base_hash(base)
     with stage("lora", seconds):
-        command(
-            "training/image/train.py", *common, *steps, "--output_path", lora.parent, "--dataset_name", "image/digits_inverted",
-            "--use_lora_training", "--load_model_weights_from_checkpoint", base,
-        )  # fmt: skip
+        adapt = ["--use_lora_training", "--load_model_weights_from_checkpoint", base, "--output_path", lora.parent]
+        command(*train, "--dataset_name", "image/digits_inverted", *adapt)
     with stage("sample", seconds):
-        command("sampling/image/sample.py", "--checkpoint", base, "--lora_path", lora, "--output_path", folder, "--num_samples", 40, "--save_trajectory")
+        draw = ["--num_samples", 40, "--save_trajectory", "--output_path", folder]
+        command("sampling/image/sample.py", "--checkpoint", base, "--lora_path", lora, *draw)
     with stage("evaluate", seconds):
-        score = ["--checkpoint", base, "--num_samples", args.num_samples, "--seed", args.seed, "--json"]
-        base_scores = json.loads(command("sampling/image/evaluate.py", *score, "--dataset_name", "image/digits"))
-        lora_scores = json.loads(command("sampling/image/evaluate.py", *score, "--dataset_name", "image/digits_inverted", "--lora_path", lora))
+        base_scores = command(*score, "--dataset_name", "image/digits")
+        lora_scores = command(*score, "--dataset_name", "image/digits_inverted", "--lora_path", lora)
 
     metrics = {
         "seconds": seconds | {"total": round(sum(seconds.values()), 1)},
-        "base": base_scores,
-        "lora": lora_scores,
+        "base": json.loads(base_scores),
+        "lora": json.loads(lora_scores),
         "lora_file_bytes": lora.stat().st_size,
-        "base_unchanged": hash_before == base_hash(base),
+        "base_unchanged": hash_before == base_hash(base) == trained_on(lora),
         "scale0_identical": scale0_identical(base, lora),
     }
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    print(json.dumps(metrics, indent=2))
+    text = json.dumps(metrics, indent=2) + "\n"
+    write_atomically(folder / "metrics.json", lambda path: path.write_text(text))
+    print(text)
     return 0
 
 
@@ -89,16 +96,20 @@ def stage(name: str, seconds: dict[str, float]):
 
 
 def command(script: str, *arguments: object) -> str:
-    """Run an entry script in this process (its imports are paid for once); returns what it printed if that was JSON."""
+    """Run an entry script in this process (its imports are paid for once); returns what it printed if that was JSON.
+
+    Raises:
+        ValueError: if the script failed without saying why as an error of its own.
+    """
     words = [str(a) for a in arguments]
     print(f"\n$ python {script} {shlex.join(words)}", flush=True)
     main = runpy.run_path(str(REPOSITORY / script))["main"]
-    if "--json" not in words:
-        main(words)
-        return ""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        main(words)
-    print(printed.getvalue())
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed) if "--json" in words else contextlib.nullcontext():
+        status = main(words)
+    if status:
+        raise ValueError(f"{script} ended with status {status}")
+    print(printed.getvalue(), end="")
     return printed.getvalue()
 
 
@@ -108,6 +119,13 @@ def base_hash(checkpoint: Path) -> str:
     from xdiffusion.checkpoints.native import load_model_file
 
     return content_hash(load_model_file(checkpoint).tensors)
+
+
+def trained_on(lora: Path) -> str | None:
+    """The hash of the base that a LoRA run held at its start; the run itself checks that it is the same at its end."""
+    from xdiffusion.checkpoints.native import load_lora
+
+    return load_lora(lora).base_hash
 
 
 def scale0_identical(base: Path, lora: Path) -> bool:

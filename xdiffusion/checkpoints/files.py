@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,12 +43,28 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes a private file
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+        temporary.replace(path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save's errors are RuntimeErrors
         raise CheckpointError(f"cannot write {path}: {error}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def ensure_writable(folder: Path) -> Path:
+    """Make a folder and see that it takes files, before time is spent on what is to go there; returns it.
+
+    Raises:
+        CheckpointError: if it cannot be written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"cannot write to {folder}: it is a file, not a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -64,7 +80,11 @@ def load_safetensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor]
         CheckpointError: if the file is missing, truncated, or no safetensors file.
     """
     with open_safetensors(path, device) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        try:
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+        except SafetensorError as error:  # a dtype that torch does not have
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def open_safetensors(path: Path, device: str = "cpu"):
@@ -87,7 +107,7 @@ def load_pickled(path: Path) -> Any:
         raise CheckpointError(f"no file at {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # the unpickler fails on damaged files with whatever its reading happens to hit
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path} is not a torch file of plain weights: {reason}") from error
 
@@ -102,11 +122,23 @@ def existing_weights(path: Path) -> tuple[Path, str | None]:
     """
     if path.is_file():
         return path, None
-    twin = path.with_suffix(SAFETENSORS)
-    if path.suffix in PICKLED and twin.is_file():
+    if path.suffix in PICKLED and path.with_suffix(SAFETENSORS).is_file():
+        twin = path.with_suffix(SAFETENSORS)
         return twin, f"{path} is not there; reading {twin.name} beside it"
     present = sorted(p.name for p in path.parent.glob(f"*{SAFETENSORS}")) if path.parent.is_dir() else []
     raise CheckpointError(f"no checkpoint at {path}" + (f"; there are: {', '.join(present)}" if present else ""))
+
+
+def weights_file(path: str | Path) -> Path:
+    """`existing_weights` for a command line: the line about another name goes to stderr.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    found, note = existing_weights(Path(path))
+    if note:
+        print(note, file=sys.stderr)
+    return found
 
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -12,6 +12,7 @@ from functools import cached_property
 from jaxtyping import Float, Int
 from torch import Tensor
 
+
 @dataclass(frozen=True)
 class PromptTable:
     """The captions of a data set.

@@ -70,14 +70,14 @@ class ImageSet:
 
 
 def invert(images: ImageSet) -> ImageSet:
-    """The negative of every image under the same captions: the style that a LoRA learns in the lessons."""
+    """The negative of every image under the same captions, the style that the lessons teach a LoRA; its own inverse."""
 
     def negative(split: Split) -> Split:
         return Split(255 - split.images, split.labels)
 
     return replace(
         images,
-        name=f"{images.name}_inverted",
+        name=images.name.removesuffix("_inverted") if images.inverted else f"{images.name}_inverted",
         train=negative(images.train),
         test=negative(images.test),
         inverted=not images.inverted,

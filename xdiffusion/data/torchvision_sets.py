@@ -60,10 +60,11 @@ def _load(name: str, torchvision_name: str, image_size: int, data_dir: str | Non
     try:
         with _network_timeout():
             train, test = (read(root, train=train, download=data_dir is None) for train in (True, False))
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200] or "damaged files"
         where = f"cannot be read from --data_dir {root}" if data_dir else "cannot be downloaded"
         raise DatasetUnavailable(
-            f"{name} {where} ({' '.join(str(error).split())[:200]}). Point --data_dir at a folder that "
+            f"{name} {where} ({reason}). Point --data_dir at a folder that "
             f"torchvision.datasets.{torchvision_name}(root=FOLDER) reads, or use --dataset_name image/digits, "
             "which needs no download"
         ) from error

@@ -1,6 +1,6 @@
 """Frechet distance between two sets of features, each read as a Gaussian ([FID] eq. 6).
 
-    d^2 = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))
+d^2 = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))
 """
 
 from __future__ import annotations

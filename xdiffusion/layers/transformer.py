@@ -79,7 +79,10 @@ class SpatialTransformer(nn.Module):
     ):
         super().__init__()
         self.projection = projection
-        make_projection = {"conv": lambda: nn.Conv2d(channels, channels, 1), "linear": lambda: nn.Linear(channels, channels)}
+        make_projection = {
+            "conv": lambda: nn.Conv2d(channels, channels, 1),
+            "linear": lambda: nn.Linear(channels, channels),
+        }
         if projection != "none":
             self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
             self.proj_in = make_projection[projection]()

@@ -74,7 +74,7 @@ class _MergedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, merged, lora_A, lora_B = ctx.saved_tensors
-        rows, grad_rows = x.flatten(0, -2), grad.to(x.dtype).flatten(0, -2)
+        rows, grad_rows = (a.reshape(-1, a.shape[-1]) for a in (x, grad.to(x.dtype)))
         grad_x = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_rows @ merged).view_as(x)

@@ -49,7 +49,7 @@ def apply_lora_to_model(
         LoRAError: if no layer matches, or the rank or the dropout is out of range; the model is unchanged then.
     """
     names = target_names(model, target_modules)
-    _check_adapter(model, names, rank, dropout, adapter_name)
+    check_adapter(model, names, rank, dropout, adapter_name)
     model.requires_grad_(False)
     for name in names:
         lora_layer_at(model, name).add_adapter(adapter_name, rank, alpha, dropout)
@@ -62,7 +62,7 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str]) -> list[
     Raises:
         LoRAError: if there is none.
     """
-    layers = {n: m for n, m in model.named_modules() if n and _base_class(m)}
+    layers = {n: m for n, m in model.named_modules() if n and base_class_of(m)}
     if not isinstance(target_modules, str):
         found = [n for n in layers if _has_ending(n, target_modules)]
     elif target_modules == "attention":
@@ -86,12 +86,10 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str]) -> list[
 
 def lora_layer_at(model: nn.Module, name: str) -> LoRALayer:
     """The LoRA layer at a name, put around the layer there if it has none yet."""
-    parent_name, _, child_name = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    layer = getattr(parent, child_name)
+    layer = model.get_submodule(name)
     if not isinstance(layer, LoRALayer):
-        layer = WRAPPERS[_base_class(layer)].wrap(layer)
-        setattr(parent, child_name, layer)
+        layer = WRAPPERS[base_class_of(layer)].wrap(layer)
+        _replace(model, name, layer)
     return layer
 
 
@@ -156,12 +154,12 @@ def unmerge_lora_weights(model: nn.Module) -> None:
     if not merged:
         raise LoRAError(f"{type(model).__name__} is not merged")
     for name, module in merged:
-        _replace(model, name, module.merged_from[0])
+        _replace(model, name, module.merged_from[0].train(module.training))
 
 
 @torch.no_grad()
 def _merged(layer: LoRALayer) -> nn.Module:
-    base_class = _base_class(layer)
+    base_class = base_class_of(layer)
     plain = base_class.__new__(base_class)
     plain.__dict__ = layer.__dict__.copy()
     plain._parameters = layer._parameters.copy()
@@ -173,7 +171,7 @@ def _merged(layer: LoRALayer) -> nn.Module:
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     if not name:
-        raise LoRAError("a LoRA layer can be merged only inside a model that holds it")
+        raise LoRAError("a layer can be wrapped or merged only inside a model that holds it")
     parent_name, _, child_name = name.rpartition(".")
     setattr(model.get_submodule(parent_name), child_name, module)
 
@@ -191,20 +189,29 @@ def _settings(model: nn.Module, adapter_name: str | None) -> Iterator:
     return iter(found)
 
 
-def _check_adapter(model: nn.Module, names: list[str], rank: int, dropout: float, adapter_name: str) -> None:
-    """Complain before anything is changed."""
+def check_adapter(model: nn.Module, names: list[str], rank: int, dropout: float, adapter_name: str) -> None:
+    """Complain before anything is changed.
+
+    Raises:
+        LoRAError: if an adapter of this rank, dropout and name cannot be given to one of the named layers.
+    """
+    if "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):
+        raise LoRAError(f"adapter_name={adapter_name!r} must hold no dot and be no method of nn.ParameterDict")
     if not 0 <= dropout < 1:
         raise LoRAError(f"LoRA dropout={dropout} must be in [0, 1)")
     for name in names:
         layer = model.get_submodule(name)
         largest = max(layer.weight.flatten(1).shape)
         if not 1 <= rank <= largest:
-            raise LoRAError(f"LoRA rank={rank} must be in 1..{largest} for {name}, a weight {tuple(layer.weight.shape)}")
+            raise LoRAError(
+                f"LoRA rank={rank} must be in 1..{largest} for {name}, a weight {tuple(layer.weight.shape)}"
+            )
         if adapter_name in getattr(layer, "adapters", ()):
             raise LoRAError(f"{name} has an adapter named {adapter_name!r} already")
 
 
-def _base_class(module: nn.Module) -> type[nn.Module] | None:
+def base_class_of(module: nn.Module | None) -> type[nn.Module] | None:
+    """nn.Linear, nn.Conv1d or nn.Conv2d; None for a module that cannot have an adapter."""
     if isinstance(module, NonDynamicallyQuantizableLinear):  # nn.MultiheadAttention reads its weight without calling it
         return None
     return next((base for base in WRAPPERS if isinstance(module, base)), None)
@@ -218,4 +225,6 @@ def _compiled(pattern: str) -> re.Pattern:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise LoRAError(f"LoRA targets {pattern!r} are neither of {', '.join(PRESETS)} nor a regular expression") from error
+        raise LoRAError(
+            f"LoRA targets {pattern!r} are neither of {', '.join(PRESETS)} nor a regular expression"
+        ) from error

@@ -79,7 +79,9 @@ class LoRALayer(nn.Module):
         """
         out_size, in_size = self.weight.flatten(1).shape
         if not 1 <= rank <= max(out_size, in_size):
-            raise LoRAError(f"LoRA rank={rank} must be in 1..{max(out_size, in_size)} for a weight {tuple(self.weight.shape)}")
+            raise LoRAError(
+                f"LoRA rank={rank} must be in 1..{max(out_size, in_size)} for a weight {tuple(self.weight.shape)}"
+            )
         if not 0 <= dropout < 1:
             raise LoRAError(f"LoRA dropout={dropout} must be in [0, 1)")
         if name in self.adapters:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from xdiffusion.checkpoints.native import LoRAFile, load_lora, save_lora
-from xdiffusion.lora.inject import lora_layer_at, lora_layers
+from xdiffusion.lora.inject import base_class_of, check_adapter, lora_layer_at, lora_layers
 from xdiffusion.lora.layers import DEFAULT_ADAPTER, LoRAError, LoRALayer
 
 
@@ -82,13 +82,13 @@ def load_lora_weights(
         base_hash: content hash of the model; compared with the file's where both are known.
 
     Raises:
-        LoRAError: if nothing or not everything matches, a factor is missing or of a wrong shape, the update is zero, or
-            the file was trained on another base.
+        LoRAError: if nothing or not everything matches, a factor is missing, of a wrong shape or not finite, the update
+            is zero, the model has an adapter of that name, or the file was trained on another base.
     """
     lora = load_lora(Path(path))
     if base_hash and lora.base_hash and base_hash != lora.base_hash:
         raise LoRAError(f"{path} was trained on another base: it names {lora.base_hash}, this model is {base_hash}")
-    modules = _checked_modules(model, lora, path)
+    modules = _checked_modules(model, lora, adapter_name, path)
     for name in modules:
         layer = lora_layer_at(model, name)
         rank = lora.tensors[f"{name}.lora_A"].shape[0]
@@ -101,7 +101,7 @@ def load_lora_weights(
 
 
 def parse_lora_spec(text: str) -> tuple[Path, float]:
-    """"FILE" or "FILE:SCALE" -> (path, scale).
+    """ "FILE" or "FILE:SCALE" -> (path, scale).
 
     Raises:
         LoRAError: if what follows the last colon is no finite number and the whole is no file.
@@ -118,35 +118,42 @@ def parse_lora_spec(text: str) -> tuple[Path, float]:
     return Path(path), value
 
 
-def _checked_modules(model: nn.Module, lora: LoRAFile, path: str | Path) -> list[str]:
+def _checked_modules(model: nn.Module, lora: LoRAFile, adapter_name: str, path: str | Path) -> list[str]:
     """The module names of the file, all of which the model has with fitting shapes."""
     present = dict(model.named_modules())
     names = sorted(lora.alphas)
-    unexpected = [n for n in names if not hasattr(present.get(n), "weight")]
+    unexpected = [n for n in names if base_class_of(present.get(n)) is None]
     if unexpected:
         raise LoRAError(
             f"{path} does not fit this model: {len(unexpected)} of its {len(names)} modules are not there, "
             f"such as {unexpected[0]}"
         )
+    stray = lora.tensors.keys() - {f"{n}.lora_{x}" for n in names for x in "AB"}
+    if stray:
+        raise LoRAError(f"{path}: {min(stray)} is neither a lora_A nor a lora_B")
     for name in names:
         factors = [lora.tensors.get(f"{name}.lora_{x}") for x in "AB"]
         if None in factors:
             raise LoRAError(f"{path}: one factor of {name} is missing")
+        if not all(factor.isfinite().all() for factor in factors):
+            raise LoRAError(f"{path}: the factors of {name} are not finite")
         _check_shapes(name, present[name].weight, *factors, path)
+        check_adapter(model, [name], factors[0].shape[0], 0.0, adapter_name)
     if not any(lora.tensors[f"{n}.lora_B"].any() for n in names):
         raise LoRAError(f"{path}: every lora_B is zero, so it would change nothing")
     return names
 
 
 def _check_shapes(name: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor, path: str | Path) -> None:
-    fits = lora_A.shape[1:] == weight.shape[1:] and lora_B.shape[0] == weight.shape[0]
-    if not fits or lora_A.shape[0] != lora_B.shape[1]:
+    ranks, ones = lora_A.shape[:1], [1] * (weight.dim() - 2)
+    if lora_A.shape != (*ranks, *weight.shape[1:]) or lora_B.shape != (*weight.shape[:1], *ranks, *ones):
         raise LoRAError(
             f"{path} does not fit this model: {name} has weight {tuple(weight.shape)}, "
             f"the file's factors are A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}"
         )
 
 
+@torch.no_grad()
 def _report(model: nn.Module, modules: list[str], adapter_name: str) -> LoadReport:
     layers: list[LoRALayer] = [model.get_submodule(name) for name in modules]
     deltas = torch.stack([layer.delta(adapter_name).square().sum() for layer in layers])

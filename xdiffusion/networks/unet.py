@@ -101,7 +101,9 @@ class UNet(nn.Module):
             last = i == len(levels) - 1
             resnets, width = _chain(resnet, [width] + [level_width] * num_res_blocks)
             attentions = [transformer(level_width, depth) for _ in resnets if depth]
-            self.down_blocks.append(_Level(resnets, attentions, downsample=None if last else Downsample(width, resample)))
+            self.down_blocks.append(
+                _Level(resnets, attentions, downsample=None if last else Downsample(width, resample))
+            )
             skip_widths += [level_width] * (num_res_blocks + (not last))
 
         self.mid_block = _Level(
@@ -200,11 +202,15 @@ def _layout(weight: Tensor) -> torch.memory_format:
 
 def _check_widths(channels, transformer_depth, head_dim, num_heads, norm_groups) -> None:
     if not channels or len(channels) != len(transformer_depth):
-        raise ValueError(f"channels={list(channels)} and transformer_depth={list(transformer_depth)} must be of one length")
+        raise ValueError(
+            f"channels={list(channels)} and transformer_depth={list(transformer_depth)} must be of one length"
+        )
     if (head_dim is None) == (num_heads is None):
         raise ValueError(f"give either head_dim or num_heads, not head_dim={head_dim} and num_heads={num_heads}")
     for width in channels:
         if width % (head_dim or num_heads):
-            raise ValueError(f"{'head_dim' if head_dim else 'num_heads'}={head_dim or num_heads} does not divide {width}")
+            raise ValueError(
+                f"{'head_dim' if head_dim else 'num_heads'}={head_dim or num_heads} does not divide {width}"
+            )
         if width % norm_groups:
             raise ValueError(f"norm_groups={norm_groups} does not divide the level width {width}")

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from xdiffusion.text_encoders.clip import CLIPTextEncoder
 
-
 SECONDS_WITHOUT_ANSWER = 5.0
 
 
@@ -30,7 +29,9 @@ def open_clip_text_encoder(model_name: str) -> CLIPTextEncoder:
 
     config = open_clip.get_model_config(model_name)
     if config is None:
-        raise ValueError(f"model_name={model_name!r} is none of open_clip's models (open_clip.list_models() lists them)")
+        raise ValueError(
+            f"model_name={model_name!r} is none of open_clip's models (open_clip.list_models() lists them)"
+        )
     text = config["text_cfg"]
     if "hf_model_name" in text or "width" not in text:
         raise ValueError(f"model_name={model_name!r} has a text tower that is not CLIP's own transformer")

@@ -95,7 +95,8 @@ def train_contrastive(
     model.text.token_embedding.weight.requires_grad_(False)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
-    one_cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    warmup = 0.1 if steps > 10 else 0.3  # OneCycleLR divides by zero where its warm-up is one step, as 0.1 of 10 is
+    one_cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=warmup)
     by_class = [torch.nonzero(data.train.labels == k).flatten() for k in range(data.prompts.num_classes)]
     for step in range(steps):
         index = _one_of_each_class(by_class, groups, generator).flatten()

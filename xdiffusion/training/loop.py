@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +85,8 @@ class Trainer:
         learning_rate = learning_rate_at(step, self.settings.num_training_steps, self.optimizer_settings)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        # LoRA's dropout draws from the global generator, which must not depend on the steps before either
+        torch.manual_seed(generator_at(self.settings.seed, "dropout", step).initial_seed())
         parts = self.settings.gradient_accumulation_steps
         total = sum(self._backward_part(step, part, parts) for part in range(parts))
         grad_norm = self.accelerator.clip_grad_norm_(self.trainable.values(), self.optimizer_settings.max_grad_norm)

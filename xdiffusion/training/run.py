@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from xdiffusion.checkpoints.files import CheckpointError, write_atomically
+from xdiffusion.checkpoints.files import ensure_writable, write_atomically
 from xdiffusion.lora.inject import apply_lora_to_model, lora_layers
 from xdiffusion.model import DiffusionModel
 
@@ -15,7 +15,7 @@ OUTPUT_ROOT = Path("output")
 
 
 def run_folder(config: DictConfig, config_path: str, output_path: str | None, *, lora: bool) -> Path:
-    """The folder of a run, made and seen to be writable, with the resolved config in it.
+    """The folder of a run, made and seen to be writable.
 
     output/<dataset>/<config name>, for a LoRA run output/<dataset>/<config name>/lora, unless output_path names it.
 
@@ -25,10 +25,12 @@ def run_folder(config: DictConfig, config_path: str, output_path: str | None, *,
     folder = Path(output_path) if output_path else OUTPUT_ROOT / config.data.kind / Path(config_path).stem
     if lora and not output_path:
         folder = folder / "lora"
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"cannot write to {folder}: it is a file, not a folder")
+    return ensure_writable(folder)
+
+
+def save_config(folder: Path, config: DictConfig) -> None:
+    """Write the resolved config of a run that is about to take its first step."""
     write_atomically(folder / "config.yaml", lambda path: path.write_text(OmegaConf.to_yaml(config)))
-    return folder
 
 
 def make_trainable(model: DiffusionModel, config: DictConfig, *, lora: bool) -> None:
@@ -53,7 +55,9 @@ def describe_model(model: DiffusionModel, config: DictConfig | None = None) -> s
     )
     if layers:
         share = lora / network
-        lines.append(f"LoRA: {lora:,} trainable parameters in {len(layers)} layers, {share:.2%} of the network's {network:,}")
+        lines.append(
+            f"LoRA: {lora:,} trainable parameters in {len(layers)} layers, {share:.2%} of the network's {network:,}"
+        )
     return "\n".join(lines)
 
 

@@ -65,7 +65,7 @@ class RunCheckpoints:
         if resume_from == "auto" and self.newest() is None:
             return 0
         path = self.newest() if resume_from == "auto" else existing_weights(Path(resume_from))[0]
-        averaged = load_lora(path).tensors if self.base_hash else load_model_file(path).tensors
+        averaged = self._averaged(path)
         state = load_pickled(state_path(path))
         try:
             average = {name: averaged[_file_name(name)] for name in trainer.trainable}
@@ -77,6 +77,14 @@ class RunCheckpoints:
             return int(state["step"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} does not belong to this run: {error}") from error
+
+    def _averaged(self, path: Path) -> dict[str, torch.Tensor]:
+        if not self.base_hash:
+            return load_model_file(path).tensors
+        lora = load_lora(path)
+        if lora.base_hash != self.base_hash:
+            raise CheckpointError(f"{path} is of another base: {lora.base_hash}, this run's is {self.base_hash}")
+        return lora.tensors
 
     def newest(self) -> Path | None:
         """The weights file of the highest step that has its state beside it."""
@@ -104,7 +112,7 @@ def state_path(weights: Path) -> Path:
 
 def _file_name(parameter: str) -> str:
     """network.x.lora_A.default -> network.x.lora_A, as LoRA files name factors; other names stay."""
-    module, _, last = parameter.rpartition(".")
+    module, _, _ = parameter.rpartition(".")
     return module if module.endswith((".lora_A", ".lora_B")) else parameter
 
 

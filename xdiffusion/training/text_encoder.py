@@ -93,4 +93,6 @@ def _load(encoder: CLIPTextEncoder, weights: dict, source: str) -> None:
     try:
         encoder.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f"{source} does not fit model.text_encoder: {' '.join(str(error).split())[:300]}") from error
+        raise CheckpointError(
+            f"{source} does not fit model.text_encoder: {' '.join(str(error).split())[:300]}"
+        ) from error

@@ -1,0 +1,212 @@
+"""The two sides of a benchmark: our UNet and diffusers' UNet2DConditionModel of the same architecture and weights.
+
+Also diffusers' own way to train (a plain loop as its tutorial has it) and to sample (its schedulers with batched
+guidance as its pipelines do it).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xdiffusion.autoencoders.identity import IdentityAutoencoder
+from xdiffusion.checkpoints.diffusers import unet_from_diffusers
+from xdiffusion.data.digits import load_digits
+from xdiffusion.data.image_set import ImageSet, Split, to_uint8, to_unit_range
+from xdiffusion.diffusion.schedules import BetaSchedule
+from xdiffusion.model import DiffusionModel
+from xdiffusion.networks.unet import UNet
+from xdiffusion.text_encoders.clip import CLIPTextEncoder
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+CONTEXT_DIM = 64
+CONTEXT_LENGTH = 12
+
+
+@dataclass(frozen=True)
+class Size:
+    """An architecture that both libraries can express, and the batch it is trained with.
+
+    `patch_size` is folded into the channels of the data beforehand, since diffusers' UNet has no such argument.
+    """
+
+    image_size: int
+    patch_size: int
+    channels: tuple[int, ...]
+    transformer_depth: tuple[int, ...]
+    head_dim: int
+    norm_groups: int
+    batch_size: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the UNet sees."""
+        side = self.image_size // self.patch_size
+        return self.patch_size**2, side, side
+
+
+SIZES = {
+    "digits": Size(24, 3, (64, 64), (1, 1), 32, 8, 32),
+    "mnist": Size(32, 1, (64, 128, 128), (0, 1, 1), 32, 32, 16),
+    "tiny": Size(8, 1, (16, 16), (1, 1), 8, 8, 2),
+}
+
+
+def peer_unet(size: Size, seed: int = 0) -> nn.Module:
+    """diffusers' UNet of this size; its attention_head_dim is the number of heads."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=size.shape[-1],
+        in_channels=size.shape[0],
+        out_channels=size.shape[0],
+        block_out_channels=size.channels,
+        layers_per_block=1,
+        down_block_types=["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in size.transformer_depth],
+        up_block_types=["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in reversed(size.transformer_depth)],
+        cross_attention_dim=CONTEXT_DIM,
+        attention_head_dim=[width // size.head_dim for width in size.channels],
+        use_linear_projection=True,
+        norm_num_groups=size.norm_groups,
+        resnet_time_scale_shift="scale_shift",
+    )
+
+
+def our_model(size: Size, peer: nn.Module) -> DiffusionModel:
+    """Our model with the peer's UNet weights, DDPM's linear betas, eps prediction and a random frozen text encoder."""
+    torch.manual_seed(0)
+    network = UNet(
+        in_channels=size.shape[0],
+        context_dim=CONTEXT_DIM,
+        channels=size.channels,
+        num_res_blocks=1,
+        transformer_depth=size.transformer_depth,
+        head_dim=size.head_dim,
+        norm_groups=size.norm_groups,
+    )
+    network.load_state_dict(unet_from_diffusers(peer.state_dict()))
+    text_encoder = CLIPTextEncoder(width=CONTEXT_DIM, context_length=CONTEXT_LENGTH)
+    model = DiffusionModel(network, text_encoder, IdentityAutoencoder(size.shape[0]), BetaSchedule(), "eps", size.shape)
+    return model.requires_grad_(False)
+
+
+def check_same_size(ours: nn.Module, theirs: nn.Module) -> dict[str, int]:
+    """Both parameter counts.
+
+    Raises:
+        AssertionError: if they differ by more than one percent.
+    """
+    counts = {f"parameters_{side}": count(model) for side, model in (("ours", ours), ("theirs", theirs))}
+    smaller, larger = sorted(counts.values())
+    assert larger <= 1.01 * smaller, f"not the same size: {counts}"
+    return counts
+
+
+def count(model: nn.Module, trainable: bool = False) -> int:
+    """Parameters of a model, or the trainable ones alone."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+@torch.no_grad()
+def largest_difference(ours: nn.Module, theirs: nn.Module, size: Size, device: torch.device) -> float:
+    """max |ours - theirs| of one forward pass over max |theirs|: that both compute the same."""
+    generator = torch.Generator().manual_seed(0)
+    xt = torch.randn(2, *size.shape, generator=generator).to(device)
+    time = torch.tensor([3.0, 700.0], device=device)
+    context = torch.randn(2, CONTEXT_LENGTH, CONTEXT_DIM, generator=generator).to(device)
+    expected = as_function(theirs)(xt, time, context)
+    return float((ours(xt, time, context) - expected).abs().max() / expected.abs().max())
+
+
+def as_function(unet: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """diffusers' UNet as (xt, time, context) -> prediction."""
+    return lambda xt, time, context: unet(xt, time, encoder_hidden_states=context, return_dict=False)[0]
+
+
+def folded_digits(size: Size) -> ImageSet:
+    """The embedded digits at this size, with patches folded into channels."""
+    digits = load_digits(size.image_size)
+
+    def fold(split: Split) -> Split:
+        return Split(F.pixel_unshuffle(split.images, size.patch_size), split.labels)
+
+    return ImageSet(digits.name, fold(digits.train), fold(digits.test), digits.prompts)
+
+
+class PeerTraining:
+    """The training loop of diffusers' tutorial: DDPM noise, eps loss, gradient clipping, AdamW at its defaults.
+
+    Args:
+        unet: its weights that require gradients are trained.
+        warmup_steps: of the learning rate.
+    """
+
+    def __init__(self, unet: nn.Module, warmup_steps: int = 500):
+        from diffusers import DDPMScheduler
+        from diffusers.optimization import get_constant_schedule_with_warmup
+
+        self.unet = unet.train()
+        self.scheduler = DDPMScheduler(num_train_timesteps=1000)
+        self.trainable = [p for p in unet.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-4)
+        self.warmup = get_constant_schedule_with_warmup(self.optimizer, warmup_steps)
+
+    def step(self, x0: Tensor, context: Tensor) -> float:
+        """One optimizer step; returns its loss."""
+        noise = torch.randn_like(x0)
+        timesteps = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(x0),), device=x0.device)
+        noisy = self.scheduler.add_noise(x0, noise, timesteps)
+        noise_pred = self.unet(noisy, timesteps, encoder_hidden_states=context, return_dict=False)[0]
+        loss = F.mse_loss(noise_pred, noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
+        self.optimizer.step()
+        self.warmup.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+def add_peft_lora(unet: nn.Module, rank: int) -> nn.Module:
+    """Freeze diffusers' UNet and give its attention projections a LoRA by peft, as its LoRA training script does."""
+    from peft import LoraConfig
+
+    unet.requires_grad_(False)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets))
+    return unet
+
+
+@torch.no_grad()
+def peer_sample(
+    network: Callable[[Tensor, Tensor, Tensor], Tensor],
+    scheduler,
+    noise: Tensor,
+    context: Tensor,
+    null_context: Tensor,
+    *,
+    steps: int,
+    cfg_scale: float,
+) -> Tensor:
+    """A diffusers pipeline's denoising loop: both halves of the guidance in one batch, then the scheduler's step."""
+    scheduler.set_timesteps(steps, device=noise.device)
+    both = torch.cat([null_context.expand_as(context), context])
+    latents = noise * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        model_input = scheduler.scale_model_input(torch.cat([latents] * 2), t)
+        uncond, cond = network(model_input, t, both).chunk(2)
+        latents = scheduler.step(uncond + cfg_scale * (cond - uncond), t, latents, return_dict=False)[0]
+    return latents
+
+
+@torch.no_grad()
+def prompt_accuracy(judge: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of images, as a saved picture would hold them, in which the judge sees the prompted class."""
+    seen = to_unit_range(to_uint8(images))
+    return float((judge(seen).argmax(1) == labels).float().mean())

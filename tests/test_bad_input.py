@@ -1,0 +1,228 @@
+"""What the commands say to bad input: one line that names it and what is allowed, status 2, and nothing written."""
+
+import json
+import math
+import pickle
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from commands import EVALUATE, SAMPLE, TRAIN, TRAIN_CLIP, files_in, run_process, run_script, set_words
+
+from xdiffusion.build import load_model
+from xdiffusion.checkpoints.native import LoRAFile, load_lora, load_model_file, save_lora, save_model
+from xdiffusion.training import loop
+
+BASE = "--load_model_weights_from_checkpoint"
+LORA = f"--use_lora_training {BASE}"
+# script -> words that spoil a good command -> pieces of the message, in this order; {name} is a file, see below
+BAD_INPUT = {
+    TRAIN: {
+        "--set optimizer.learning_rat=1": "optimizer.learning_rat is unknown, did you mean learning_rate?; allowed: ",
+        "--set training.seed=true": "training.seed=True must be int",
+        "--set training.seed": "'training.seed' must have the form KEY=VALUE",
+        "--set training.batch_size=0": "training.batch_size=0 must be at least 1",
+        "--set training.gradient_accumulation_steps=3": "steps=3 must divide training.batch_size=4",
+        "--set data.image_size=7": "image_size=7 must be at least 8",
+        "--set sampling.steps=0": "steps=0 must be at least 1",
+        "--set model.text_encoder.pretrained=openai": "pretrained='openai' ... allowed are tiny, null, or a",
+        "--dataset_name image/digitz": "'image/digitz' ... image/digits, image/mnist ... also with _inverted",
+        "--dataset_name image/mnist --data_dir nowhere": "image/mnist ... --data_dir nowhere ... image/digits",
+        "--config_path nothing.yaml": "no config file at nothing.yaml",
+        "--num_training_steps 0": "--num_training_steps ... '0' ... at least 1",
+        "--batch_size many": "--batch_size ... 'many' ... at least 1",
+        "--mixed_precision fp8": "--mixed_precision ... 'fp8' ... bf16",
+        "--resume_from nothing.safetensors": "no checkpoint at nothing.safetensors",
+        "--resume_from {text}": "text.safetensors is not a whole safetensors file",
+        "--use_lora_training": f"--use_lora_training adapts a trained model ... {BASE}",
+        LORA + " {checkpoint}.pt": "no checkpoint at ... there are: diffusion-2.safetensors",
+        LORA + " {lora}": "diffusion-2-lora.safetensors is a LoRA",
+        LORA + " {checkpoint} --set lora.target_modules=[to_x]": "LoRA targets ['to_x']; allowed: attention",
+        LORA + " {checkpoint} --set lora.rank=0": "rank=0 must be in 1..",
+        BASE + " {checkpoint} --set model.network.channels=[16,32]":
+            "diffusion-2.safetensors ... another architecture: model.network.channels=[16, 16] there, [16, 32] in the",
+        BASE + " {other_weights}": "other_weights.pt is a checkpoint for another architecture",
+        BASE + " {no_weights}": "no_weights.pt holds no state dict",
+    },
+    SAMPLE: {
+        "--sampler ddmi": "'ddmi' is unknown, did you mean ddim?; allowed: ancestral, ddim, heun, dpm_solver",
+        "--prompt 'a {{clas}}'": "unknown slot {clas}; allowed: {class}",
+        "--num_samples 0": "--num_samples ... '0' ... at least 1",
+        "--guidance much": "--guidance ... 'much'",
+        "--set sampling.steps=0": "steps=0 must be at least 1",
+        "--set model.network.patch_size=2": "'model.network.patch_size=2': only keys of the section sampling:",
+        "--config_path {config}": "another architecture: ... [16, 16] there, [64, 64] in the config",
+        "--checkpoint {checkpoint}.pt": "no checkpoint at ... there are: diffusion-2.safetensors",
+        "--checkpoint .": "no checkpoint at .",
+        "--checkpoint {text}": "text.safetensors is not a whole safetensors file",
+        "--checkpoint {truncated}": "truncated.safetensors is not a whole safetensors file",
+        "--checkpoint {pickled}": "pickled.safetensors is not a whole safetensors file",
+        "--checkpoint {damaged}": "damaged.pt is not a torch file of plain weights",
+        "--checkpoint {other_weights}": "other_weights.pt carries no config ... --config_path",
+        "--checkpoint {lora}": "diffusion-2-lora.safetensors is a LoRA ... --lora_path",
+        "--lora_path nothing.safetensors": "no checkpoint at nothing.safetensors",
+        "--lora_path {checkpoint}": "diffusion-2.safetensors is not a LoRA file of this project",
+        "--lora_path {text}": "text.safetensors is not a whole safetensors file",
+        "--lora_path {lora} --checkpoint {other_base}": "-lora.safetensors was trained on another base",
+        "--lora_path {matches_nothing}": "matches_nothing.safetensors does not fit this model ... such as elsewhere.",
+        "--lora_path {changes_nothing}": "changes_nothing.safetensors: every lora_B is zero",
+        "--lora_path {lora}:strong": "'strong' ... must be a number",
+    },
+    EVALUATE: {
+        "--num_samples 1": "--num_samples 1 ... at least 2",
+        "--dataset_name image/digit": "'image/digit' is unknown, did you mean image/digits?",
+        "--dataset_name image/cifar10 --data_dir nowhere": "image/cifar10 ... --data_dir nowhere ... image/digits",
+        "--lora_path {lora} --checkpoint {other_base}": "-lora.safetensors was trained on another base",
+    },
+    TRAIN_CLIP: {
+        "--num_training_steps 0": "--num_training_steps ... '0' ... at least 1",
+        "--dataset_name image/digit": "'image/digit' is unknown, did you mean image/digits?",
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def command(tiny_run, tmp_path_factory):
+    """command(script, words): the words of a command that would work, then `words` with the paths of prepared files."""
+    folder = tmp_path_factory.mktemp("bad")
+    named = {"checkpoint": tiny_run.checkpoint, "lora": tiny_run.lora, "config": tiny_run.config_path}
+
+    def path(name: str) -> Path:
+        named[name.partition(".")[0]] = folder / name
+        return folder / name
+
+    path("text.safetensors").write_text("this is no checkpoint")
+    path("truncated.safetensors").write_bytes(tiny_run.checkpoint.read_bytes()[:-1000])
+    path("pickled.safetensors").write_bytes(pickle.dumps({"a": 1}))
+    path("damaged.pt").write_bytes(b"PK\x03\x04 no zip file")
+    torch.save({"step": 3}, path("no_weights.pt"))
+    torch.save({"network.conv_in.weight": torch.zeros(3)}, path("other_weights.pt"))
+    base, lora = load_model_file(tiny_run.checkpoint), load_lora(tiny_run.lora)
+    tensors = base.tensors | {"network.conv_out.bias": base.tensors["network.conv_out.bias"] + 1}
+    save_model(path("other_base.safetensors"), tensors, config=base.config, image_shape=base.image_shape, step=2)
+    elsewhere = [{f"elsewhere.{name}": x for name, x in part.items()} for part in (lora.tensors, lora.alphas)]
+    save_lora(path("matches_nothing.safetensors"), LoRAFile(*elsewhere))
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in lora.tensors.items()}
+    save_lora(path("changes_nothing.safetensors"), LoRAFile(zeros, lora.alphas))
+
+    training = ["--config_path", str(tiny_run.config_path), *set_words(tiny_run.overrides)]
+    model = ["--checkpoint", str(tiny_run.checkpoint)]
+    needed = {TRAIN: training, TRAIN_CLIP: training, SAMPLE: model, EVALUATE: model}
+    return lambda script, words: needed[script] + [word.format(**named) for word in shlex.split(words)]
+
+
+def message_of(err: str) -> str:
+    """The one line on stderr (argparse puts its usage before it)."""
+    assert "Traceback" not in err
+    *usage, message = err.rstrip("\n").split("\n")
+    if usage:
+        assert usage[0].startswith("usage: ")
+        assert all(line.startswith(" ") for line in usage[1:])
+        message = message.partition(": ")[2]  # the name of the program
+    assert message.startswith("error: ")
+    return message
+
+
+@pytest.mark.parametrize(
+    ("script", "words"), [(script, words) for script, cases in BAD_INPUT.items() for words in cases]
+)
+def test_one_line_status_2_and_nothing_written(script, words, command, work_folder, capsys):
+    assert run_script(script, *command(script, words)) == 2
+    message = message_of(capsys.readouterr().err)
+    pieces = BAD_INPUT[script][words].split(" ... ")
+    assert re.search(".*".join(map(re.escape, pieces)), message), message
+    assert files_in(work_folder) == set()
+
+
+@pytest.mark.parametrize("script", [TRAIN, TRAIN_CLIP, SAMPLE])
+@pytest.mark.parametrize("below", ["", "/deeper"])
+def test_an_unwritable_output_folder(script, below, command, work_folder, capsys):
+    """Below a regular file, because tests may run as root, who can write anywhere else."""
+    (work_folder / "file").write_text("kept")
+    output = f"file{below}/clip.safetensors" if script == TRAIN_CLIP else f"file{below}"
+    assert run_script(script, *command(script, f"--output_path {output}")) == 2
+    assert message_of(capsys.readouterr().err).startswith(f"error: cannot write to file{below}: ")
+    assert files_in(work_folder) == {"file"}
+    assert (work_folder / "file").read_text() == "kept"
+
+
+def test_a_failed_start_leaves_an_earlier_run_as_it_was(command, work_folder):
+    assert run_script(TRAIN, *command(TRAIN, "--output_path run")) == 0
+    before = {name: (work_folder / name).read_bytes() for name in files_in(work_folder)}
+    for words in (f"{BASE} {{text}}", "--set sampling.steps=0", "--resume_from {lora}"):
+        assert run_script(TRAIN, *command(TRAIN, f"--output_path run --seed 7 {words}")) == 2
+    assert {name: (work_folder / name).read_bytes() for name in files_in(work_folder)} == before
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [(TRAIN, "--set optimizer.learning_rat=1"), (SAMPLE, "--num_samples 0"), (SAMPLE, "--checkpoint {text}")],
+)
+def test_the_same_in_a_process_of_its_own(script, words, command, work_folder):
+    done = run_process(script, *command(script, words))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert BAD_INPUT[script][words].split(" ... ")[-1] in message_of(done.stderr)
+
+
+class Intruder:
+    """Unpickling this would create a file."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("name", ["model.pt", "model.ckpt", "model.safetensors"])
+@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+@pytest.mark.parametrize("flag", ["--checkpoint", "--lora_path"])
+def test_code_in_a_pickle_is_not_run(flag, write, name, command, work_folder, capsys):
+    marker = work_folder / "intruder"
+    write({"network.conv_in.weight": Intruder(marker)}, work_folder / name)
+    assert run_script(SAMPLE, *command(SAMPLE, f"{flag} {name}")) == 2
+    assert name in message_of(capsys.readouterr().err)
+    assert not marker.exists()
+    if write is not torch.save:
+        pickle.loads((work_folder / name).read_bytes())  # the file is what it pretends to be
+        assert marker.exists()
+
+
+# --- a loss that is no number: not a user's mistake, so status 1 ---
+
+
+def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(command, work_folder, capsys, monkeypatch):
+    calls = []
+
+    def loss(*arguments, **keywords):
+        calls.append(keywords)
+        return real_loss(*arguments, **keywords) * (math.nan if len(calls) == 5 else 1)
+
+    real_loss = loop.loss
+    monkeypatch.setattr(loop, "loss", loss)
+    words = "--output_path run --num_training_steps 8 --save_and_sample_every_n 2"
+    assert run_script(TRAIN, *command(TRAIN, words)) == 1
+    assert re.fullmatch(
+        "error: training stopped, loss nan.* at step 5; last good checkpoint: run/diffusion-4.safetensors",
+        capsys.readouterr().err.splitlines()[-1],
+    )
+    assert len(calls) == 5
+    weights = {name for name in files_in(work_folder / "run") if name.startswith("diffusion")}
+    assert weights == {f"diffusion-{step}.{ending}" for step in (2, 4) for ending in ("safetensors", "state.pt")}
+    model, _ = load_model(work_folder / "run/diffusion-4.safetensors")
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    metrics = [json.loads(line) for line in (work_folder / "run/metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
+    assert all(math.isfinite(m["loss"]) for m in metrics)
+
+
+def test_an_absurd_learning_rate_is_caught(command, work_folder, capsys):
+    words = "--output_path run --num_training_steps 20 --save_and_sample_every_n 20 --set optimizer.learning_rate=1e30"
+    assert run_script(TRAIN, *command(TRAIN, words)) == 1
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"error: training stopped, .* at step \d+; last good checkpoint: none", last_line)
+    assert not [name for name in files_in(work_folder / "run") if name.endswith((".safetensors", ".pt", ".tmp"))]

@@ -1,0 +1,263 @@
+"""The commands as a user types them: their help, what they write and what they say."""
+
+import argparse
+import json
+import math
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import (
+    DEMO,
+    EVALUATE,
+    ROOT,
+    SAMPLE,
+    SAMPLE_MNIST,
+    TRAIN,
+    TRAIN_CLIP,
+    files_in,
+    run_process,
+    run_script,
+    set_words,
+)
+from omegaconf import OmegaConf
+from PIL import Image
+
+from xdiffusion import cli, scoring
+from xdiffusion.build import load_config
+from xdiffusion.checkpoints.native import load_model_file
+from xdiffusion.evaluation.judge import train_judge
+
+HEADER = 20  # pixels of a titled grid above its images
+
+
+def pixels(path: Path) -> np.ndarray:
+    """Of a picture, below its title if it is titled."""
+    with Image.open(path) as picture:
+        levels = np.asarray(picture).astype(int)
+    return levels[HEADER:] if path.name in ("base.png", "lora.png") else levels
+
+
+# --- help ---
+
+FLAGS = {
+    TRAIN: "config_path dataset_name data_dir output_path num_training_steps batch_size save_and_sample_every_n "
+    "load_model_weights_from_checkpoint resume_from mixed_precision use_lora_training sample_with_guidance compile "
+    "force_cpu seed set dry_run",
+    SAMPLE: "config_path checkpoint lora_path num_samples prompt guidance sampling_steps sampler seed output_path "
+    "force_cpu save_trajectory",
+    EVALUATE: "checkpoint lora_path dataset_name data_dir num_samples seed json",
+    TRAIN_CLIP: "config_path dataset_name data_dir output_path num_training_steps seed set",
+    DEMO: "output_path num_training_steps num_samples seed",
+}
+FLAGS[SAMPLE_MNIST] = FLAGS[SAMPLE]
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_help_lists_every_flag_and_loads_nothing_heavy(script):
+    done = run_process(script, "--help", python=("-X", "importtime"))
+    assert done.returncode == 0
+    listed = set(re.findall(r"^  --(\w+)", done.stdout, re.MULTILINE))
+    assert set(FLAGS[script].split()) <= listed
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in loaded
+    assert not loaded & {"torch", "numpy", "omegaconf", "PIL", "matplotlib"}
+
+
+# --- the shared part ---
+
+
+def test_flags_beat_set_and_keep_their_type():
+    """YAML would read `no` as false, 2024 as a number, and what follows # as a comment."""
+    keys = {"precision": "training.mixed_precision", "data_dir": "data.data_dir", "compile": "training.compile"}
+    args = argparse.Namespace(precision="no", data_dir="2024", compile=False, set=["training.mixed_precision=fp16"])
+    digits = ROOT / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
+    config = load_config(digits, [*cli.overrides_from_flags(args, keys), "data.kind=image/mnist"])
+    assert (config.training.mixed_precision, config.data.data_dir, config.training.compile) == ("no", "2024", False)
+    args.data_dir = "my data # [old"
+    config = load_config(digits, [*cli.overrides_from_flags(args, keys), "data.kind=image/mnist"])
+    assert config.data.data_dir == "my data # [old"
+    args = argparse.Namespace(precision=None, data_dir=None, compile=None, set=["a=1"])
+    assert cli.overrides_from_flags(args, keys) == ["a=1"]
+
+
+def test_a_users_mistake_is_one_line_and_status_2(capsys, monkeypatch):
+    def mistaken(argv):
+        raise ValueError("first\n  second")
+
+    monkeypatch.delenv("XDIFFUSION_TRACEBACK", raising=False)
+    assert cli.run(mistaken) == 2
+    assert capsys.readouterr() == ("", "error: first second\n")
+    monkeypatch.setenv("XDIFFUSION_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="first"):
+        cli.run(mistaken)
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda argv: 1 // 0)
+
+
+def test_the_exit_status_is_that_of_main():
+    assert (cli.run(lambda argv: None), cli.run(lambda argv: 1)) == (0, 1)
+
+
+# --- what the training command writes ---
+
+
+def test_a_base_run_and_a_lora_run_write_what_they_promise(tiny_run):
+    base, lora = tiny_run.checkpoint.parent, tiny_run.lora.parent
+    record = {"config.yaml", "metrics.jsonl", "loss.png", "samples/sample-2.png"}
+    for run_folder, weights in ((base, "diffusion-2"), (lora, "diffusion-2-lora")):
+        written = {name for name in files_in(run_folder) if not name.startswith("tensorboard/")}
+        assert written == record | {f"{weights}.safetensors", f"{weights}.state.pt"}
+        assert [json.loads(line)["step"] for line in (run_folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert tiny_run.lora.stat().st_size < tiny_run.checkpoint.stat().st_size / 10
+    assert (lora / "diffusion-2-lora.state.pt").stat().st_size < (base / "diffusion-2.state.pt").stat().st_size / 3
+    config = OmegaConf.load(base / "config.yaml")
+    assert OmegaConf.to_container(config) == load_model_file(tiny_run.checkpoint).config
+
+
+def test_a_dry_run_tells_and_writes_nothing(tiny_run, work_folder, capsys):
+    words = ["--config_path", tiny_run.config_path, *set_words(tiny_run.overrides), "--dry_run"]
+    assert run_script(TRAIN, *words, "--use_lora_training", "--batch_size", 7) == 0
+    out = capsys.readouterr().out
+    assert OmegaConf.create(out.partition("parameters:")[0]).training.batch_size == 7
+    assert re.search(r"LoRA: [\d,]+ trainable parameters in \d+ layers, [\d.]+% of the network's", out)
+    assert files_in(work_folder) == set()
+
+
+def test_the_clip_command_writes_a_text_encoder_that_training_takes(tiny_run, work_folder, capsys):
+    words = ["--config_path", tiny_run.config_path, *set_words(tiny_run.overrides)]
+    assert run_script(TRAIN_CLIP, *words, "--num_training_steps", 2, "--output_path", "clip.safetensors") == 0
+    assert "zero-shot accuracy" in capsys.readouterr().out
+    clip = ["--set", "model.text_encoder.pretrained=clip.safetensors", "--output_path", "run"]
+    assert run_script(TRAIN, *words, *clip, "--num_training_steps", 1) == 0
+    tensors = load_model_file(work_folder / "run/diffusion-1.safetensors").tensors
+    trained = torch.load(work_folder / "run/diffusion-1.state.pt", weights_only=True)["trained"]
+    assert any(name.startswith("text_encoder.") for name in tensors)
+    assert not any(name.startswith("text_encoder.") for name in trained)  # frozen
+
+
+# --- sampling ---
+
+
+def test_sampling_without_a_lora(tiny_run, work_folder, capsys):
+    words = ["--checkpoint", tiny_run.checkpoint, "--num_samples", 3, "--seed", 4]
+    assert run_script(SAMPLE, *words) == 0
+    picture = Path("output/image/digits/sample") / tiny_run.checkpoint.parent.name / "samples.png"
+    assert files_in(work_folder) == {str(picture)}
+    assert str(picture) in capsys.readouterr().out
+    with Image.open(picture) as read:
+        assert json.loads(read.text["prompts"]) == ["0", "1", "2"]
+        assert read.text["seed"] == "4"
+        assert read.text["checkpoint"] == str(tiny_run.checkpoint)
+        assert json.loads(read.text["sampling"])["steps"] == 2
+    assert run_script(SAMPLE, *words, "--output_path", "again") == 0
+    assert run_script(SAMPLE, *words[:-1], 5, "--output_path", "other") == 0
+    assert np.array_equal(pixels(picture), pixels(work_folder / "again/samples.png"))
+    assert not np.array_equal(pixels(picture), pixels(work_folder / "other/samples.png"))
+
+
+def test_sampling_with_a_lora_pairs_it_with_the_base(tiny_run, work_folder, capsys):
+    words = ["--checkpoint", tiny_run.checkpoint, "--num_samples", 4, "--output_path"]
+    assert run_script(SAMPLE, *words, "plain") == 0
+    assert run_script(SAMPLE, *words, "off", "--lora_path", f"{tiny_run.lora}:0") == 0
+    assert run_script(SAMPLE, *words, "on", "--lora_path", f"{tiny_run.lora}:40", "--save_trajectory") == 0
+    assert "modules matched" in capsys.readouterr().out
+    assert files_in(work_folder / "off") == {"base.png", "lora.png", "paired.png"}
+    plain, off = pixels(work_folder / "plain/samples.png"), pixels(work_folder / "off/lora.png")
+    assert np.array_equal(plain, pixels(work_folder / "on/base.png"))
+    assert np.array_equal(plain, off)
+    assert np.abs(plain - pixels(work_folder / "on/lora.png")).max() > 20
+    assert pixels(work_folder / "on/paired.png").shape[0] > 3 * 72  # base, x 0.5, x 1
+    with Image.open(work_folder / "on/trajectory.gif") as film:
+        assert film.n_frames == 2  # one for each sampling step
+
+
+def test_strengths_of_several_loras_add_up(tiny_run, work_folder):
+    words = ["--checkpoint", tiny_run.checkpoint, "--num_samples", 2, "--output_path"]
+    assert run_script(SAMPLE, *words, "one", "--lora_path", f"{tiny_run.lora}:30") == 0
+    assert (
+        run_script(SAMPLE, *words, "two", "--lora_path", f"{tiny_run.lora}:10", "--lora_path", f"{tiny_run.lora}:20")
+        == 0
+    )
+    assert np.abs(pixels(work_folder / "one/lora.png") - pixels(work_folder / "two/lora.png")).max() <= 2
+    assert np.abs(pixels(work_folder / "one/lora.png") - pixels(work_folder / "one/base.png")).max() > 20
+
+
+def test_prompts_sampler_and_guidance_from_the_command_line(tiny_run, work_folder):
+    words = [
+        "--checkpoint",
+        tiny_run.checkpoint,
+        "--output_path",
+        "out",
+        "--prompt",
+        "a handwritten {class}",
+        "--prompt",
+        "7",
+    ]
+    assert run_script(SAMPLE, *words, "--sampler", "heun", "--sampling_steps", 3, "--guidance", 1.5) == 0
+    with Image.open("out/samples.png") as read:
+        assert json.loads(read.text["prompts"]) == [*(f"a handwritten {digit}" for digit in range(10)), "7"]
+        sampling = json.loads(read.text["sampling"])
+    assert (sampling["sampler"]["kind"], sampling["steps"], sampling["cfg_scale"]) == ("heun", 3, 1.5)
+
+
+def test_the_mnist_command_is_the_same_one(tiny_run, work_folder, monkeypatch):
+    words = ["--checkpoint", tiny_run.checkpoint, "--num_samples", 1, "--output_path"]
+    assert run_script(SAMPLE, *words, "one") == 0
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, words), "two"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / SAMPLE_MNIST), run_name="__main__")
+    assert stop.value.code == 0
+    assert np.array_equal(pixels(work_folder / "one/samples.png"), pixels(work_folder / "two/samples.png"))
+
+
+def test_pt_names_of_older_commands_are_taken_with_a_line_saying_so(tiny_run, work_folder, capsys):
+    checkpoint, lora = tiny_run.checkpoint.with_suffix(".pt"), tiny_run.lora.with_suffix(".pt")
+    train = ["--config_path", tiny_run.config_path, *set_words(tiny_run.overrides), "--num_training_steps", 1]
+    base_note = f"{checkpoint} is not there; reading {tiny_run.checkpoint.name} beside it"
+    lora_note = f"{lora} is not there; reading {tiny_run.lora.name} beside it"
+    assert run_script(SAMPLE, "--checkpoint", checkpoint, "--lora_path", f"{lora}:2", "--num_samples", 1) == 0
+    assert capsys.readouterr().err.splitlines() == [base_note, lora_note]
+    assert run_script(TRAIN, *train, "--load_model_weights_from_checkpoint", checkpoint) == 0
+    assert base_note in capsys.readouterr().err.splitlines()
+
+
+# --- scores ---
+
+
+def test_evaluation_prints_one_json_line(tiny_run, work_folder, capsys, monkeypatch):
+    trained = []
+
+    def quick_judge(*arguments):
+        trained.append(arguments)
+        return train_judge(*arguments, steps=5)
+
+    monkeypatch.setattr(scoring, "train_judge", quick_judge)
+    words = ["--checkpoint", tiny_run.checkpoint, "--num_samples", 12, "--seed", 1, "--json"]
+    scores = []
+    for more in ([], ["--lora_path", tiny_run.lora, "--dataset_name", "image/digits_inverted"]):
+        assert run_script(EVALUATE, *words, *more) == 0
+        out, err = capsys.readouterr()
+        assert out.count("\n") == 1
+        assert err == ""
+        scores.append(json.loads(out))
+    assert len(trained) == 1  # once for a data set and its inverted style
+    assert len(files_in(work_folder)) == 1
+    base, lora = scores
+    for score in scores:
+        assert 0 <= score["prompt_accuracy"] <= 1
+        assert 0 <= score["background"] <= 1
+        assert 0 < score["judge_accuracy"] <= 1
+        assert score["frechet_distance"] > score["frechet_floor"] > 0
+        assert score["seconds_per_image"] > 0
+        assert (score["num_samples"], score["seed"]) == (12, 1)
+    assert (base["dataset"], lora["dataset"]) == ("image/digits", "image/digits_inverted")
+    assert base["gap_closed"] is None
+    assert math.isfinite(lora["gap_closed"])

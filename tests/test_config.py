@@ -1,0 +1,291 @@
+"""YAML files with bases and overrides, and the checks that turn them into a resolved, frozen config."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import ReadonlyConfigError
+
+from xdiffusion.build import SCHEMA, load_config
+from xdiffusion.config import ConfigError, load_yaml, parse_overrides, resolve, with_overrides
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALLEST = "data: {kind: image/digits, image_size: 16}\ndiffusion: {prediction: v}\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes files by name into a folder and returns the path of the last."""
+
+    def write(**texts: str) -> Path:
+        for name, text in texts.items():
+            path = tmp_path / f"{name}.yaml"
+            path.write_text(text)
+        return path
+
+    return write
+
+
+def plain(config) -> dict:
+    return OmegaConf.to_container(config)
+
+
+# --- files ---
+
+
+def test_a_base_lies_below_the_file_that_names_it(write):
+    path = write(below="a: {x: 1, y: 2}\nlist: [1, 2]", above="base: below.yaml\na: {y: 3}\nlist: [4]")
+    assert plain(load_yaml(path)) == {"a": {"x": 1, "y": 3}, "list": [4]}
+
+
+def test_bases_are_relative_to_their_file_nested_and_later_ones_win(tmp_path, monkeypatch):
+    (tmp_path / "parts/deep").mkdir(parents=True)
+    (tmp_path / "parts/deep/root.yaml").write_text("a: 1\nb: 1\nc: 1")
+    (tmp_path / "parts/first.yaml").write_text("base: deep/root.yaml\nb: 2\nc: 2")
+    (tmp_path / "parts/second.yaml").write_text("c: 3")
+    (tmp_path / "top.yaml").write_text("base: [parts/first.yaml, parts/second.yaml]\nd: 4")
+    monkeypatch.chdir(tmp_path / "parts/deep")
+    assert plain(load_yaml(tmp_path / "top.yaml")) == {"a": 1, "b": 2, "c": 3, "d": 4}
+
+
+def test_two_files_may_share_a_base(write):
+    path = write(root="a: 1", left="base: root.yaml", right="base: root.yaml", top="base: [left.yaml, right.yaml]")
+    assert plain(load_yaml(path)) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: config.yaml", r"config\.yaml: reads itself through base:"),
+        ("base: absent.yaml", r"no config file at .*absent\.yaml"),
+        ("base: 5", r"config\.yaml: base=5 must be the path of a YAML file or a list"),
+        ("base: [5]", r"base=\[5\] must be the path"),
+        ("base:", r"base=None must be the path"),
+        ("a: [1", r"config\.yaml is not readable YAML: .*line 1"),
+        ("a: 1\na: 2", r"not readable YAML: .*duplicate key a"),
+        ("5", r"not readable YAML"),
+        ("- a\n- b", r"config\.yaml must hold a mapping of sections, not ListConfig"),
+        ("base: list.yaml\na: [1]", r"config\.yaml: .*incompatible container types"),
+    ],
+)
+def test_unusable_files_are_named(write, text, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_yaml(write(list="a: {b: 1}", config=text))
+    assert "\n" not in str(error.value)
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(ConfigError, match="not readable YAML"):
+        load_yaml(tmp_path / "config.yaml")
+
+
+def test_two_files_that_name_each_other_are_a_circle(write):
+    with pytest.raises(ConfigError, match="reads itself"):
+        load_yaml(write(one="base: two.yaml", two="base: one.yaml"))
+
+
+# --- overrides ---
+
+
+def test_override_values_are_read_as_yaml():
+    overrides = parse_overrides(["a.b=1e-3", "a.c=[1,2]", "a.d=null", "e=true", 'f="no"', "a.b=2e-3", "g=x=y"])
+    assert plain(overrides) == {"a": {"b": 2e-3, "c": [1, 2], "d": None}, "e": True, "f": "no", "g": "x=y"}
+
+
+@pytest.mark.parametrize("assignment", ["novalue", "=5", "a.b=[1"])
+def test_an_unreadable_override_is_named(assignment):
+    with pytest.raises(ConfigError) as error:
+        parse_overrides(["fine=1", assignment])
+    assert repr(assignment) in str(error.value)
+    assert "fine" not in str(error.value)
+
+
+def test_a_change_of_kind_keeps_common_keys_and_drops_the_others():
+    config = OmegaConf.create({"sampling": {"steps": 7, "sampler": {"kind": "ddim", "eta": 0.5}}})
+    changed = with_overrides(config, parse_overrides(["sampling.sampler.kind=heun"]), SCHEMA)
+    assert plain(changed) == {"sampling": {"steps": 7, "sampler": {"kind": "heun"}}}
+    assert plain(config)["sampling"]["sampler"] == {"kind": "ddim", "eta": 0.5}
+
+    config = OmegaConf.create({"data": {"kind": "image/mnist", "image_size": 32, "data_dir": "here"}})
+    for kind, kept in {
+        "image/cifar10": {"image_size": 32, "data_dir": "here"},
+        "image/mnist_inverted": {"image_size": 32, "data_dir": "here"},
+        "image/digits_inverted": {"image_size": 32},
+    }.items():
+        assert plain(with_overrides(config, parse_overrides([f"data.kind={kind}"]), SCHEMA)) == {
+            "data": {"kind": kind, **kept}
+        }
+
+
+def test_a_key_given_with_the_new_kind_is_not_dropped():
+    config = OmegaConf.create({"model": {"text_encoder": {"kind": "clip", "width": 32, "pretrained": "tiny"}}})
+    overrides = parse_overrides(["model.text_encoder.kind=open_clip", "model.text_encoder.model_name=ViT-B-32"])
+    assert plain(with_overrides(config, overrides, SCHEMA)) == {
+        "model": {"text_encoder": {"kind": "open_clip", "model_name": "ViT-B-32", "pretrained": "tiny"}}
+    }
+
+
+def test_the_same_kind_again_drops_nothing():
+    config = OmegaConf.create({"data": {"kind": "image/digits", "misspelt": 3}})
+    assert with_overrides(config, parse_overrides(["data.kind=image/digits"]), SCHEMA).data.misspelt == 3
+
+
+def test_an_override_of_one_list_item_is_refused():
+    config = OmegaConf.create({"model": {"network": {"channels": [8, 8]}}})
+    with pytest.raises(ConfigError, match=r"overrides .*channels.*incompatible"):
+        with_overrides(config, parse_overrides(["model.network.channels[0]=5"]), SCHEMA)
+
+
+# --- checks ---
+
+
+def test_defaults_are_written_out(write):
+    config = load_config(write(config=SMALLEST), ["sampling.steps=7"])
+    assert set(config) == set(SCHEMA)
+    assert plain(config.data) == {"kind": "image/digits", "image_size": 16}
+    assert plain(config.diffusion.schedule) == {"kind": "cosine", "logsnr_min": -15.0, "logsnr_max": 15.0}
+    assert config.diffusion.min_snr_gamma is None
+    assert plain(config.sampling) == {
+        "steps": 7,
+        "cfg_scale": 2.0,
+        "clip_x0": True,
+        "sampler": {"kind": "ddim", "eta": 0.0},
+        "times": {"kind": "uniform", "t_max": 1.0},
+    }
+    assert config.optimizer.betas == [0.9, 0.99]
+    assert config.model.text_encoder.pretrained == "tiny"
+    assert config.model.autoencoder == {"kind": "identity"}
+
+
+def test_a_resolved_config_resolves_to_itself(write):
+    config = load_config(write(config=SMALLEST))
+    assert resolve(OmegaConf.create(plain(config)), SCHEMA, "again") == config
+
+
+def test_the_result_is_read_only(write):
+    config = load_config(write(config=SMALLEST))
+    with pytest.raises(ReadonlyConfigError):
+        config.training.batch_size = 3
+
+
+def test_interpolations_are_resolved(write):
+    config = load_config(
+        write(config=SMALLEST + "training: {num_training_steps: 40, batch_size: '${data.image_size}'}")
+    )
+    assert config.training.batch_size == 16
+    with pytest.raises(ConfigError, match="not found"):
+        load_config(write(config=SMALLEST + "training: {batch_size: '${nowhere}'}"))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("optimizer.learning_rat=1", "optimizer.learning_rat is unknown, did you mean learning_rate?; allowed: learn"),
+        ("modle.network.kind=unet", "modle is unknown, did you mean model?; allowed: data, model"),
+        ("model.network.chanels=[8]", "model.network.chanels is unknown, did you mean channels?"),
+        ("model.network.in_channels=1", "model.network.in_channels is unknown"),
+        ("model.prediction=v", "model.prediction is unknown"),
+        ("sampling.sampler.order=2", "sampling.sampler.order is unknown; allowed: kind, eta"),
+        (
+            "sampling.sampler.kind=ddmi",
+            "sampling.sampler.kind='ddmi' is unknown, did you mean ddim?; allowed: ancestral",
+        ),
+        ("data.kind=image/digit", "data.kind='image/digit' is unknown, did you mean image/digits?"),
+        ("data.kind=_inverted", "data.kind='_inverted' is unknown"),
+        ("data.kind=image/x", "(each also with _inverted)"),
+        ("data.kind=null", "data.kind is missing; allowed: image/digits, image/mnist"),
+        ("data.image_size=null", "data.image_size=None must be int"),
+        ("lora.training.num_steps=3", "lora.training.num_steps is unknown, did you mean num_training_steps?"),
+        ("lora.optimizer.betas=0.9", "lora.optimizer.betas=0.9 must be a list of float, float"),
+        ("training.batch_size=many", "training.batch_size='many' must be int"),
+        ("training.batch_size=2.0", "training.batch_size=2.0 must be int"),
+        ("training.seed=true", "training.seed=True must be int"),
+        ("training.ema_decay=true", "training.ema_decay=True must be float"),
+        ("training.compile=1", "training.compile=1 must be bool"),
+        ("training.mixed_precision=fp8", "training.mixed_precision='fp8' must be one of no, fp16, bf16"),
+        ("diffusion.prediction=epsilon", "diffusion.prediction='epsilon' must be one of eps, v, x0"),
+        ("optimizer.betas=[0.9]", "optimizer.betas=[0.9] must be a list of float, float"),
+        ("optimizer.betas=[0.9,a]", "optimizer.betas=[0.9, 'a'] must be a list of float, float"),
+        ("model.network.channels=[8,true]", "model.network.channels=[8, True] must be a list of int"),
+        ("model.text_encoder.pretrained=5", "model.text_encoder.pretrained=5 must be str or null"),
+        ("training=5", "training must be a mapping of keys, not 5"),
+        ("sampling.sampler=ddim", "sampling.sampler must be a mapping of keys, not 'ddim'"),
+        ("lora.training=5", "lora.training must be a mapping of keys, not 5"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_what_is_allowed(write, assignment, message):
+    path = write(config=SMALLEST)
+    with pytest.raises(ConfigError) as error:
+        load_config(path, [assignment])
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_keys_are_named(write):
+    with pytest.raises(ConfigError, match=r"data\.image_size is missing \(int\)"):
+        load_config(write(config="data: {kind: image/digits}\ndiffusion: {prediction: v}"))
+    with pytest.raises(ConfigError, match=r"diffusion\.prediction is missing \(one of eps, v, x0\)"):
+        load_config(write(config="data: {kind: image/digits, image_size: 16}"))
+    with pytest.raises(ConfigError, match=r"data\.kind is missing; allowed: image/digits"):
+        load_config(write(config=""))
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "optimizer.learning_rate=1",  # an int where a float is asked for
+        "optimizer.betas=[0, 1]",
+        "diffusion.min_snr_gamma=5",
+        "lora.target_modules=attention",
+        "lora.target_modules=[to_q, to_v]",
+        "model.network.num_heads=null",
+        "data.kind=image/digits_inverted",
+    ],
+)
+def test_every_allowed_form_is_taken(write, assignment):
+    key, value = assignment.split("=")
+    config = load_config(write(config=SMALLEST), [assignment])
+    assert OmegaConf.select(config, key) == OmegaConf.create(f"value: {value}").value
+
+
+# --- LoRA runs ---
+
+WITH_LORA = SMALLEST + (
+    "training: {batch_size: 4, num_training_steps: 10}\noptimizer: {learning_rate: 1.0e-3}\n"
+    "lora: {rank: 2, training: {num_training_steps: 20}, optimizer: {learning_rate: 2.0e-3}}\n"
+)
+
+
+def test_a_lora_run_lays_its_settings_over_the_base_run(write):
+    path = write(config=WITH_LORA)
+    base, lora = load_config(path), load_config(path, use_lora_training=True)
+    assert (base.training.num_training_steps, base.optimizer.learning_rate) == (10, 1e-3)
+    assert (lora.training.num_training_steps, lora.optimizer.learning_rate) == (20, 2e-3)
+    assert lora.training.batch_size == 4
+
+
+def test_the_command_line_beats_the_settings_of_a_lora_run(write):
+    path = write(config=WITH_LORA)
+    assert load_config(path, ["training.num_training_steps=3"], True).training.num_training_steps == 3
+    assert load_config(path, ["lora.training.num_training_steps=4"], True).training.num_training_steps == 4
+    assert load_config(path, ["lora.training.num_training_steps=4"]).training.num_training_steps == 10
+
+
+@pytest.mark.parametrize("section", ["", "lora: null", "lora: 5"])
+def test_a_lora_run_needs_the_section(write, section):
+    with pytest.raises(ConfigError, match="has no section lora:"):
+        load_config(write(config=SMALLEST + section), use_lora_training=True)
+
+
+def test_checking_a_config_loads_no_torch(write):
+    code = (
+        "import sys; from xdiffusion.build import load_config; "
+        f"load_config({str(write(config=WITH_LORA))!r}, ['optimizer.learning_rate=3e-3'], True); "
+        "assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules), sorted(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,333 @@
+"""The image sets: where their pixels come from, how they are split, resized, inverted and captioned."""
+
+import hashlib
+import pickle
+import socket
+import struct
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.datasets
+from fake_sets import write_idx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_digits as sklearn_digits
+
+from xdiffusion.data import digits
+from xdiffusion.data.captions import PROMPT_TABLES
+from xdiffusion.data.digits import load_digits
+from xdiffusion.data.image_set import ImageSet, Split, invert, to_uint8, to_unit_range
+from xdiffusion.data.torchvision_sets import (
+    SECONDS_WITHOUT_ANSWER,
+    DatasetUnavailable,
+    load_cifar10,
+    load_fashion_mnist,
+    load_mnist,
+    resize,
+)
+
+
+def equal_sets(a: ImageSet, b: ImageSet) -> bool:
+    pairs = [(getattr(a, s), getattr(b, s)) for s in ("train", "test")]
+    return all(torch.equal(x.images, y.images) and torch.equal(x.labels, y.labels) for x, y in pairs)
+
+
+# --- image/digits ---
+
+
+def test_the_embedded_digits_are_scikit_learns():
+    source = sklearn_digits()
+    with np.load(digits.files("xdiffusion.data") / "digits.npz") as arrays:
+        assert np.array_equal(arrays["images"], source.images)
+        assert np.array_equal(arrays["labels"], source.target)
+
+
+@pytest.mark.parametrize("image_size", [8, 13, 24, 32])
+def test_digits_at_any_size(image_size):
+    data = load_digits(image_size)
+    for split, count in ((data.train, 11_200), (data.test, 3_176)):
+        assert split.images.shape == (count, 1, image_size, image_size)
+        assert split.images.dtype == torch.uint8
+        assert split.labels.shape == (count,)
+        assert split.labels.dtype == torch.int64
+        assert len(split) == count
+        assert sorted(set(split.labels.tolist())) == list(range(10))
+    assert (data.name, data.image_size, data.channels, data.inverted) == ("image/digits", image_size, 1, False)
+
+
+def test_digits_are_the_same_every_time_whatever_the_global_seed():
+    torch.manual_seed(1)
+    first = load_digits(12)
+    torch.manual_seed(2)
+    assert equal_sets(first, load_digits(12))
+
+
+def test_no_held_out_digit_is_a_moved_copy_of_a_training_digit(monkeypatch):
+    def numbered(source, size, generator):
+        """Instead of a drawing, the number of the source digit in the first two pixels."""
+        images = torch.zeros(len(source), 1, size, size, dtype=torch.uint8)
+        index = torch.arange(len(source))
+        images[:, 0, 0, 0], images[:, 0, 0, 1] = index % 256, index // 256
+        return images
+
+    monkeypatch.setattr(digits, "_draw", numbered)
+    data = load_digits(8)
+    target = torch.from_numpy(sklearn_digits().target)
+    sources = {}
+    for name, split in (("train", data.train), ("test", data.test)):
+        number = split.images[:, 0, 0, 0].long() + 256 * split.images[:, 0, 0, 1].long()
+        assert torch.equal(split.labels, target[number])
+        sources[name] = set(number.tolist())
+        assert torch.equal(number.bincount()[number], torch.full_like(number, digits.VARIANTS))
+    assert sources["train"] & sources["test"] == set()
+    assert sources["train"] | sources["test"] == set(range(1797))
+
+
+def test_drawn_digits_look_like_their_sources():
+    """Upright, in place, white on black: each class's mean drawing is nearest to that class's mean source."""
+    source = sklearn_digits()
+    means = torch.stack([torch.from_numpy(source.images[source.target == k].mean(0)).float() for k in range(10)])
+    framed = F.pad(F.interpolate(means[:, None], size=20, mode="bilinear"), (2, 2, 2, 2)).flatten(1)
+    data = load_digits(24)
+    drawn = torch.stack([data.test.images[data.test.labels == k].float().mean(0) for k in range(10)]).flatten(1)
+    likeness = torch.corrcoef(torch.cat([framed, drawn]))[:10, 10:]
+    assert torch.equal(likeness.argmax(0), torch.arange(10))
+    assert likeness.diag().min() > 0.85
+    assert (data.train.images[:, 0, 0, 0] == 0).all()
+    assert data.train.images.max() == 255
+
+
+def test_a_digit_comes_in_different_variants():
+    images = load_digits(16).train.images.float().unflatten(0, (digits.VARIANTS, -1))
+    difference = (images[1:] - images[0]).abs().flatten(2).mean(-1)
+    assert (difference > 1).float().mean() > 0.99
+    assert (difference < 64).all()
+
+
+def test_digits_have_a_smallest_size():
+    with pytest.raises(ValueError, match="image_size=7 must be at least 8 for image/digits"):
+        load_digits(7)
+
+
+# --- ranges, inversion, batches ---
+
+
+def test_ranges_are_inverse_to_each_other():
+    levels = torch.arange(256, dtype=torch.uint8).view(4, 1, 8, 8)
+    floats = to_unit_range(levels)
+    assert (floats.min(), floats.max()) == (-1, 1)
+    assert floats.dtype == torch.float32
+    assert torch.equal(to_uint8(floats), levels)
+    assert torch.equal(to_uint8(torch.tensor([-3.0, -1.0, 0.0, 1.0, 7.0]).view(1, 1, 1, 5)).flatten(),
+                       torch.tensor([0, 0, 128, 255, 255], dtype=torch.uint8))  # fmt: skip
+
+
+def test_scaling_leaves_its_argument_alone():
+    floats = torch.rand(1, 1, 4, 4)
+    before = floats.clone()
+    to_uint8(floats)
+    assert torch.equal(floats, before)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Three colour images of two classes and one held-out image."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 3, 5, 5), generator=generator, dtype=torch.uint8)
+    labels = torch.tensor([0, 1, 1, 0])
+    return ImageSet(
+        "image/x", Split(images[:3], labels[:3]), Split(images[3:], labels[3:]), PROMPT_TABLES["image/mnist"]
+    )
+
+
+def test_inversion_is_the_negative_and_undoes_itself(small):
+    negative = invert(small)
+    assert (negative.name, negative.inverted) == ("image/x_inverted", True)
+    torch.testing.assert_close(negative.train.floats(), -small.train.floats(), atol=1e-6, rtol=0)
+    assert torch.equal(negative.test.images, 255 - small.test.images)
+    assert torch.equal(negative.train.labels, small.train.labels)
+    assert negative.prompts is small.prompts
+    again = invert(negative)
+    assert (again.name, again.inverted) == ("image/x", False)
+    assert equal_sets(again, small)
+
+
+def test_a_batch_is_an_index_into_the_training_split(small):
+    batch = small.batch(torch.tensor([2, 0]), torch.tensor([0.0, 0.999]))
+    torch.testing.assert_close(batch.images, small.train.images[[2, 0]].float() / 127.5 - 1, atol=1e-6, rtol=0)
+    assert batch.labels.tolist() == [1, 0]
+    assert batch.captions == ["1", "a handwritten zero"]
+
+
+# --- captions ---
+
+
+@pytest.mark.parametrize("name", PROMPT_TABLES)
+def test_no_caption_names_two_classes(name):
+    table = PROMPT_TABLES[name]
+    captions = [caption for of_class in table.captions for caption in of_class]
+    assert len(table.captions) == table.num_classes == 10
+    assert len(set(captions)) == len(captions)
+    assert "" not in captions  # the unconditional prompt
+    for label, of_class in enumerate(table.captions):
+        assert of_class[0] == table.names[label][0]  # the plainest first
+        assert {table.label_of(caption) for caption in of_class} == {label}
+    assert table.label_of("an elephant") is None
+
+
+def test_digit_captions_are_names_in_templates():
+    assert PROMPT_TABLES["image/digits"].captions[3] == (
+        "3", "the digit 3", "a handwritten 3", "three", "the digit three", "a handwritten three",
+    )  # fmt: skip
+
+
+@settings(max_examples=30, deadline=None)
+@given(label=st.integers(0, 9), u=st.floats(0, 1, exclude_max=True, width=32))
+def test_any_wording_names_the_class(label, u):
+    for table in PROMPT_TABLES.values():
+        [caption] = table.choose(torch.tensor([label]), torch.tensor([u]))
+        assert table.label_of(caption) == label
+
+
+def test_wordings_are_equally_likely():
+    table = PROMPT_TABLES["image/digits"]
+    drawn = table.choose(torch.zeros(600, dtype=torch.long), (torch.arange(600) + 0.5) / 600)
+    assert [drawn.count(caption) for caption in table.captions[0]] == [100] * 6
+
+
+# --- torchvision's sets ---
+
+
+@pytest.fixture
+def numbers():
+    return np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(("load", "folder"), [(load_mnist, "MNIST"), (load_fashion_mnist, "FashionMNIST")])
+def test_idx_files_are_read_from_a_folder(load, folder, tmp_path, numbers):
+    written = {}
+    (tmp_path / folder / "raw").mkdir(parents=True)
+    for part, count in (("train", 5), ("t10k", 3)):
+        written[part] = numbers.integers(0, 256, (count, 28, 28)), numbers.integers(0, 10, count)
+        for kind, array in zip(("images-idx3", "labels-idx1"), written[part]):
+            write_idx(tmp_path / folder / "raw" / f"{part}-{kind}-ubyte", array)
+    data = load(28, str(tmp_path))
+    for split, part in ((data.train, "train"), (data.test, "t10k")):
+        assert np.array_equal(split.images[:, 0], written[part][0])
+        assert np.array_equal(split.labels, written[part][1])
+    assert load(32, str(tmp_path)).train.images.shape == (5, 1, 32, 32)
+    assert data.name == f"image/{'mnist' if folder == 'MNIST' else 'fashion_mnist'}"
+
+
+def test_cifar_batches_are_read_from_a_folder(tmp_path, numbers, monkeypatch):
+    cifar, folder, written = torchvision.datasets.CIFAR10, tmp_path / "cifar-10-batches-py", {}
+    folder.mkdir()
+
+    def dump(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def batch(name):
+        written[name] = numbers.integers(0, 256, (2, 3, 32, 32)).astype(np.uint8), numbers.integers(0, 10, 2).tolist()
+        return dump(name, {"data": written[name][0].reshape(2, -1), "labels": written[name][1]})
+
+    monkeypatch.setattr(cifar, "train_list", [batch(f"data_batch_{i}") for i in range(1, 6)])
+    monkeypatch.setattr(cifar, "test_list", [batch("test_batch")])
+    name, checksum = dump("batches.meta", {"label_names": list("abcdefghij")})
+    monkeypatch.setattr(cifar, "meta", {"filename": name, "key": "label_names", "md5": checksum})
+
+    data = load_cifar10(32, str(tmp_path))
+    assert data.channels == 3
+    assert np.array_equal(data.train.images, np.concatenate([written[f"data_batch_{i}"][0] for i in range(1, 6)]))
+    assert data.train.labels.tolist() == [label for i in range(1, 6) for label in written[f"data_batch_{i}"][1]]
+    assert np.array_equal(data.test.images, written["test_batch"][0])
+    assert load_cifar10(16, str(tmp_path)).test.images.shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize(("channels", "size", "new_size"), [(1, 28, 32), (1, 28, 24), (1, 28, 9), (3, 32, 24)])
+def test_resizing_is_pils_antialiased_bilinear_filter(channels, size, new_size, generator):
+    noise = torch.randint(0, 256, (6, channels, size, size), generator=generator, dtype=torch.uint8)
+    ours = resize(noise, new_size).int()
+    for image, resized in zip(noise, ours):
+        planes = [
+            Image.fromarray(plane.numpy()).resize((new_size, new_size), Image.Resampling.BILINEAR) for plane in image
+        ]
+        difference = (resized - torch.from_numpy(np.stack(planes).astype(np.int32))).abs()
+        assert difference.max() <= 1
+
+
+def test_resizing_to_the_same_size_changes_nothing(generator):
+    noise = torch.randint(0, 256, (2, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    assert torch.equal(resize(noise, 28), noise)
+
+
+def test_resizing_in_blocks_is_resizing_at_once(generator):
+    noise = torch.randint(0, 256, (4100, 1, 4, 4), generator=generator, dtype=torch.uint8)
+    resized = resize(noise, 8)
+    assert len(resized) == 4100
+    assert torch.equal(resized[4090:], resize(noise[4090:], 8))
+
+
+def test_real_mnist_digits(mnist8k):
+    data = load_mnist(28, str(mnist8k))
+    assert (len(data.train), len(data.test), data.image_size, data.channels) == (7000, 1000, 28, 1)
+    assert (data.train.labels.bincount(minlength=10) > 500).all()
+    assert load_mnist(32, str(mnist8k)).test.images.shape == (1000, 1, 32, 32)
+    assert 25 < data.train.images.float().mean() < 40  # white on black: 33 of 255 on the whole set
+
+
+@pytest.mark.parametrize("load", [load_mnist, load_fashion_mnist, load_cifar10])
+def test_a_folder_without_the_data_is_named(load, tmp_path):
+    with pytest.raises(DatasetUnavailable, match=rf"cannot be read from --data_dir {tmp_path}.*image/digits"):
+        load(32, str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no digits here, but enough bytes for a header", struct.pack(">4i", 0x0803, 9, 28, 28)]
+)
+def test_damaged_files_are_named(content, tmp_path):
+    for part in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            path = tmp_path / "MNIST/raw" / f"{part}-{kind}-ubyte"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    with pytest.raises(DatasetUnavailable, match="image/mnist cannot be read from --data_dir"):
+        load_mnist(28, str(tmp_path))
+
+
+@pytest.mark.parametrize("before", [None, 77.0])
+@pytest.mark.parametrize("load", [load_mnist, load_cifar10])
+def test_an_unreachable_network_fails_fast_and_says_what_to_do(load, before, tmp_path, monkeypatch):
+    timeouts = []
+
+    def unreachable(*arguments, **keywords):
+        timeouts.append(socket.getdefaulttimeout())
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    monkeypatch.chdir(tmp_path)
+    outside = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(before)
+    try:
+        with pytest.raises(
+            DatasetUnavailable, match=r"cannot be downloaded .*no route to host.*--data_dir.*image/digits"
+        ):
+            load(32)
+        assert socket.getdefaulttimeout() == before
+    finally:
+        socket.setdefaulttimeout(outside)
+    assert 1 <= len(timeouts) <= 4  # a few mirrors at most, each waited for this long:
+    assert set(timeouts) == {SECONDS_WITHOUT_ANSWER}
+    assert SECONDS_WITHOUT_ANSWER <= 5
+
+
+@pytest.mark.parametrize("load", [load_mnist, load_fashion_mnist, load_cifar10])
+def test_a_size_below_the_smallest_is_refused_before_anything_is_read(load):
+    with pytest.raises(ValueError, match="image_size=4 must be at least 8 for image/"):
+        load(4)

@@ -1,0 +1,294 @@
+"""The scores: each against its definition computed another way, and in cases whose answer is known."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from tiny import SIZE, copies, equal_bits, tiny_config, tiny_images, tiny_model
+from torch import nn
+
+from xdiffusion import scoring
+from xdiffusion.build import build_sampling
+from xdiffusion.data.image_set import ImageSet, Split, invert
+from xdiffusion.diffusion.objective import squared_error
+from xdiffusion.diffusion.predictions import PREDICTIONS
+from xdiffusion.diffusion.schedules import BetaSchedule, CosineSchedule
+from xdiffusion.evaluation.background import background_brightness, background_mask
+from xdiffusion.evaluation.frechet import frechet_distance
+from xdiffusion.evaluation.gap import fixed_draws, gap_closed
+from xdiffusion.evaluation.judge import Judge, accuracy, judge_features, train_judge
+from xdiffusion.lora import apply_lora_to_model, get_lora_parameters, merge_lora_weights
+from xdiffusion.scoring import cached_judge, loss_gap, score
+
+# Frechet distance
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(200, 5), (4, 6)], ids=["full rank", "singular"])
+def test_frechet_distance_is_scipys(rows, columns, generator):
+    a = torch.randn(rows, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    b = torch.randn(rows + 3, columns, generator=generator) + torch.arange(columns)
+    cov_a, cov_b = (np.cov(x.double().numpy(), rowvar=False) for x in (a, b))
+    shift = a.double().mean(0) - b.double().mean(0)
+    root = scipy.linalg.sqrtm(cov_a @ cov_b).real
+    expected = float(shift @ shift) + np.trace(cov_a + cov_b - 2 * root)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-5)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-5)
+
+
+def test_frechet_distance_in_closed_form(generator):
+    a = torch.randn(50, 4, generator=generator, dtype=torch.float64) + 1
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(a, a[torch.randperm(50, generator=generator)]) == pytest.approx(0, abs=1e-9)
+    shift = torch.tensor([1.0, -2.0, 0.0, 3.0])
+    assert frechet_distance(a, a + shift) == pytest.approx(14.0)
+    twice = float(a.mean(0).square().sum() + a.var(0).sum())  # |2m - m|^2 + tr(4S + S - 2*2S)
+    assert frechet_distance(a, 2 * a) == pytest.approx(twice)
+
+
+def test_frechet_distance_needs_finite_features_of_two_images():
+    good = torch.ones(3, 2)
+    with pytest.raises(ValueError, match="the second set has 1 rows; a covariance needs at least 2"):
+        frechet_distance(good, good[:1])
+    with pytest.raises(ValueError, match="the first set holds features that are not finite"):
+        frechet_distance(good * torch.nan, good)
+
+
+# background
+
+
+def test_background_is_what_is_dark_in_nearly_every_image():
+    images = torch.zeros(100, 1, 1, 4, dtype=torch.uint8)
+    images[:1, ..., 1] = 255  # bright in 1 of 100
+    images[:2, ..., 2] = 128  # bright in 2 of 100
+    images[..., 3] = 127  # grey, and still below half
+    mask = background_mask(images)
+    assert mask.flatten().tolist() == [True, True, False, True]
+
+
+def test_background_brightness_counts_masked_pixels_alone():
+    images = torch.tensor([[-1.0, 1.0, 0.0], [0.5, 1.0, 0.0]]).view(2, 1, 1, 3)
+    mask = torch.tensor([True, False, True]).view(1, 1, 3)
+    assert background_brightness(images, mask) == pytest.approx((0 + 0.5 + 0.75 + 0.5) / 4)
+    assert background_brightness(images, torch.zeros_like(mask)) is None
+
+
+# gap_closed
+
+
+def test_gap_closed_is_the_share_of_the_way():
+    assert gap_closed(base=0.1, base_inverted=0.5, lora_inverted=0.5) == 0
+    assert gap_closed(base=0.1, base_inverted=0.5, lora_inverted=0.1) == 1
+    assert gap_closed(base=0.1, base_inverted=0.5, lora_inverted=0.2) == pytest.approx(0.75)
+    assert gap_closed(base=0.1, base_inverted=0.5, lora_inverted=0.7) == pytest.approx(-0.5)
+
+
+def test_fixed_draws_are_fixed_and_cover_the_times():
+    draws, again, other = (fixed_draws(30, (1, 2, 2), count=20, seed=seed) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(draws, again))
+    assert not any(torch.equal(a, b) for a, b in zip(draws, other))
+    assert len(set(draws.index.tolist())) == 20
+    assert draws.eps.shape == (20, 1, 2, 2)
+    torch.testing.assert_close(draws.t.sort().values, torch.linspace(0.025, 0.975, 20))
+    assert not torch.equal(draws.t, draws.t.sort().values)
+    assert len(fixed_draws(5, (1, 2, 2), count=20).index) == 5
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("schedule", [CosineSchedule(), BetaSchedule()])
+def test_negating_input_and_output_is_the_perfect_adapter(prediction, schedule, generator):
+    """f(x, t) = -f_base(-x, t) has on inverted images, with the opposite noise, the base's loss on normal ones."""
+    model = tiny_model(tiny_config())
+    x0 = torch.rand(6, 1, SIZE, SIZE, generator=generator) * 2 - 1
+    eps, t = torch.randn(x0.shape, generator=generator), torch.linspace(0.1, 0.9, 6)
+    context = torch.randn(6, 4, 8, generator=generator)
+
+    def negated(xt, time, context):
+        return -model.network(-xt, time, context)
+
+    with torch.no_grad():
+        base = squared_error(model.network, schedule, prediction, x0, eps, t, context)
+        oracle = squared_error(negated, schedule, prediction, -x0, -eps, t, context)
+        base_inverted = squared_error(model.network, schedule, prediction, -x0, eps, t, context)
+    assert torch.equal(oracle, base)
+    assert not torch.allclose(base_inverted, base, rtol=1e-2)
+
+
+def lora_model(fill):
+    model = tiny_model(tiny_config())
+    apply_lora_to_model(model.network, 2, 4.0, 0.0, "all")
+    with torch.no_grad():
+        for parameter in get_lora_parameters(model):
+            if fill:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+    return model.eval()
+
+
+def test_an_adapter_that_does_nothing_closes_no_gap():
+    data = tiny_images()
+    assert loss_gap(lora_model(fill=False), invert(data), data) == 0
+
+
+def test_loss_gap_from_its_three_losses():
+    """Each loss from a model of its own: the adapter folded in, and no adapter at all."""
+    data, model = tiny_images(), lora_model(fill=True)
+    gap = loss_gap(model, invert(data), data)
+    assert all(layer.enabled for module in model.modules() for layer in getattr(module, "adapters", {}).values())
+
+    draws = fixed_draws(len(data.test), (1, SIZE, SIZE))
+    context = model.text_encoder.encode([str(label) for label in data.test.labels[draws.index].tolist()])
+    normal = data.test.images[draws.index].float() / 127.5 - 1
+
+    def mean_loss(network, x0):
+        with torch.no_grad():
+            return squared_error(network, model.schedule, "v", x0, draws.eps, draws.t, context).mean().item()
+
+    bare = tiny_model(tiny_config()).network
+    merge_lora_weights(model.network)
+    losses = mean_loss(bare, normal), mean_loss(bare, -normal), mean_loss(model.network, -normal)
+    assert gap == pytest.approx((losses[1] - losses[2]) / (losses[1] - losses[0]), rel=1e-3)
+    assert abs(gap) > 0.01
+
+
+# the judge
+
+
+@pytest.fixture(scope="module")
+def judged():
+    data = tiny_images(train=200, test=60)
+    return data, train_judge(data.train.images, data.train.labels, 10, steps=150, batch_size=20)
+
+
+def test_a_judge_learns_and_is_frozen(judged):
+    data, judge = judged
+    assert accuracy(judge, data.test.floats(), data.test.labels) > 0.9
+    assert accuracy(judge, -data.test.floats(), data.test.labels) < 0.5  # it must not see inverted images
+    assert not judge.training
+    assert not any(p.requires_grad for p in judge.parameters())
+
+
+def test_accuracy_and_features_do_not_depend_on_blocks(judged):
+    data, judge = judged
+    images, labels = data.test.floats().repeat(10, 1, 1, 1), data.test.labels.repeat(10)  # 600, above a block of 512
+    one_by_one = [judge(x[None]).argmax().item() for x in data.test.floats()]
+    expected = np.mean([guess == label for guess, label in zip(one_by_one, data.test.labels.tolist())])
+    assert accuracy(judge, images, labels) == pytest.approx(expected)
+    features = judge_features(judge, images)
+    assert features.shape == (600, Judge.FEATURES)
+    torch.testing.assert_close(features[:60], features[-60:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(judge.head(features[:60]), judge(data.test.floats()), rtol=1e-4, atol=1e-5)
+
+
+def test_training_a_judge_is_a_function_of_its_seed():
+    data = tiny_images()
+    judges = []
+    for seed, global_seed in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(global_seed)
+        state = torch.get_rng_state()
+        judges.append(train_judge(data.train.images, data.train.labels, 10, steps=3, batch_size=16, seed=seed))
+        assert torch.equal(torch.get_rng_state(), state)  # nor does it disturb other draws
+    first, second, other = (judge.state_dict() for judge in judges)
+    assert equal_bits(first, second)
+    assert not equal_bits(first, other)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 33)])
+def test_judges_of_other_shapes(channels, size):
+    judge = Judge(channels, size, 4).eval()
+    assert judge(torch.zeros(2, channels, size, size)).shape == (2, 4)
+
+
+@pytest.fixture
+def quick_judge(monkeypatch):
+    monkeypatch.setattr(scoring, "train_judge", partial(train_judge, steps=3, batch_size=20))
+
+
+@pytest.fixture
+def good_judge(monkeypatch):
+    monkeypatch.setattr(scoring, "train_judge", partial(train_judge, steps=150, batch_size=20))
+
+
+def test_a_judge_is_kept_and_read_again(quick_judge, tmp_path, monkeypatch):
+    data = tiny_images()
+    judge, held_out = cached_judge(data, tmp_path)
+    assert held_out == accuracy(judge, data.test.floats(), data.test.labels)
+    (file,) = tmp_path.glob("image/digits/judge_12px_*.safetensors")
+
+    monkeypatch.setattr(scoring, "train_judge", None)  # a second training would fail
+    again, again_held_out = cached_judge(data, tmp_path)
+    assert equal_bits(again.state_dict(), copies(judge.state_dict()))
+    assert torch.equal(again(data.test.floats()), judge(data.test.floats()))
+    assert again_held_out == pytest.approx(held_out, abs=1e-5)
+    assert not again.training
+    assert [file] == list(tmp_path.glob("image/digits/*"))
+
+
+def test_other_data_has_another_judge(quick_judge, tmp_path):
+    data = tiny_images()
+    relabelled = ImageSet(data.name, Split(data.train.images, data.train.labels.flip(0)), data.test, data.prompts)
+    for images in (data, tiny_images(seed=1), relabelled):
+        cached_judge(images, tmp_path)
+    assert len(list(tmp_path.glob("image/digits/judge_12px_*.safetensors"))) == 3
+
+
+# all scores of a model
+
+
+def scored(model, data, tmp_path, **arguments):
+    config = tiny_config()
+    sampling = build_sampling(config, model.schedule)
+    defaults = {"num_samples": 20, "seed": 0, "has_lora": False, "judge_folder": tmp_path}
+    return score(model, data, sampling, **defaults | arguments)
+
+
+def test_the_scores_of_a_model(good_judge, tmp_path):
+    model = tiny_model(tiny_config()).eval()
+    scores = scored(model, tiny_images(), tmp_path)
+    assert scores.keys() == {
+        "prompt_accuracy", "frechet_distance", "frechet_floor", "background", "gap_closed", "seconds_per_image",
+        "judge_accuracy", "dataset", "num_samples", "seed",
+    }  # fmt: skip
+    assert scores["gap_closed"] is None
+    assert (scores["dataset"], scores["num_samples"], scores["seed"]) == ("image/digits", 20, 0)
+    assert 0 <= scores["prompt_accuracy"] < 0.5  # a fresh network draws noise
+    assert scores["frechet_distance"] > 2 * scores["frechet_floor"] > 0
+
+    del scores["seconds_per_image"]
+    again, other = (scored(model, tiny_images(), tmp_path, seed=seed) for seed in (0, 1))
+    assert {k: again[k] for k in scores} == scores
+    assert other["frechet_distance"] != scores["frechet_distance"]
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_perfect_samples_have_perfect_scores(inverted, good_judge, tmp_path, monkeypatch):
+    """Samples that are held-out images: of an inverted set they are negatives, and the judge must not see them so."""
+    data = tiny_images(test=40)
+    data = invert(data) if inverted else data
+    prompts_seen = []
+
+    def draw_held_out(model, prompts, generators, **sampling):
+        prompts_seen.extend(prompts)
+        labels = [data.prompts.label_of(prompt) for prompt in prompts]
+        return data.test.floats(torch.tensor([label + 10 * (i // 10) for i, label in enumerate(labels)]))
+
+    monkeypatch.setattr(scoring, "generate", draw_held_out)
+    scores = scored(lora_model(fill=True), data, tmp_path, num_samples=40, has_lora=True)
+    assert [data.prompts.label_of(prompt) for prompt in prompts_seen] == [*range(10)] * 4
+    assert scores["prompt_accuracy"] == scores["judge_accuracy"] > 0.8
+    assert scores["frechet_distance"] == pytest.approx(0, abs=1e-3)
+    dark = data.test.images[:, :, :3].float().mean().item() / 255  # the patterns have a margin of three pixels
+    assert scores["background"] == pytest.approx(dark, abs=0.02)
+    assert (dark > 0.5) == inverted
+    assert (scores["gap_closed"] is not None) == inverted
+
+
+def test_scores_that_cannot_be_had(tmp_path):
+    model = tiny_model(tiny_config()).eval()
+    with pytest.raises(ValueError, match="--num_samples 1: a Frechet distance needs at least 2"):
+        scored(model, tiny_images(), tmp_path, num_samples=1)
+    data = tiny_images()
+    larger = Split(nn.functional.pad(data.train.images, (0, 4, 0, 4)), data.train.labels)
+    with pytest.raises(ValueError, match=r"image/digits has images \(1, 16, 16\), the model makes \(1, 12, 12\)"):
+        scored(model, ImageSet(data.name, larger, larger, data.prompts), tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,110 @@
+"""The architecture of docs/architecture.md as a test: who imports whom, and how large things may grow."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "xdiffusion"
+# part -> the other parts it may import; the table of docs/architecture.md
+MAY_IMPORT = {
+    "diffusion": set(),
+    "layers": set(),
+    "checkpoints": set(),
+    "data": set(),
+    "evaluation": set(),
+    "signatures": set(),
+    "cli": set(),
+    "pictures": set(),
+    "config": {"signatures"},
+    "lora": {"checkpoints"},
+    "samplers": {"diffusion"},
+    "networks": {"layers"},
+    "text_encoders": {"layers"},
+    "autoencoders": {"layers"},
+    "prompts": {"data"},
+    "model": {"diffusion", "layers", "samplers"},
+    "build": {"config", "signatures", "model", "checkpoints", "data", "diffusion", "text_encoders"},
+    "scoring": {"model", "checkpoints", "data", "diffusion", "evaluation", "lora"},
+    "training": {"model", "checkpoints", "data", "diffusion", "lora", "pictures", "samplers", "text_encoders"},
+}
+HEAVY = {"open_clip", "accelerate", "matplotlib", "torchvision", "tensorboard"}
+NEVER = {"diffusers", "transformers", "peft"}
+TRACKED = sorted(p for folder in ("xdiffusion", "training", "sampling", "bench") for p in (ROOT / folder).rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def package_files():
+    return [p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", package_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_follow_the_table(path):
+    part = part_of(path)
+    found = {name.split(".")[1] for name in imports(ast.parse(path.read_text())) if name.startswith("xdiffusion.")}
+    assert part in MAY_IMPORT, f"{part} is missing in the table of the architecture"
+    assert found - {part} <= MAY_IMPORT[part]
+
+
+def test_the_table_in_the_architecture_document_is_the_one_tested():
+    rows = re.findall(r"^\| `(\w+)` \|.*?\|([^|]*)\|$", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    assert {part: set(re.findall(r"`(\w+)`", allowed)) for part, allowed in rows} == MAY_IMPORT
+
+
+def test_the_table_has_no_cycle():
+    def reaches(start: str, part: str) -> bool:
+        return any(p == start or reaches(start, p) for p in MAY_IMPORT[part])
+
+    assert not [part for part in MAY_IMPORT if reaches(part, part)]
+
+
+@pytest.mark.parametrize("path", package_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_reference_libraries_stay_out_and_heavy_imports_are_made_where_used(path):
+    tree = ast.parse(path.read_text())
+    assert not {name.split(".")[0] for name in imports(tree)} & NEVER
+    top = [statement for statement in tree.body if isinstance(statement, ast.Import | ast.ImportFrom)]
+    at_top = {name.split(".")[0] for statement in top for name in imports(statement)}
+    allowed = {"accelerate"} if part_of(path) == "training" else set()  # training cannot do without it
+    assert not at_top & (HEAVY - allowed)
+
+
+@pytest.mark.parametrize("path", TRACKED, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_functions_and_constructors_stay_small(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 350
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            size = node.end_lineno - node.lineno + 1
+            straight_line = node.name in ("__init__", "main", "fit", "parse")
+            assert size <= (90 if straight_line else 60), f"{node.name} has {size} lines"
+            if node.name == "__init__":
+                count = len(node.args.args) - 1 + len(node.args.kwonlyargs)
+                assert count <= 15, f"{count} arguments"
+
+
+@pytest.mark.parametrize("path", package_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_paper_key_is_in_the_references(path):
+    known = set(re.findall(r"^- \*\*\[([\w+]+)\]\*\*", (ROOT / "docs/references.md").read_text(), re.MULTILINE))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = [
+        ast.get_docstring(n) or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, documented)
+    ]
+    assert set(re.findall(r"\[([A-Z]\w+\+*)\]", "\n".join(docstrings))) <= known
+
+
+def test_names_that_say_nothing_are_not_used():
+    forbidden = {"utils.py", "common.py", "helpers.py", "base.py"}
+    assert not [p for p in TRACKED if p.name in forbidden]

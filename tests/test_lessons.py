@@ -1,0 +1,106 @@
+"""Every command and every Python block of the README and the lessons runs, with few steps."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from xdiffusion.cli import run
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs/lessons").glob("*.md"))]
+FEW_STEPS = "2"
+SHORT = {
+    "training/image/train.py": [
+        "--num_training_steps",
+        FEW_STEPS,
+        "--batch_size",
+        "2",
+        "--set",
+        "clip.steps=2",
+        "--set",
+        "sampling.steps=1",
+    ],
+    "sampling/image/sample.py": ["--sampling_steps", "2", "--num_samples", "2"],
+    "sampling/image/mnist/sample.py": ["--sampling_steps", "2", "--num_samples", "2"],
+    "sampling/image/evaluate.py": ["--sampling_steps", "2", "--num_samples", "10"],
+}
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(document: Path) -> list[str]:
+    return [line for block in blocks(document, "bash") for line in block.splitlines() if line.strip()]
+
+
+def shortened(command: str) -> tuple[str, list[str]]:
+    """(script, arguments) of a documented command, with few steps and without a download."""
+    python, script, *arguments = shlex.split(re.sub(r"diffusion-\d+", f"diffusion-{FEW_STEPS}", command))
+    assert python == "python"
+    arguments += SHORT[script]
+    if "mnist" in command and script == "training/image/train.py":
+        arguments += ["--set", "model.text_encoder.pretrained=null", "--data_dir", "mnist"]
+    if "mnist" in command:
+        arguments += ["--force_cpu"]
+    return script, arguments
+
+
+def link_repository(folder: Path) -> None:
+    for name in ("training", "sampling", "configs"):
+        (folder / name).symlink_to(ROOT / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.stem)
+def test_every_command_of_a_document_runs(document, tmp_path, monkeypatch, fake_mnist):
+    link_repository(tmp_path)
+    (tmp_path / "mnist").symlink_to(fake_mnist)
+    monkeypatch.chdir(tmp_path)
+    # a few steps leave lora_B and the un-averaged weights near zero, not at it
+    assert commands(document)
+    for command in commands(document):
+        script, arguments = shortened(command)
+        assert run(runpy.run_path(str(ROOT / script))["main"], arguments) == 0, command
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.stem)
+def test_every_python_block_runs(document, tmp_path, monkeypatch):
+    import torch
+    from torch import nn
+
+    monkeypatch.chdir(tmp_path)
+
+    def attention() -> nn.Module:
+        return nn.ModuleDict({name: nn.Linear(4, 4) for name in ("to_q", "to_k")})
+
+    names = {"torch": torch, "model": attention(), "fresh_model": attention()}
+    for block in blocks(document, "python"):
+        trains = "# ... train ..." in block
+        before, _, after = block.partition("# ... train ...")
+        exec(before, names)
+        if trains:
+            for parameter in names["model"].parameters():
+                parameter.data.add_(0.1)
+            exec(after, names)
+    assert document.name.startswith("02") or list(tmp_path.rglob("*.png")) or list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.stem)
+def test_links_and_pictures_exist(document):
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text())
+    missing = [link for link in links if "://" not in link and not (document.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS[1:], ids=lambda p: p.stem)
+def test_names_in_the_code_walk_exist(document):
+    """`name` in a lesson's paragraph "The code" stands in a file that the paragraph names."""
+    section = re.search(r"^## The code\n(.*?)^## ", document.read_text(), re.MULTILINE | re.DOTALL)[1]
+    files = re.findall(r"`((?:xdiffusion|training)/[\w/]+\.py)", section) + re.findall(r"`(\w+\.py)`", section)
+    sources = "".join(next(ROOT.glob(f"**/{name}" if "/" not in name else name)).read_text() for name in files)
+    names = re.findall(r"`([A-Za-z_]{4,})`", section)
+    assert names and not [n for n in names if n not in sources]

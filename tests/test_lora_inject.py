@@ -1,0 +1,320 @@
+"""Which layers get an adapter: presets, names and patterns, on our UNet, a diffusers UNet and other modules."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention as TheirAttention
+from tiny import copies, equal_bits
+from torch import nn
+
+from xdiffusion.layers.attention import Attention
+from xdiffusion.lora import (
+    LoRAError,
+    LoRALinear,
+    apply_lora_to_model,
+    get_lora_parameters,
+    load_lora_weights,
+    merge_lora_weights,
+    save_lora_weights,
+    set_lora_enabled,
+    set_lora_scale,
+    unmerge_lora_weights,
+)
+from xdiffusion.lora.inject import lora_layers, target_names
+from xdiffusion.networks.unet import UNet
+from xdiffusion.text_encoders.clip import CLIPTextEncoder
+
+
+def our_unet(**arguments):
+    torch.manual_seed(0)
+    unet = UNet(in_channels=1, context_dim=12, channels=(16, 32), transformer_depth=(0, 1), num_res_blocks=1,
+                head_dim=8, norm_groups=4, **arguments)  # fmt: skip
+    with torch.no_grad():
+        for parameter in unet.parameters():  # away from the zeros that a fresh network starts from
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return unet
+
+
+def diffusers_unet():
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+
+
+def call(unet):
+    generator = torch.Generator().manual_seed(0)
+    xt, context = torch.randn(2, 1, 8, 8, generator=generator), torch.randn(2, 5, 12, generator=generator)
+    out = unet(xt, torch.tensor([3.0, 700.0]), context)
+    return out if torch.is_tensor(out) else out.sample
+
+
+@torch.no_grad()
+def inferred(unet):
+    return call(unet)
+
+
+def fill_b(model):
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            for factor in layer.lora_B.values():
+                factor.normal_(generator=torch.Generator().manual_seed(1))
+
+
+def names_below(model, kind, classes):
+    """The names of all `classes` inside modules of class `kind`."""
+    outer = [name for name, module in model.named_modules() if isinstance(module, kind)]
+    return {
+        f"{prefix}.{name}"
+        for prefix in outer
+        for name, module in model.get_submodule(prefix).named_modules()
+        if isinstance(module, classes)
+    }
+
+
+def names_of(model, classes):
+    return {name for name, module in model.named_modules() if isinstance(module, classes)}
+
+
+def test_presets_on_our_unet():
+    unet = our_unet()
+    attention = names_below(unet, Attention, nn.Linear)
+    transformers = {n for n in names_of(unet, nn.Linear) if ".attentions." in n}
+    assert len(attention) == 4 * 2 * 4  # blocks: down 1, middle 1, up 2; self- and cross-attention; q, k, v, out
+    assert attention < transformers < names_of(unet, nn.Linear)
+    assert set(target_names(unet, "attention")) == attention
+    assert set(target_names(unet, "attention+mlp")) == transformers
+    assert set(target_names(unet, "all-linear")) == names_of(unet, nn.Linear)
+    assert set(target_names(unet, "all")) == names_of(unet, (nn.Linear, nn.Conv2d))
+
+
+def test_presets_on_a_diffusers_unet():
+    unet = diffusers_unet()
+    attention = names_below(unet, TheirAttention, nn.Linear)
+    mlp = names_below(unet, FeedForward, nn.Linear)
+    mlp |= {n for n in names_of(unet, nn.Conv2d) if n.endswith(("proj_in", "proj_out"))}
+    assert len(attention) == 4 * 2 * 4
+    assert set(target_names(unet, "attention")) == attention
+    assert set(target_names(unet, "attention+mlp")) == attention | mlp
+    assert set(target_names(unet, "all")) == names_of(unet, (nn.Linear, nn.Conv2d))
+
+
+def test_presets_on_text_encoders():
+    ours = CLIPTextEncoder(width=8, layers=2, heads=2, context_length=4)
+    inside = {n for n in names_of(ours, nn.Linear) if n != "text_projection"}
+    assert set(target_names(ours, "attention")) == {n for n in inside if ".attn." in n}
+    assert set(target_names(ours, "attention+mlp")) == inside
+    theirs = nn.ModuleDict({n: nn.Linear(2, 2) for n in ("q_proj", "k_proj", "v_proj", "out_proj", "fc1")})
+    assert target_names(theirs, "attention") == ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+@pytest.mark.parametrize("preset", ["attention", "attention+mlp", "all-linear", "all"])
+@pytest.mark.parametrize("make", [our_unet, diffusers_unet])
+def test_a_wrapped_unet_is_the_unet_and_learns_and_merges(make, preset, tmp_path):
+    unet = make()
+    expected, base = call(unet).detach(), copies(unet.state_dict())
+    assert apply_lora_to_model(unet, rank=2, alpha=4.0, target_modules=preset) is unet
+    assert torch.equal(call(unet), expected)
+
+    call(unet).square().sum().backward()
+    assert all(p.grad is None for n, p in unet.named_parameters() if ".lora_" not in n)
+    assert all(p.grad.abs().sum() > 0 for n, p in unet.named_parameters() if ".lora_B" in n)
+
+    fill_b(unet)
+    adapted = inferred(unet)
+    assert not torch.allclose(adapted, expected, atol=1e-2)
+    assert relative_error(call(unet).detach(), adapted) < 1e-4
+    save_lora_weights(unet, tmp_path / "lora.safetensors")
+    merge_lora_weights(unet)
+    assert lora_layers(unet) == []
+    assert unet.state_dict().keys() == base.keys()
+    assert relative_error(inferred(unet), adapted) < 1e-4
+    unmerge_lora_weights(unet)
+    assert torch.equal(inferred(unet), adapted)
+    assert equal_bits({n: p for n, p in unet.state_dict().items() if ".lora_" not in n}, base)
+
+    other = make()
+    load_lora_weights(other, tmp_path / "lora.safetensors")
+    assert torch.equal(inferred(other), adapted)
+
+
+def relative_error(actual, expected):
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def test_our_unets_own_variants_wrap():
+    """The layout, the layers that are left out, and gradient checkpointing do not stand in the way."""
+    unet = our_unet(projection="none", qk_norm=True, patch_size=2).to(memory_format=torch.channels_last)
+    expected = call(unet).detach()
+    apply_lora_to_model(unet, 2, 4.0, 0.0, "all")
+    assert torch.equal(call(unet), expected)
+    fill_b(unet)
+    call(unet).square().sum().backward()
+    plain = [p.grad.clone() for p in get_lora_parameters(unet)]
+    unet.zero_grad()
+    unet.gradient_checkpointing = True
+    call(unet).square().sum().backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(plain, get_lora_parameters(unet)))
+
+
+@pytest.mark.parametrize("targets", ["attention", "all-linear", "all", ["out_proj"], ".*"])
+def test_multihead_attention_is_not_broken(targets):
+    """nn.MultiheadAttention reads its out_proj without calling it: an adapter there would be trained for nothing."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "to_q": nn.Linear(8, 8)})
+    assert "attention.out_proj" not in target_names(model, "all")
+    x = torch.randn(3, 1, 8)
+    expected, _ = model["attention"](x, x, x)
+    if targets == ["out_proj"]:
+        with pytest.raises(LoRAError, match="no layer of ModuleDict matches"):
+            apply_lora_to_model(model, target_modules=targets)
+    else:
+        apply_lora_to_model(model, target_modules=targets)
+        assert [name for name, _ in lora_layers(model)] == ["to_q"]
+    actual, _ = model["attention"](x, x, x)
+    assert torch.equal(actual, expected)
+
+
+def small_model():
+    torch.manual_seed(0)
+    block = lambda: nn.ModuleDict({"to_q": nn.Linear(4, 4), "not_to_q": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})  # noqa: E731
+    return nn.ModuleDict({"a": block(), "b": block(), "conv": nn.Conv1d(4, 4, 3)})
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["to_q"], ["a.to_q", "b.to_q"]),  # an ending is a whole part of the name: not_to_q does not match
+        (["a.to_q"], ["a.to_q"]),
+        (["a.to_q", "conv"], ["a.to_q", "conv"]),
+        (("to_q", "not_to_q"), ["a.to_q", "a.not_to_q", "b.to_q", "b.not_to_q"]),
+        (r"a\..*", ["a.to_q", "a.not_to_q"]),
+        (r".*\.to_q|conv", ["a.to_q", "b.to_q", "conv"]),
+    ],
+)
+def test_lists_and_patterns(targets, expected):
+    model = small_model()
+    assert target_names(model, targets) == expected
+    apply_lora_to_model(model, target_modules=targets)
+    assert [name for name, _ in lora_layers(model)] == expected
+    assert target_names(model, targets) == expected  # wrapped layers have the same names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target_modules": ["to_w"]}, r"no layer of ModuleDict matches .* \['to_w'\]; allowed: attention, "),
+        ({"target_modules": "to_q"}, "named like a.to_q, a.not_to_q, b.to_q"),  # a pattern must match the whole name
+        ({"target_modules": []}, "no layer"),
+        ({"target_modules": ["norm"]}, "no layer"),
+        ({"target_modules": "("}, r"LoRA targets '\(' are neither of attention, .* nor a regular expression"),
+        ({"rank": 0}, r"rank=0 must be in 1\.\.4 for a.to_q"),
+        ({"rank": 5}, r"rank=5 must be in 1\.\.4"),
+        ({"rank": 5, "target_modules": ["conv", "to_q"]}, r"rank=5 must be in 1\.\.4 for a.to_q"),  # conv could: 12
+        ({"dropout": 1.0}, r"dropout=1\.0 must be in \[0, 1\)"),
+        ({"adapter_name": "first"}, "a.to_q has an adapter named 'first' already"),
+        ({"adapter_name": "first", "target_modules": "all"}, "a.to_q has an adapter named 'first' already"),
+        ({"adapter_name": "v1.5"}, "adapter_name='v1.5'"),
+        ({"adapter_name": "keys"}, "adapter_name='keys'"),
+    ],
+)
+def test_a_refused_call_leaves_the_model_as_it_was(arguments, message):
+    model = small_model()
+    apply_lora_to_model(model, 1, 1.0, 0.0, ["a.to_q"], "first")
+    model["b"].requires_grad_(True)
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    with pytest.raises(LoRAError, match=message):
+        apply_lora_to_model(model, **{"target_modules": ["to_q"], "adapter_name": "second"} | arguments)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+    assert [name for name, _ in lora_layers(model)] == ["a.to_q"]
+
+
+def test_freezing_leaves_the_newest_adapter_trainable():
+    model = small_model()
+    apply_lora_to_model(model, 1, target_modules=["a.to_q"])
+    apply_lora_to_model(model, 2, target_modules=["to_q"], adapter_name="second")
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"{m}.to_q.lora_{x}.second" for m in "ab" for x in "AB"}
+
+
+def test_get_lora_parameters():
+    model = small_model()
+    assert get_lora_parameters(model) == []
+    apply_lora_to_model(model, 1, target_modules=["a.to_q"])
+    apply_lora_to_model(model, 2, target_modules=["to_q"], adapter_name="second")
+    shapes = lambda name: [tuple(p.shape) for p in get_lora_parameters(model, name)]  # noqa: E731
+    assert shapes("default") == [(1, 4), (4, 1)]
+    assert shapes("second") == [(2, 4), (4, 2)] * 2
+    assert len(get_lora_parameters(model)) == 6
+    assert {id(p) for p in get_lora_parameters(model)} == {id(p) for n, p in model.named_parameters() if ".lora_" in n}
+    assert shapes("third") == []
+
+
+@pytest.mark.parametrize(("setting", "value"), [(set_lora_enabled, False), (set_lora_scale, 0.0)])
+def test_setting_what_is_not_there_is_an_error(setting, value):
+    model = small_model()
+    with pytest.raises(LoRAError, match="ModuleDict has no LoRA adapter"):
+        setting(model, value)
+    apply_lora_to_model(model, target_modules=["a.to_q"])
+    with pytest.raises(LoRAError, match="ModuleDict has no LoRA adapter named 'other'"):
+        setting(model, value, "other")
+    assert model["a"]["to_q"].adapters["default"].strength == 0.25
+
+
+def test_merging_and_unmerging_in_the_wrong_state_is_an_error():
+    model = small_model()
+    with pytest.raises(LoRAError, match="no LoRA layers to merge"):
+        merge_lora_weights(model)
+    with pytest.raises(LoRAError, match="is not merged"):
+        unmerge_lora_weights(model)
+    apply_lora_to_model(model, target_modules=["to_q"])
+    with pytest.raises(LoRAError, match="is not merged"):
+        unmerge_lora_weights(model)
+    merge_lora_weights(model)
+    with pytest.raises(LoRAError, match="no LoRA layers to merge"):
+        merge_lora_weights(model)
+    with pytest.raises(LoRAError, match="has no LoRA adapter"):
+        set_lora_enabled(model, False)
+    with pytest.raises(LoRAError, match="only inside a model"):
+        merge_lora_weights(LoRALinear(4, 4))
+
+
+def test_the_public_walk_from_base_to_deployment(tmp_path):
+    """The calls that a user makes, in their order: apply, train, compare, save, load, merge."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+    x, target = torch.randn(32, 4), torch.randn(32, 4)
+    base_output = model(x).detach()
+    model = apply_lora_to_model(model, rank=4, alpha=4.0, target_modules=["0", "2"])
+    optimizer = torch.optim.AdamW(get_lora_parameters(model), lr=0.03)
+    losses = []
+    for _ in range(20):
+        loss = (model(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    tuned = model(x).detach()
+    set_lora_enabled(model, enabled=False)
+    assert torch.equal(model(x), base_output)
+    set_lora_enabled(model, enabled=True)
+    assert torch.equal(model(x), tuned)
+
+    save_lora_weights(model, tmp_path / "my_lora_weights.safetensors")
+    torch.manual_seed(0)
+    other = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+    load_lora_weights(other, str(tmp_path / "my_lora_weights.safetensors"))
+    torch.testing.assert_close(other(x), tuned)
+    merge_lora_weights(other)
+    assert all(type(layer) in (nn.Linear, nn.Tanh) for layer in other)
+    torch.testing.assert_close(other(x), tuned)

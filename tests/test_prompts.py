@@ -1,0 +1,34 @@
+"""Prompts of a command line: the slot {class}, repetition to length, and what is refused."""
+
+import pytest
+
+from xdiffusion.data.captions import PROMPT_TABLES, PromptTable
+from xdiffusion.prompts import expand_prompts
+
+TABLE = PromptTable(names=(("cat", "kitten"), ("dog",), ("bird",)), templates=("{}", "a {}"))
+
+
+def test_without_prompts_every_class_by_its_plainest_caption():
+    assert expand_prompts([], TABLE, None) == ["cat", "dog", "bird"]
+    assert expand_prompts([], PROMPT_TABLES["image/digits"], None) == [str(digit) for digit in range(10)]
+
+
+def test_the_slot_stands_for_every_class_in_turn():
+    assert expand_prompts(["a small {class}"], TABLE, None) == ["a small cat", "a small dog", "a small bird"]
+    assert expand_prompts(["{class} and {class}"], TABLE, 2) == ["cat and cat", "dog and dog"]
+
+
+def test_plain_prompts_are_kept_as_they_are_and_in_order():
+    assert expand_prompts(["x", "{class}", ""], TABLE, None) == ["x", "cat", "dog", "bird", ""]
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, ["a"]), (3, ["a", "b", "a"]), (None, ["a", "b"])])
+def test_prompts_take_turns_up_to_the_count(count, expected):
+    assert expand_prompts(["a", "b"], TABLE, count) == expected
+
+
+@pytest.mark.parametrize("prompt", ["a {clas}", "{Class}", "{class} on {colour}", "{ class }", "{}"])
+def test_another_slot_is_refused_with_the_one_that_is_allowed(prompt):
+    with pytest.raises(ValueError, match=r"has the unknown slot \{.*\}; allowed: \{class\}") as error:
+        expand_prompts(["fine", prompt], TABLE, None)
+    assert repr(prompt) in str(error.value)

@@ -1,0 +1,106 @@
+"""What a run leaves to read: metrics.jsonl, TensorBoard and the loss curve, also after a resume."""
+
+import json
+import math
+
+import pytest
+from PIL import Image
+
+from xdiffusion.training.loop import StepMetrics
+from xdiffusion.training.records import Records, draw_loss_curve, read_metrics
+
+
+def metrics(step, loss=None):
+    return StepMetrics(step, loss or 1 / step, grad_norm=2.0, learning_rate=0.1, images_per_second=50.0)
+
+
+def record(folder, first, last, loss=None):
+    with Records(folder, first, last) as records:
+        for step in range(first, last + 1):
+            records.step(metrics(step, loss))
+
+
+def scalars(folder, name):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder / "tensorboard"))
+    accumulator.Reload()
+    return [(event.step, pytest.approx(event.value)) for event in accumulator.Scalars(name)]
+
+
+def test_a_run_leaves_its_record(tmp_path):
+    record(tmp_path, 1, 25)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 26))
+    assert lines[3] == {"step": 4, "loss": 0.25, "grad_norm": 2.0, "learning_rate": 0.1, "images_per_second": 50.0}
+    assert scalars(tmp_path, "loss") == [(10, 0.1), (20, 0.05)]
+    assert scalars(tmp_path, "learning_rate") == [(10, 0.1), (20, 0.1)]
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 10  # lines and text, not an empty page
+
+
+def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
+    record(tmp_path, 1, 12, loss=1.0)
+    record(tmp_path, 9, 20, loss=2.0)
+    assert [(m["step"], m["loss"]) for m in read_metrics(tmp_path / "metrics.jsonl")] == [
+        *((step, 1.0) for step in range(1, 9)),
+        *((step, 2.0) for step in range(9, 21)),
+    ]
+    assert scalars(tmp_path, "loss") == [(10, 2.0), (20, 2.0)]
+
+
+def test_a_new_run_in_an_old_folder_starts_anew(tmp_path):
+    record(tmp_path, 1, 3, loss=1.0)
+    record(tmp_path, 1, 2, loss=2.0)
+    assert [m["loss"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [2.0, 2.0]
+
+
+def test_every_step_is_on_the_disk_at_once(tmp_path):
+    with Records(tmp_path, 1, 2) as records:
+        records.step(metrics(1))
+        assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_a_line_that_a_killed_run_left_unfinished_is_dropped(tmp_path):
+    record(tmp_path, 1, 3)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-20])
+    assert [m["step"] for m in read_metrics(path)] == [1, 2]
+    record(tmp_path, 3, 4)
+    assert [m["step"] for m in read_metrics(path)] == [1, 2, 3, 4]
+    assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_an_error_closes_the_record(tmp_path):
+    with pytest.raises(KeyError, match="bug"), Records(tmp_path, 1, 9) as records:
+        for step in (1, 2, 3):
+            records.step(metrics(step))
+        raise KeyError("bug")
+    assert records.metrics.closed
+    assert (tmp_path / "loss.png").is_file()
+
+
+def test_a_picture_is_recorded(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Records(tmp_path, 1, 9) as records:
+        records.image("samples", Image.new("RGB", (30, 20), "red"), 5)
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    (event,) = accumulator.Images("samples")
+    assert (event.step, event.width, event.height) == (5, 30, 20)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_no_curve_of_less_than_two_points(count, tmp_path):
+    record(tmp_path, 1, count)
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_a_curve_of_losses_that_are_not_finite(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in enumerate([1.0, math.nan, math.inf]))
+    )
+    draw_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").is_file()

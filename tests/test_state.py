@@ -1,0 +1,180 @@
+"""A run that was stopped and resumed is, bit for bit, the run that was not."""
+
+import pytest
+import torch
+from tiny import copies, equal_bits, tiny_config, tiny_model, tiny_trainer
+
+from xdiffusion.checkpoints.files import CheckpointError, content_hash, load_pickled, load_safetensors
+from xdiffusion.checkpoints.native import load_lora, load_model_file
+from xdiffusion.lora import load_lora_weights
+from xdiffusion.training.loop import fit
+from xdiffusion.training.state import RunCheckpoints, state_path
+
+BASE_HASH = "0123456789abcdef"
+VARIANTS = {
+    "base": ([], False),
+    "lora": (["lora.target_modules=all"], True),
+    "lora with dropout": (["lora.dropout=0.5", "training.gradient_accumulation_steps=2"], True),
+    "bfloat16": (["training.mixed_precision=bf16"], False),
+}
+
+
+def fresh(folder, overrides=(), lora=False):
+    """A trainer and its checkpoints, as a new process has them."""
+    config = tiny_config("training.num_training_steps=5", "training.save_and_sample_every_n=2", *overrides)
+    return tiny_trainer(config, lora=lora), RunCheckpoints(folder, config, BASE_HASH if lora else None)
+
+
+def train(trainer, checkpoints, first_step=1, stop_after=5):
+    """The losses of the steps from first_step on; the process dies after stop_after."""
+    losses = []
+
+    def on_step(metrics):
+        losses.append((metrics.step, metrics.loss, metrics.grad_norm, metrics.learning_rate))
+        if metrics.step == stop_after + 1:
+            raise KeyboardInterrupt
+
+    try:
+        fit(trainer, first_step=first_step, on_step=on_step, on_checkpoint=lambda n: checkpoints.save(trainer, n))
+    except KeyboardInterrupt:
+        losses.pop()
+    return losses
+
+
+def optimizer_tensors(trainer):
+    return {f"{i}.{k}": v for i, moments in trainer.optimizer.state_dict()["state"].items() for k, v in moments.items()}
+
+
+@pytest.mark.parametrize(("overrides", "lora"), VARIANTS.values(), ids=VARIANTS)
+def test_a_resumed_run_repeats_the_uninterrupted_one(overrides, lora, tmp_path):
+    whole, whole_files = fresh(tmp_path / "whole", overrides, lora)
+    expected = train(whole, whole_files)
+
+    first, files = fresh(tmp_path / "cut", overrides, lora)
+    losses = train(first, files, stop_after=3)  # its last checkpoint is that of step 2
+    torch.manual_seed(123)
+    second, files = fresh(tmp_path / "cut", overrides, lora)
+    assert files.resume(second, "auto") == 2
+    assert losses + train(second, files, first_step=3) == expected[:3] + expected[2:]
+
+    assert equal_bits(second.model.state_dict(), whole.model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(second.ema.average, whole.ema.average))
+    assert equal_bits(optimizer_tensors(second), optimizer_tensors(whole))
+    for file in (files, whole_files):
+        assert file.newest() == file.path(5)
+    (tensors, header), (whole_tensors, whole_header) = (load_safetensors(f.path(5)) for f in (files, whole_files))
+    assert equal_bits(tensors, whole_tensors)
+    assert header == whole_header
+
+
+def test_a_checkpoint_holds_the_average_and_its_state_the_weights(tmp_path):
+    trainer, files = fresh(tmp_path)
+    train(trainer, files)
+    saved = load_model_file(tmp_path / "diffusion-5.safetensors")
+    assert saved.tensors.keys() == trainer.model.state_dict().keys()
+    for (name, parameter), average in zip(trainer.trainable.items(), trainer.ema.average):
+        assert torch.equal(saved.tensors[name], average)
+        assert not torch.equal(average, parameter)
+    assert (saved.step, saved.image_shape) == (5, (1, 12, 12))
+    assert saved.config["training"]["num_training_steps"] == 5
+    state = load_pickled(tmp_path / "diffusion-5.state.pt")
+    assert equal_bits(state["trained"], {n: p.data for n, p in trainer.trainable.items()})
+
+
+def test_a_lora_run_writes_the_lora_alone(tmp_path):
+    trainer, files = fresh(tmp_path, ["lora.rank=1"], lora=True)
+    train(trainer, files)
+    names = {f"diffusion-{step}-lora.{kind}" for step in (2, 4, 5) for kind in ("safetensors", "state.pt")}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    path = tmp_path / "diffusion-5-lora.safetensors"
+    tensors, header = load_safetensors(path)
+    assert all(name.endswith((".lora_A", ".lora_B")) for name in tensors)
+    assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in trainer.trainable.values())
+    assert header["base_hash"] == BASE_HASH
+    state = load_pickled(state_path(path))
+    assert state["trained"].keys() == trainer.trainable.keys()
+    largest = max(p.numel() for p in trainer.model.text_encoder.parameters())
+    assert state_path(path).stat().st_size < largest  # bytes: no frozen weight is in it
+
+    report = load_lora_weights(tiny_model(tiny_config()), path)
+    assert len(report.matched) == len(tensors) // 2
+    assert report.scalings == [4.0]
+
+
+def test_a_lora_run_leaves_the_base_untouched(tmp_path):
+    trainer, files = fresh(tmp_path, lora=True)
+    before = content_hash(trainer.model.base_weights())
+    train(trainer, files)
+    assert content_hash(trainer.model.base_weights()) == before == content_hash(tiny_model(tiny_config()).state_dict())
+
+
+def test_newest_needs_weights_and_state(tmp_path):
+    _, files = fresh(tmp_path)
+    assert files.newest() is None
+    for name in ("diffusion-9.safetensors", "diffusion-9.state.pt", "diffusion-10.safetensors", "diffusion-10.state.pt",
+                 "diffusion-20.safetensors", "diffusion-30.state.pt", "diffusion-x.state.pt",
+                 "diffusion-40-lora.safetensors", "diffusion-40-lora.state.pt"):  # fmt: skip
+        (tmp_path / name).touch()
+    assert files.newest() == tmp_path / "diffusion-10.safetensors"
+    _, lora_files = fresh(tmp_path, lora=True)
+    assert lora_files.newest() == tmp_path / "diffusion-40-lora.safetensors"
+
+
+def test_resume_by_name_and_from_nothing(tmp_path):
+    trainer, files = fresh(tmp_path)
+    assert files.resume(trainer, "auto") == 0
+    train(trainer, files)
+    for name in ("diffusion-2.safetensors", "diffusion-2.pt"):
+        assert files.resume(trainer, str(tmp_path / name)) == 2
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*; there are: diffusion-2\.safetensors"):
+        files.resume(trainer, str(tmp_path / "diffusion-3.safetensors"))
+
+
+@pytest.mark.parametrize("part", ["weights", "state"])
+def test_a_damaged_or_missing_file_is_named(part, tmp_path):
+    trainer, files = fresh(tmp_path)
+    train(trainer, files)
+    path = files.path(5) if part == "weights" else state_path(files.path(5))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=path.name):
+        files.resume(trainer, "auto")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=path.name):
+        files.resume(trainer, str(files.path(5)))
+    assert files.resume(trainer, "auto") == 4
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    trainer, files = fresh(tmp_path / "base")
+    train(trainer, files)
+    lora_trainer, lora_files = fresh(tmp_path / "lora", lora=True)
+    train(lora_trainer, lora_files)
+    base, lora = (str(f.path(5)) for f in (files, lora_files))
+
+    wider, wider_files = fresh(tmp_path, ["model.network.channels=[32,32]"])
+    with pytest.raises(CheckpointError, match=r"diffusion-5\.safetensors does not belong to this run: .* has shape"):
+        wider_files.resume(wider, base)
+    rank3, rank3_files = fresh(tmp_path, ["lora.rank=3"], lora=True)
+    with pytest.raises(CheckpointError, match=r"does not belong to this run: .*lora_A.default has shape \(2, "):
+        rank3_files.resume(rank3, lora)
+    other_targets, other_files = fresh(tmp_path, ["lora.target_modules=[conv_in]"], lora=True)
+    with pytest.raises(CheckpointError, match="does not belong to this run"):
+        other_files.resume(other_targets, lora)
+    with pytest.raises(CheckpointError, match="is a LoRA"):
+        files.resume(trainer, lora)
+    with pytest.raises(CheckpointError, match="is not a LoRA file"):
+        lora_files.resume(lora_trainer, base)
+    other_base = RunCheckpoints(tmp_path / "lora", tiny_config(), "f" * 16)
+    with pytest.raises(CheckpointError, match=f"is of another base: {BASE_HASH}, this run's is {'f' * 16}"):
+        other_base.resume(lora_trainer, "auto")
+
+
+def test_saving_changes_nothing(tmp_path):
+    trainer, files = fresh(tmp_path, lora=True)
+    trainer.step(1)
+    before = copies(trainer.model.state_dict())
+    with trainer.ema.in_place():
+        assert files.save(trainer, 1) == tmp_path / "diffusion-1-lora.safetensors"
+    assert equal_bits(trainer.model.state_dict(), before)
+    file = load_lora(files.path(1))
+    assert (file.step, file.config["lora"]["rank"]) == (1, 2)
