@@ -3,11 +3,11 @@
     python bench/data.py --data_dir ../shared/data/mnist8k
     python bench/data.py                                        (the embedded digits)
 
-Ours is what a training step does for its batch: `DataOrder` draws the shuffled indices, `ImageSet.batch` scales the images
-(resized once, when they were loaded) and words the captions. Theirs is a shuffled torch DataLoader, without workers as
-diffusers' tutorials have it, over a data set as torchvision's MNIST: for every image and epoch PIL.Image.fromarray,
-Resize, ToTensor, Normalize. Both make 32x32 float32 images in [-1, 1] of 28x28 originals; one measurement is a number of
-batches in a row, and a DataLoader's start is left out.
+Ours is what a training step does for its batch: `DataOrder` draws the shuffled indices, `ImageSet.batch` scales the
+images (resized once, when they were loaded) and words the captions. Theirs is a shuffled torch DataLoader, without
+workers as diffusers' tutorials have it, over a data set as torchvision's MNIST: for every image and epoch
+PIL.Image.fromarray, Resize, ToTensor, Normalize. Both make 32x32 float32 images in [-1, 1] of 28x28 originals; one
+measurement is a number of batches in a row.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from measure import Goal, Report, interleave, parser, prepare
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from xdiffusion.cli import positive_int, run
 from xdiffusion.data.digits import load_digits
 from xdiffusion.data.image_set import ImageSet
 from xdiffusion.data.torchvision_sets import load_mnist
@@ -81,12 +82,12 @@ def peer_batches(originals: ImageSet, image_size: int, batch_size: int, workers:
 def images_per_second(next_batch: Callable[[], Tensor], batches: int) -> Callable[[], float]:
     """A timer of so many batches in a row."""
 
-    def run() -> float:
+    def rate() -> float:
         started = time.perf_counter()
         images = sum(len(next_batch()) for _ in range(batches))
         return images / (time.perf_counter() - started)
 
-    return run
+    return rate
 
 
 def originals_and_resized(args: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
@@ -101,12 +102,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument(
         "--data_dir", metavar="DIR", help="a folder that torchvision's MNIST reads; without it the digits"
     )
-    flags.add_argument("--image_size", type=int, default=32, metavar="N", help="side of the batches' images (32)")
     flags.add_argument(
-        "--batch_size", nargs="+", type=int, default=[64, 128], metavar="N", help="images per batch (64 128)"
+        "--image_size", type=positive_int, default=32, metavar="N", help="side of the batches' images (32)"
     )
     flags.add_argument(
-        "--batches", type=int, default=20, metavar="N", help="peer's batches per measurement; ours 10 times as many"
+        "--batch_size", nargs="+", type=positive_int, default=[64, 128], metavar="N", help="images per batch (64 128)"
+    )
+    flags.add_argument(
+        "--batches",
+        type=positive_int,
+        default=20,
+        metavar="N",
+        help="theirs per measurement, ours 10 times as many (20)",
     )
     flags.add_argument("--workers", type=int, default=0, metavar="N", help="of the DataLoader (0)")
     args = flags.parse_args(argv)
@@ -128,4 +135,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -14,6 +14,7 @@ weights. Saved: bytes that autograd keeps from forward to backward beyond x and 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 
@@ -21,6 +22,7 @@ import torch
 from measure import Goal, Report, interleave, parser, peak_allocated, prepare, timer
 from torch import Tensor, nn
 
+from xdiffusion.cli import positive_int, run
 from xdiffusion.lora import LoRALinear
 
 Shape = tuple[int, int, int, int]  # tokens, in, out, rank
@@ -69,12 +71,12 @@ def forward_backward(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], 
     """One pass that leaves fresh gradients on x, A and B."""
     trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
 
-    def run() -> None:
+    def both_ways() -> None:
         for tensor in trained:
             tensor.grad = None
         _Consumer.apply(layer(x), grad).backward()
 
-    return run
+    return both_ways
 
 
 def gradients(layer: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
@@ -110,10 +112,10 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
 
 def shape_of(text: str) -> Shape:
     """An argparse type: tokens x in x out x rank."""
-    numbers = tuple(int(part) for part in text.split("x"))
-    if len(numbers) != 4:
-        raise ValueError(f"{text!r} must be tokens x in x out x rank, such as 8192x320x320x4")
-    return numbers
+    parts = text.split("x")
+    if len(parts) != 4:
+        raise argparse.ArgumentTypeError(f"{text!r} must be tokens x in x out x rank, such as 8192x320x320x4")
+    return tuple(positive_int(part) for part in parts)
 
 
 def measure(shape: Shape, rounds: int, device: torch.device, report: Report) -> None:
@@ -126,13 +128,13 @@ def measure(shape: Shape, rounds: int, device: torch.device, report: Report) -> 
     details = {"largest_relative_difference": float(f"{largest_difference(both, x, grad):.1e}")}
 
     passes = {side: forward_backward(layer, x, grad) for side, layer in both.items()}
-    seconds = interleave({side: timer(run, device) for side, run in passes.items()}, rounds, warmup=3)
+    seconds = interleave({side: timer(both_ways, device) for side, both_ways in passes.items()}, rounds, warmup=3)
     report.add(figure, **seconds, goal=GOALS.get(shape), **details)
 
     peaks = {}
-    for side, run in passes.items():
+    for side, both_ways in passes.items():
         clear(both, x)
-        peaks[side] = [peak_allocated(run, device) / 2**20]
+        peaks[side] = [peak_allocated(both_ways, device) / 2**20]
     report.add(f"{figure}_peak", **peaks, unit="MiB", goal=PEAK_GOAL, **details)
     saved = {side: [saved_bytes(layer, x) / 2**20] for side, layer in both.items()}
     report.add(f"{figure}_saved", **saved, unit="MiB", **details)
@@ -160,4 +162,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

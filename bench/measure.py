@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from xdiffusion.cli import positive_int
+
 Timer = Callable[[], float]
 BOUNDS = {"<=": operator.le, ">=": operator.ge}
 
@@ -28,8 +30,10 @@ BOUNDS = {"<=": operator.le, ">=": operator.ge}
 def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
     """The flags that every benchmark has; `rounds` is the default of --rounds."""
     flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--rounds", type=int, default=rounds, metavar="N", help=f"measurements of each side ({rounds})")
-    flags.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads (2)")
+    flags.add_argument(
+        "--rounds", type=positive_int, default=rounds, metavar="N", help=f"measurements of each side ({rounds})"
+    )
+    flags.add_argument("--threads", type=positive_int, default=2, metavar="N", help="CPU threads (2)")
     flags.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both sides run (cpu)")
     flags.add_argument("--json", action="store_true", help="print JSON lines and nothing else")
     return flags
@@ -39,10 +43,8 @@ def prepare(args: argparse.Namespace) -> torch.device:
     """Set the number of threads, here and for child processes, and return the device.
 
     Raises:
-        ValueError: without a GPU for --device cuda, or without a round to measure.
+        ValueError: without a GPU for --device cuda.
     """
-    if args.rounds < 1:
-        raise ValueError(f"--rounds {args.rounds} must be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here")
     torch.set_num_threads(args.threads)
@@ -65,7 +67,7 @@ def timer(function: Callable[[], Any], device: torch.device, calls: int = 1) -> 
 
 
 def interleave(timers: Mapping[str, Timer], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Call all timers in turn for `rounds` rounds, every second round backwards, after `warmup` rounds that do not count."""
+    """Call all timers in turn, every second round backwards; `warmup` rounds come first and do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     for i in range(warmup + rounds):
         for name in list(timers) if i % 2 == 0 else reversed(timers):
@@ -109,9 +111,9 @@ class Report:
         goal: Goal | None = None,
         **details: Any,
     ) -> None:
-        """One figure from the measurements of both sides; `theirs` may be empty where a figure has no peer."""
+        """One figure from the measurements of both sides; a detail named `met` overrules the comparison with the goal."""
         sides = {"ours": spread(ours), "theirs": spread(theirs)}
-        ratio = significant(sides["ours"]["median"] / sides["theirs"]["median"]) if theirs else None
+        ratio = significant(sides["ours"]["median"] / sides["theirs"]["median"])
         seen = {"ratio": ratio, "ours": sides["ours"]["median"]}
         result = {
             "figure": figure,
@@ -135,13 +137,11 @@ class Report:
         for r in self.results:
             goal = f"{r['goal_is']}: {'met' if r['met'] else 'not met'}" if r["goal"] is not None else "-"
             cells = [_cell(r["ours"], r["unit"]), _cell(r["theirs"], r["unit"])]
-            print(f"{r['figure']:<44} {cells[0]:>34} {cells[1]:>34} {r['ratio'] or '-':>7}  {goal}")
+            print(f"{r['figure']:<44} {cells[0]:>34} {cells[1]:>34} {r['ratio']:>7}  {goal}")
 
 
-def spread(values: Sequence[float]) -> dict[str, float] | None:
+def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, smallest and largest, to four digits."""
-    if not values:
-        return None
     return {name: significant(f(values)) for name, f in (("median", statistics.median), ("min", min), ("max", max))}
 
 
@@ -180,7 +180,7 @@ def peak_allocated(function: Callable[[], Any], device: torch.device) -> int:
 
 
 def peak_resident(function: Callable[[], Any]) -> int:
-    """Bytes by which this process grew at the worst moment of one call; for a fresh process, as a heap is never returned."""
+    """Bytes by which this process grew at the worst moment of one call; measure in a fresh process, a heap stays."""
     reset_peak_resident()
     before = _status_bytes("VmRSS")
     function()
@@ -202,5 +202,5 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _cell(values: Mapping[str, float] | None, unit: str) -> str:
-    return "-" if values is None else "{median:g} [{min:g}-{max:g}] {unit}".format(unit=unit, **values)
+def _cell(values: Mapping[str, float], unit: str) -> str:
+    return "{median:g} [{min:g}-{max:g}] {unit}".format(unit=unit, **values)

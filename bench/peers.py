@@ -209,4 +209,4 @@ def peer_sample(
 def prompt_accuracy(judge: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of images, as a saved picture would hold them, in which the judge sees the prompted class."""
     seen = to_unit_range(to_uint8(images))
-    return float((judge(seen).argmax(1) == labels).float().mean())
+    return round(float((judge(seen).argmax(1) == labels).float().mean()), 4)

@@ -3,15 +3,15 @@
     python bench/time_to_quality.py --data_dir ../shared/data/mnist8k
     python bench/time_to_quality.py --config_path configs/image/digits/ddpm_24x24_v_continuous_clip.yaml
 
-Prompt accuracy is the share of 200 samples in which the judge, a classifier of the real images, sees the prompted class.
-The clock holds loading, building and training, and stops while the judge is trained and while samples are scored: after
-every --evaluate_every seconds of training, or a tenth of the time so far where that is longer, by one rule for both.
+Prompt accuracy: the share of 200 samples in which the judge, a classifier of the real images, sees the prompted class.
+The clock holds loading, building and training. It stops while the judge is trained, and while samples are scored: every
+--evaluate_every seconds of training, or a tenth of the time so far where that is longer, by one rule for both sides.
 
 Ours is the config as it stands, its tiny CLIP trained from nothing within the clock; scored with its averaged weights
 and its own sampler. Theirs is a three-level UNet2DConditionModel on the plain pixels whose width brings its parameters
 closest to ours, trained as the tutorials do: DDPM noise, eps loss, AdamW 1e-4, 500 warm-up steps, batch 64; scored with
-DDIM in 50 steps. It is given, free of charge, the trained text encoder's embeddings (so that both are conditioned alike:
-text is what prompt accuracy is about), our batches from memory, our caption dropout and our guidance scale.
+DDIM in 50 steps. It is given, free of charge, the trained text encoder's embeddings (so that both are conditioned
+alike, as the prompts are what is scored), our batches from memory, our caption dropout and our guidance scale.
 
 A side that does not get there within --max_seconds is reported with the seconds that it used, and `ratio_is` says that
 the ratio is a bound.
@@ -34,6 +34,7 @@ from peers import PeerTraining, as_function, count, peer_sample, prompt_accuracy
 from torch import Tensor, nn
 
 from xdiffusion.build import build_data, build_model, build_sampling, load_config
+from xdiffusion.cli import positive_int, run
 from xdiffusion.data.image_set import ImageSet
 from xdiffusion.evaluation.judge import Judge
 from xdiffusion.model import DiffusionModel, generate, generators_for, initial_noise
@@ -52,7 +53,7 @@ Draw = Callable[[list[str]], Tensor]
 
 
 @dataclass
-class Run:
+class Side:
     """One side: its step, how it draws prompts, what its setting up took, and how long it may go on."""
 
     step: Callable[[int], object]
@@ -64,7 +65,7 @@ class Run:
     history: list[tuple[float, float]] = field(default_factory=list)
 
 
-def our_run(config: DictConfig, device: torch.device) -> tuple[Run, DiffusionModel]:
+def our_side(config: DictConfig, device: torch.device) -> tuple[Side, DiffusionModel]:
     """A run of `training/image/train.py`, without its files."""
     started = time.perf_counter()
     torch.manual_seed(config.training.seed)
@@ -83,10 +84,10 @@ def our_run(config: DictConfig, device: torch.device) -> tuple[Run, DiffusionMod
         return images
 
     seconds = time.perf_counter() - started
-    return Run(trainer.step, draw, seconds, count(model.network), config.training.num_training_steps), model
+    return Side(trainer.step, draw, seconds, count(model.network), config.training.num_training_steps), model
 
 
-def peer_run(config: DictConfig, embed: PromptCache, parameters: int, device: torch.device) -> Run:
+def peer_side(config: DictConfig, embed: PromptCache, parameters: int, device: torch.device) -> Side:
     """The tutorial's loop on the same images and embeddings."""
     from diffusers import DDIMScheduler
 
@@ -115,7 +116,7 @@ def peer_run(config: DictConfig, embed: PromptCache, parameters: int, device: to
         unet.train()
         return images.clamp(-1, 1).float().cpu()
 
-    return Run(step, draw, time.perf_counter() - started, count(unet))
+    return Side(step, draw, time.perf_counter() - started, count(unet))
 
 
 def peer_unet_of_about(parameters: int, data: ImageSet, context_dim: int) -> nn.Module:
@@ -143,24 +144,24 @@ def peer_unet_of_about(parameters: int, data: ImageSet, context_dim: int) -> nn.
     return build(min(range(8, 257, 8), key=distance))
 
 
-def race(run: Run, score: Callable[[Draw], float], name: str, args: argparse.Namespace) -> None:
+def race(side: Side, score: Callable[[Draw], float], name: str, args: argparse.Namespace) -> None:
     """Train until the target, the time limit or the recipe's last step; the clock stands still while scoring."""
     step, next_look = 0, args.evaluate_every
-    while not run.reached:
+    while not side.reached:
         step += 1
         started = time.perf_counter()
-        run.step(step)
-        run.seconds += time.perf_counter() - started
-        over = run.seconds >= args.max_seconds or step == run.last_step
-        if not over and run.seconds < next_look:
+        side.step(step)
+        side.seconds += time.perf_counter() - started
+        over = side.seconds >= args.max_seconds or step == side.last_step
+        if not over and side.seconds < next_look:
             continue
-        accuracy = score(run.draw)
-        run.history.append((round(run.seconds, 1), round(accuracy, 4)))
-        run.reached = accuracy >= args.target
-        print(f"{name}: step {step}, {run.seconds:.0f} s, prompt accuracy {accuracy:.3f}", file=sys.stderr, flush=True)
+        accuracy = score(side.draw)
+        side.history.append((round(side.seconds, 1), round(accuracy, 4)))
+        side.reached = accuracy >= args.target
+        print(f"{name}: step {step}, {side.seconds:.0f} s, prompt accuracy {accuracy:.3f}", file=sys.stderr, flush=True)
         if over:
             return
-        next_look = run.seconds + max(args.evaluate_every, LOOK_FACTOR * run.seconds)
+        next_look = side.seconds + max(args.evaluate_every, LOOK_FACTOR * side.seconds)
 
 
 def scorer(data: ImageSet, judge: Judge, args: argparse.Namespace) -> Callable[[Draw], float]:
@@ -188,29 +189,29 @@ def ratio_is(ours: bool, theirs: bool) -> str:
 
 def measure(args: argparse.Namespace, device: torch.device, report: Report) -> None:
     """Both sides once per round, each round with another seed, as one result."""
-    runs: dict[str, list[Run]] = {"ours": [], "theirs": []}
+    runs: dict[str, list[Side]] = {"ours": [], "theirs": []}
     for seed in range(args.rounds):
         data_dir = [f"data.data_dir={args.data_dir}"] if args.data_dir else []
         config = load_config(args.config_path, [*data_dir, *args.set, f"training.seed={seed}"])
         data = build_data(config)
         judge, judge_accuracy = cached_judge(data, args.judge_path)
         score = scorer(data, judge, args)
-        ours, model = our_run(config, device)
+        ours, model = our_side(config, device)
         race(ours, score, "ours", args)
-        theirs = peer_run(config, PromptCache(model.text_encoder), ours.parameters, device)
+        theirs = peer_side(config, PromptCache(model.text_encoder), ours.parameters, device)
         race(theirs, score, "theirs", args)
         runs["ours"].append(ours)
         runs["theirs"].append(theirs)
 
-    reached = {side: all(run.reached for run in of_side) for side, of_side in runs.items()}
+    reached = {side: all(one.reached for one in of_side) for side, of_side in runs.items()}
     details = {"ratio_is": ratio_is(**reached), "target": args.target, "judge_accuracy": judge_accuracy}
     if not reached["ours"]:
         details["met"] = False
     for side, of_side in runs.items():
-        details[f"reached_{side}"] = [run.reached for run in of_side]
+        details[f"reached_{side}"] = [one.reached for one in of_side]
         details[f"parameters_{side}"] = of_side[0].parameters
-        details[f"history_{side}"] = [run.history for run in of_side]
-    seconds = {side: [run.seconds for run in of_side] for side, of_side in runs.items()}
+        details[f"history_{side}"] = [one.history for one in of_side]
+    seconds = {side: [one.seconds for one in of_side] for side, of_side in runs.items()}
     report.add("time_to_quality", **seconds, goal=GOAL, **details, config=args.config_path, dataset=data.name)
 
 
@@ -219,14 +220,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = flags.add_argument
     add(
         "--config_path",
-        default="configs/image/mnist/ddpm_28x28_v_continuous_clip_cpu.yaml",
+        default="configs/image/mnist/ddpm_24x24_v_continuous_clip.yaml",
         metavar="YAML",
         help="our recipe",
     )
     add("--data_dir", metavar="DIR", help="a folder that torchvision's MNIST reads")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="set a key of the config; repeatable")
     add("--target", type=float, default=0.95, metavar="A", help="the prompt accuracy (0.95)")
-    add("--num_samples", type=int, default=200, metavar="N", help="samples per evaluation (200)")
+    add("--num_samples", type=positive_int, default=200, metavar="N", help="samples per evaluation (200)")
     add("--evaluate_every", type=float, default=20, metavar="S", help="seconds of training between evaluations (20)")
     add("--max_seconds", type=float, default=1800, metavar="S", help="of training, for each side (1800)")
     add("--judge_path", type=Path, default=Path("output/judge"), metavar="DIR", help="where judges are kept")
@@ -239,4 +240,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

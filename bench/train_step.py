@@ -3,11 +3,11 @@
     python bench/train_step.py
     python bench/train_step.py --size digits --device cuda --json
 
-Ours is `Trainer.step`, all of it: batch, captions, text embedding, objective, clipping, AdamW, moving average. Theirs is
-UNet2DConditionModel of the same architecture and the same weights (the largest difference of a forward pass is printed)
-in its tutorial's plain loop: DDPMScheduler.add_noise, F.mse_loss, clip_grad_norm_, AdamW at its defaults; it is handed
-images and text embeddings for free, and keeps no moving average. LoRA: rank 4 on the q, k, v and out projections of all
-attentions, by peft on their side. float32, the same batch size.
+Ours is `Trainer.step`, all of it: batch, captions, text embedding, objective, clipping, AdamW, moving average. Theirs
+is UNet2DConditionModel of the same architecture and the same weights (the largest difference of a forward pass is
+printed) in its tutorial's plain loop: DDPMScheduler.add_noise, F.mse_loss, clip_grad_norm_, AdamW at its defaults. It
+is handed images and text embeddings for free, and keeps no moving average. LoRA: rank 4 on the q, k, v and out
+projections of all attentions, by peft on their side. float32, the same batch size.
 
 Peak memory: what one step allocates at its worst moment beyond what was held before it (torch's allocator), and by how
 much a fresh process grows over three steps beyond its size with the model built (resident; CPU only).
@@ -40,6 +40,7 @@ from peers import (
 )
 
 from xdiffusion.build import load_config
+from xdiffusion.cli import positive_int, run
 from xdiffusion.lora import apply_lora_to_model
 from xdiffusion.training.loop import Trainer
 
@@ -105,9 +106,9 @@ def checks(size: Size, kind: str, device: torch.device) -> dict[str, object]:
 
 
 def resident(size_name: str, kind: str, side: str) -> int:
-    """The growth of a fresh process over the first steps of one side; a tiny run before it loads what is loaded late."""
+    """The growth of this process over the first steps of one side, after a tiny run that loads what is loaded late."""
 
-    def run(size: Size, measured: bool) -> int:
+    def grown(size: Size) -> int:
         start = SIDES[side](size, kind, torch.device("cpu"))
 
         def steps() -> None:
@@ -115,10 +116,10 @@ def resident(size_name: str, kind: str, side: str) -> int:
             for _ in range(3):
                 step()
 
-        return peak_resident(steps) if measured else steps()
+        return peak_resident(steps)
 
-    run(SIZES["tiny"], False)
-    return run(SIZES[size_name], True)
+    grown(SIZES["tiny"])
+    return grown(SIZES[size_name])
 
 
 def resident_in_fresh_process(size_name: str, kind: str, side: str, threads: int) -> int:
@@ -162,14 +163,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser(__doc__, rounds=15)
     flags.add_argument("--size", nargs="+", choices=SIZES, default=["digits", "mnist"], help="of model and batch")
     flags.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS), help="which step")
-    flags.add_argument("--calls", type=int, default=3, metavar="N", help="steps per measurement (3)")
+    flags.add_argument("--calls", type=positive_int, default=3, metavar="N", help="steps per measurement (3)")
     flags.add_argument(
-        "--processes", type=int, default=3, metavar="N", help="fresh processes per side for resident memory (3)"
+        "--processes",
+        type=positive_int,
+        default=3,
+        metavar="N",
+        help="fresh processes per side for resident memory (3)",
     )
     flags.add_argument("--skip_resident", action="store_true", help="do not measure fresh processes")
-    flags.add_argument(
-        "--resident", choices=SIDES, help="print this process's growth for the first size and kind, and stop"
-    )
+    flags.add_argument("--resident", choices=SIDES, help="print this process's growth and stop")
     args = flags.parse_args(argv)
     device = prepare(args)
     if args.resident:
@@ -184,4 +187,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

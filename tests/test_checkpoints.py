@@ -263,6 +263,7 @@ def test_damaged_files_read_or_raise_the_one_error(name, edits, kept, tmp_path):
             assert str(path) in str(error)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", READERS)
 @given(content=st.binary(max_size=64))
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

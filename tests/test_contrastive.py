@@ -1,10 +1,13 @@
 """Our own CLIP: its batches, what it learns, and how a text encoder comes by its weights."""
 
+import urllib.request
 from types import SimpleNamespace
 
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
 from open_clip.model import CLIPTextCfg, _build_text_tower
 from tiny import copies, equal_bits, tiny_config, tiny_images
 
@@ -19,44 +22,36 @@ from xdiffusion.training.text_encoder import initialise_text_encoder, tiny_clip_
 
 def contrastive_model():
     torch.manual_seed(0)
-    text = CLIPTextEncoder(width=16, layers=1, heads=2, context_length=8)
-    return ContrastiveModel(text, image_size=12, channels=1, width=16, layers=1)
+    text = CLIPTextEncoder(width=32, layers=1, heads=2, context_length=8)
+    return ContrastiveModel(text, image_size=12, channels=1, width=32, layers=1)
 
 
-class WatchedImages(ImageSet):
-    """An image set that notes the labels of its batches."""
-
-    def batch(self, index, wording):
-        batch = super().batch(index, wording)
-        seen_labels.append(batch.labels)
-        return batch
-
-
-seen_labels: list[torch.Tensor] = []
-
-
-def test_a_group_has_one_image_of_each_class():
-    seen_labels.clear()
-    data = WatchedImages(**vars(tiny_images()))
-    train_contrastive(contrastive_model(), data, steps=3, groups=2)
-    assert len(seen_labels) == 3
-    for labels in seen_labels:
-        assert labels.view(2, 10).sort(dim=1).values.tolist() == [list(range(10))] * 2
-
-
-def test_the_loss_is_the_cross_entropy_within_each_group():
-    """The first step's loss, with both directions of the contrast written out."""
-    data, losses, batches = tiny_images(), [], []
+def recording(data):
+    """(the same data, a list that its batches are put in as they are drawn)."""
+    batches = []
 
     class Recorded(ImageSet):
         def batch(self, index, wording):
             batches.append(super().batch(index, wording))
             return batches[-1]
 
+    return Recorded(**vars(data)), batches
+
+
+def test_a_group_has_one_image_of_each_class():
+    data, batches = recording(tiny_images())
+    train_contrastive(contrastive_model(), data, steps=3, groups=2)
+    assert len(batches) == 3
+    for batch in batches:
+        assert batch.labels.view(2, 10).sort(dim=1).values.tolist() == [list(range(10))] * 2
+
+
+def test_the_loss_is_the_cross_entropy_within_each_group():
+    """The first step's loss, with both directions of the contrast written out."""
+    data, batches = recording(tiny_images())
+    losses = []
+    train_contrastive(contrastive_model(), data, steps=1, groups=2, on_step=lambda step, loss: losses.append(loss))
     model = contrastive_model()
-    before = copies(model.state_dict())
-    train_contrastive(model, Recorded(**vars(data)), steps=1, groups=2, on_step=lambda step, loss: losses.append(loss))
-    model.load_state_dict(before)
     expected = 0.0
     for group in (slice(0, 10), slice(10, 20)):
         images = model.image_features(batches[0].images[group])
@@ -67,17 +62,24 @@ def test_the_loss_is_the_cross_entropy_within_each_group():
     assert losses == [pytest.approx(expected, rel=1e-4)]
 
 
-def test_training_learns_repeats_and_leaves_the_token_table():
-    data, states, losses = tiny_images(), [], []
-    for _ in range(2):
-        model = contrastive_model()
-        table = model.text.token_embedding.weight.clone()
-        train_contrastive(model, data, steps=60, groups=2, on_step=lambda step, loss: losses.append(loss))
-        assert torch.equal(model.text.token_embedding.weight, table)
-        states.append(model.state_dict())
-    assert equal_bits(*states)
-    assert sum(losses[55:60]) < 0.7 * sum(losses[:5])
-    assert zero_shot_accuracy(model, data) > 0.5
+def test_training_learns():
+    losses = []
+    model, data = contrastive_model(), tiny_images()
+    train_contrastive(
+        model, data, steps=60, groups=2, learning_rate=5e-3, on_step=lambda step, loss: losses.append(loss)
+    )
+    assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
+    assert zero_shot_accuracy(model, data) > 0.9
+
+
+def test_training_repeats_and_leaves_the_token_table():
+    first, second, other = models = [contrastive_model() for _ in range(3)]
+    table = first.text.token_embedding.weight.clone()
+    for model, seed in zip(models, (0, 0, 1)):
+        train_contrastive(model, tiny_images(), steps=3, groups=1, seed=seed)
+    assert equal_bits(first.state_dict(), second.state_dict())
+    assert not equal_bits(first.state_dict(), other.state_dict())
+    assert torch.equal(first.text.token_embedding.weight, table)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 10, 11])
@@ -94,10 +96,6 @@ def test_zero_shot_accuracy_of_known_features():
     """Towers that see the class, and towers that see the one before it for every second image."""
     data = tiny_images(test=20)
     classes = torch.eye(10)
-    captions = [
-        {caption: k for k, names in enumerate(data.prompts.captions) for caption in names}[c] for c in ("3", "zero")
-    ]
-    assert captions == [3, 0]
 
     def model(shift):
         labels = iter(((data.test.labels - torch.arange(20) // 10 * shift) % 10).split(512))
@@ -208,13 +206,9 @@ def test_a_tag_needs_the_open_clip_kind(tmp_path):
         initialise(encoder, config, tmp_path)
 
 
-OPEN_CLIP = {"kind": "open_clip", "model_name": "ViT-B-32"}
-
-
 def open_clip_config(tag):
-    config = tiny_config()
-    slot = {"kind": "open_clip", "model_name": "ViT-B-32", "pretrained": tag}
-    return SimpleNamespace(model=SimpleNamespace(text_encoder=SimpleNamespace(**slot)), data=config.data)
+    slot = "model.text_encoder"
+    return tiny_config(f"{slot}.kind=open_clip", f"{slot}.model_name=ViT-B-32", f"{slot}.pretrained={tag}")
 
 
 def test_open_clip_weights_arrive_under_our_names(tmp_path, monkeypatch):
@@ -235,27 +229,28 @@ def test_open_clip_weights_arrive_under_our_names(tmp_path, monkeypatch):
         initialise(other, open_clip_config("openai"), tmp_path)
 
 
-def test_open_clip_tags_and_the_missing_network_are_named(tmp_path, monkeypatch):
-    from xdiffusion.text_encoders import open_clip
-
+def test_unknown_open_clip_tags_are_named(tmp_path):
     encoder, _ = encoder_and_config()
     with pytest.raises(ValueError, match="pretrained='opanai': open_clip has for ViT-B-32: openai, "):
         initialise(encoder, open_clip_config("opanai"), tmp_path)
+
+
+def test_without_a_network_the_hub_is_told_so_and_the_error_says_what_to_do(tmp_path, monkeypatch):
+    encoder, _ = encoder_and_config()
 
     def no_route(request, timeout):
         assert timeout <= 10
         raise OSError("no route to host")
 
     def no_download(*arguments, **keywords):
-        assert open_clip_constants.HF_HUB_OFFLINE
-        raise OSError("offline, and not in the cache")
+        assert constants.HF_HUB_OFFLINE  # so that it does not try again and again
+        raise OSError("not in the cache")
 
-    import open_clip as library
-    from huggingface_hub import constants as open_clip_constants
-
-    before = open_clip_constants.HF_HUB_OFFLINE
-    monkeypatch.setattr(open_clip.urllib.request, "urlopen", no_route)
-    monkeypatch.setattr(library, "create_model", no_download)
-    with pytest.raises(ValueError, match=r"'openai' of ViT-B-32 cannot be downloaded \(offline.*pretrained=null"):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(urllib.request, "urlopen", no_route)
+    monkeypatch.setattr(open_clip, "create_model", no_download)
+    with pytest.raises(
+        ValueError, match=r"'openai' of ViT-B-32 cannot be downloaded \(not in the cache.*pretrained=null"
+    ):
         initialise(encoder, open_clip_config("openai"), tmp_path)
-    assert before == open_clip_constants.HF_HUB_OFFLINE
+    assert constants.HF_HUB_OFFLINE is False

@@ -214,6 +214,7 @@ def test_lists_and_patterns(targets, expected):
     [
         ({"target_modules": ["to_w"]}, r"no layer of ModuleDict matches .* \['to_w'\]; allowed: attention, "),
         ({"target_modules": "to_q"}, "named like a.to_q, a.not_to_q, b.to_q"),  # a pattern must match the whole name
+        ({"target_modules": "a"}, "no layer"),
         ({"target_modules": []}, "no layer"),
         ({"target_modules": ["norm"]}, "no layer"),
         ({"target_modules": "("}, r"LoRA targets '\(' are neither of attention, .* nor a regular expression"),

@@ -186,6 +186,9 @@ def test_dropout_acts_on_the_branch_in_training_alone(name):
     torch.testing.assert_close(first, base(x) + branch, rtol=1e-4, atol=1e-5)
     set_lora_enabled(model, False)
     assert torch.equal(layer(x), base(x))
+    apply_lora_to_model(model, 1, 1.0, 0.0, "all", "without dropout")
+    fill_b(layer)
+    assert torch.equal(layer(x), layer(x))  # the dropout of an adapter that is off does not act
 
 
 @every_layer

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from omegaconf import DictConfig, OmegaConf
 
 from xdiffusion.data.image_set import ImageSet
@@ -57,6 +58,7 @@ class Trainer:
         self.optimizer_settings = OptimizerSettings(**OmegaConf.to_container(config.optimizer))
         self.objective = {k: config.diffusion[k] for k in ("prediction", "min_snr_gamma")}
         self.settings.check()
+        AcceleratorState._reset_state()  # else a second run in this process must have the first one's precision
         self.accelerator = Accelerator(mixed_precision=self.settings.mixed_precision, cpu=force_cpu)
         self.model = model.to(self.accelerator.device).train()
         self.data = data

@@ -1,0 +1,114 @@
+"""Every benchmark at its smallest settings: it runs, and its lines can be read by a program."""
+
+import importlib
+import json
+import math
+import sys
+
+import pytest
+from conftest import ROOT
+
+MACHINE = {"device", "threads", "torch"}
+FIELDS = {"figure", "unit", "ours", "theirs", "ratio", "goal", "goal_is", "met"} | MACHINE
+SMALLEST = ["--rounds", "1", "--threads", "1", "--json"]
+TINY_CONFIG = [
+    "data.image_size=8", "model.network.channels=[8,8]", "model.network.head_dim=8", "model.network.norm_groups=4",
+    "model.network.patch_size=1", "model.text_encoder.layers=1", "model.text_encoder.width=8", "clip.steps=1",
+    "training.batch_size=4", "sampling.steps=1",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    """The scripts import each other from their own folder."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    yield
+    for name in ("measure", "peers"):
+        sys.modules.pop(name, None)
+
+
+def results(capsys, script, *words):
+    """The figures that a script prints, by name, each with all its fields."""
+    name = f"bench_{script}"
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    assert module.main([*SMALLEST, *map(str, words)]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for line in lines:
+        assert line.keys() >= FIELDS, line
+        for side in ("ours", "theirs"):
+            assert 0 <= line[side]["min"] <= line[side]["median"] <= line[side]["max"] < math.inf, line
+    return {line["figure"]: line for line in lines}
+
+
+def test_train_step(capsys):
+    found = results(capsys, "train_step", "--size", "tiny", "--calls", 1, "--skip_resident")
+    assert found.keys() == {
+        "train_step_tiny", "train_step_tiny_peak_allocated", "lora_step_tiny", "lora_step_tiny_peak_allocated",
+    }  # fmt: skip
+    for figure in found.values():
+        assert figure["parameters_ours"] == figure["parameters_theirs"]
+        assert figure["largest_relative_difference"] < 1e-4
+    assert found["train_step_tiny_peak_allocated"]["ours"]["median"] > 0
+
+
+@pytest.mark.slow
+def test_train_step_in_fresh_processes(capsys):
+    found = results(capsys, "train_step", "--size", "tiny", "--kind", "lora", "--calls", 1, "--processes", 1)
+    assert "lora_step_tiny_peak_resident" in found
+
+
+def test_sample(capsys, tiny_run, work_folder):
+    few = ["--batch_size", 2, "--num_samples", 10]
+    found = results(capsys, "sample", "--size", "tiny", "--steps", 2, *few, "--checkpoint", tiny_run.checkpoint)
+    assert found.keys() == {
+        "sample_dpm_solver_2_tiny", "sample_ddim_2_tiny", "sample_equal_accuracy_tiny", "sample_equal_accuracy_checkpoint",
+    }  # fmt: skip
+    assert found["sample_ddim_2_tiny"]["largest_difference"] < 1e-3
+    assert found["sample_dpm_solver_2_tiny"]["largest_difference"] < 1e-3
+    assert found["sample_equal_accuracy_tiny"]["goal"] == 0.35
+    assert 0 <= found["sample_equal_accuracy_checkpoint"]["prompt_accuracy_theirs"] <= 1
+
+
+def test_lora_linear(capsys):
+    found = results(capsys, "lora_linear", "--shape", "512x32x64x4", "16384x128x128x4")
+    assert all(figure["largest_relative_difference"] < 1e-5 for figure in found.values())
+    # bytes do not depend on how busy the machine is
+    assert found["lora_linear_16384x128x128x4_peak"]["met"]
+    # peft keeps x A^T, ours W + B A, in place of it
+    saved = found["lora_linear_512x32x64x4_saved"]
+    assert saved["theirs"]["median"] == pytest.approx(512 * 4 * 4 / 2**20, rel=1e-3)
+    assert saved["ours"]["median"] == pytest.approx(32 * 64 * 4 / 2**20, rel=1e-3)
+
+
+def test_data(capsys):
+    found = results(capsys, "data", "--batch_size", 4, 8, "--batches", 1, "--image_size", 16)
+    assert found.keys() == {"data_batch_4", "data_batch_8"}
+    assert found["data_batch_8"]["goal_is"] == "ratio >= 30"
+
+
+def test_data_reads_mnist(capsys, mnist8k):
+    found = results(capsys, "data", "--batch_size", 4, "--batches", 1, "--data_dir", mnist8k)
+    assert found["data_batch_4"]["dataset"] == "image/mnist"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("figure", "names"), [("help", {"help_train", "help_sample"}), ("first_step", {"first_step"})])
+def test_startup(capsys, monkeypatch, figure, names):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    found = results(capsys, "startup", "--figure", figure)
+    assert found.keys() == names
+    assert all(line["goal_is"].startswith("ours <=") for line in found.values())
+
+
+def test_time_to_quality(capsys, work_folder):
+    settings = [word for override in [*TINY_CONFIG, "training.num_training_steps=2"] for word in ("--set", override)]
+    limits = ["--num_samples", 10, "--max_seconds", 0.1, "--target", 1.0]
+    config = ROOT / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
+    (found,) = results(capsys, "time_to_quality", "--config_path", config, *settings, *limits).values()
+    assert found["figure"] == "time_to_quality"
+    assert found["reached_ours"] == found["reached_theirs"] == [False]
+    assert found["ratio_is"].startswith("nothing") and not found["met"]
+    assert found["parameters_theirs"] > 0 and found["history_ours"][0]
