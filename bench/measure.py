@@ -111,7 +111,7 @@ class Report:
         goal: Goal | None = None,
         **details: Any,
     ) -> None:
-        """One figure from the measurements of both sides; a detail named `met` overrules the comparison with the goal."""
+        """One figure from the measurements of both sides; a detail named `met` overrules that of the goal."""
         sides = {"ours": spread(ours), "theirs": spread(theirs)}
         ratio = significant(sides["ours"]["median"] / sides["theirs"]["median"])
         seen = {"ratio": ratio, "ours": sides["ours"]["median"]}

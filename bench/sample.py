@@ -11,8 +11,8 @@ theirs is handed the embeddings.
 sample_equal_accuracy: our default, DPM-Solver++ in 10 steps, beside theirs, DDIM in 50; the goal's figure. That the two
 draw equally well is a property of a trained model: with --checkpoint both are run and scored on it (share of samples in
 which the judge sees the prompted class). diffusers' scheduler then calls the checkpoint's own network, which diffusers
-cannot express, so that this ratio is of the solvers alone. Its clip_sample stays off: with guidance it leaves 0.26 of an
-accuracy of 0.99 on the digits.
+cannot express, so that this ratio is of the solvers alone. Its clip_sample stays off: with guidance it leaves 0.26 of
+an accuracy of 0.99 on the digits.
 """
 
 from __future__ import annotations

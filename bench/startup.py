@@ -80,10 +80,11 @@ def _python(*arguments: str) -> str:
 
 
 def measure_help(args: argparse.Namespace, report: Report) -> None:
-    """`--help` of both scripts."""
-    for name, script in SCRIPTS.items():
-        timers = {"ours": wall(script, "--help"), "theirs": wall("-c", PEER_HELP, "--help")}
-        report.add(f"help_{name}", **interleave(timers, args.rounds), goal=HELP_GOAL)
+    """`--help` of both scripts, beside one command of the peer."""
+    timers = {name: wall(script, "--help") for name, script in SCRIPTS.items()}
+    seconds = interleave({**timers, "theirs": wall("-c", PEER_HELP, "--help")}, args.rounds, warmup=0)
+    for name in SCRIPTS:
+        report.add(f"help_{name}", seconds[name], seconds["theirs"], goal=HELP_GOAL)
 
 
 def measure_first_step(args: argparse.Namespace, report: Report) -> None:
@@ -93,7 +94,7 @@ def measure_first_step(args: argparse.Namespace, report: Report) -> None:
         "ours": reported(OUR_FIRST_STEP, args.config_path, force_cpu, *args.set),
         "theirs": reported(PEER_FIRST_STEP, str(Path(__file__).parent), args.device),
     }
-    seconds = interleave(timers, args.rounds)
+    seconds = interleave(timers, args.rounds, warmup=0)
     report.add("first_step", **seconds, goal=FIRST_STEP_GOAL, config=args.config_path)
 
 

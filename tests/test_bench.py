@@ -4,9 +4,12 @@ import importlib
 import json
 import math
 import sys
+from functools import partial
 
 import pytest
 from conftest import ROOT
+
+from xdiffusion.evaluation.judge import train_judge
 
 MACHINE = {"device", "threads", "torch"}
 FIELDS = {"figure", "unit", "ours", "theirs", "ratio", "goal", "goal_is", "met"} | MACHINE
@@ -27,14 +30,25 @@ def scripts(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def results(capsys, script, *words):
-    """The figures that a script prints, by name, each with all its fields."""
+@pytest.fixture
+def quick_judge(monkeypatch):
+    """A judge that has hardly been trained."""
+    monkeypatch.setattr("xdiffusion.scoring.train_judge", partial(train_judge, steps=3))
+
+
+def load(script):
+    """A script as a module."""
     name = f"bench_{script}"
     spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{script}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    assert module.main([*SMALLEST, *map(str, words)]) == 0
+    return module
+
+
+def results(capsys, script, *words):
+    """The figures that a script prints, by name, each with all its fields."""
+    assert load(script).main([*SMALLEST, *map(str, words)]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     for line in lines:
         assert line.keys() >= FIELDS, line
@@ -55,12 +69,12 @@ def test_train_step(capsys):
 
 
 @pytest.mark.slow
-def test_train_step_in_fresh_processes(capsys):
-    found = results(capsys, "train_step", "--size", "tiny", "--kind", "lora", "--calls", 1, "--processes", 1)
-    assert "lora_step_tiny_peak_resident" in found
+def test_resident_memory_in_a_fresh_process(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert load("train_step").resident_in_fresh_process("tiny", "lora", "ours", threads=1) > 0
 
 
-def test_sample(capsys, tiny_run, work_folder):
+def test_sample(capsys, tiny_run, work_folder, quick_judge):
     few = ["--batch_size", 2, "--num_samples", 10]
     found = results(capsys, "sample", "--size", "tiny", "--steps", 2, *few, "--checkpoint", tiny_run.checkpoint)
     assert found.keys() == {
@@ -103,7 +117,7 @@ def test_startup(capsys, monkeypatch, figure, names):
     assert all(line["goal_is"].startswith("ours <=") for line in found.values())
 
 
-def test_time_to_quality(capsys, work_folder):
+def test_time_to_quality(capsys, work_folder, quick_judge):
     settings = [word for override in [*TINY_CONFIG, "training.num_training_steps=2"] for word in ("--set", override)]
     limits = ["--num_samples", 10, "--max_seconds", 0.1, "--target", 1.0]
     config = ROOT / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"

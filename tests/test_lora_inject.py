@@ -319,3 +319,10 @@ def test_the_public_walk_from_base_to_deployment(tmp_path):
     merge_lora_weights(other)
     assert all(type(layer) in (nn.Linear, nn.Tanh) for layer in other)
     torch.testing.assert_close(other(x), tuned)
+
+
+def test_a_merged_layer_takes_no_new_adapter():
+    model = apply_lora_to_model(nn.Sequential(nn.Linear(4, 4)), rank=1, target_modules="all")
+    merge_lora_weights(model)
+    with pytest.raises(LoRAError, match="unmerge_lora_weights"):
+        apply_lora_to_model(model, rank=1, target_modules="all", adapter_name="second")

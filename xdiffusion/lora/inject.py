@@ -206,6 +206,8 @@ def check_adapter(model: nn.Module, names: list[str], rank: int, dropout: float,
             raise LoRAError(
                 f"LoRA rank={rank} must be in 1..{largest} for {name}, a weight {tuple(layer.weight.shape)}"
             )
+        if hasattr(layer, "merged_from"):
+            raise LoRAError(f"{name} is merged: call unmerge_lora_weights before adding an adapter")
         if adapter_name in getattr(layer, "adapters", ()):
             raise LoRAError(f"{name} has an adapter named {adapter_name!r} already")
 

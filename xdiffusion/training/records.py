@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from xdiffusion.checkpoints.files import write_atomically
 from xdiffusion.training.loop import StepMetrics
 
 SMOOTHING = 50
@@ -31,7 +32,8 @@ class Records:
         self.folder = folder
         self.metrics_path = folder / "metrics.jsonl"
         kept = [m for m in read_metrics(self.metrics_path) if m["step"] < first_step]
-        self.metrics_path.write_text("".join(json.dumps(m) + "\n" for m in kept))
+        text = "".join(json.dumps(m) + "\n" for m in kept)
+        write_atomically(self.metrics_path, lambda path: path.write_text(text))
         self.metrics = self.metrics_path.open("a", buffering=1)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         self.bar = tqdm(total=last_step, initial=first_step - 1, unit="step", dynamic_ncols=True, desc=folder.name)
