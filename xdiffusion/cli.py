@@ -16,6 +16,9 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
 
     Set XDIFFUSION_TRACEBACK=1 to see where an error was raised.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # OpenMP's threads spin while they wait; by default so long that another busy process makes a step 20 times slower
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     try:
         return main(argv) or 0
     except ValueError as error:
