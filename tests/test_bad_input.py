@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from commands import EVALUATE, SAMPLE, TRAIN, TRAIN_CLIP, files_in, run_process, run_script, set_words
 
 from xdiffusion.build import load_model
-from xdiffusion.checkpoints.native import LoRAFile, load_lora, load_model_file, save_lora, save_model
+from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
+from xdiffusion.checkpoints.native import load_model_file, save_model
 from xdiffusion.training import loop
 
 BASE = "--load_model_weights_from_checkpoint"
@@ -63,7 +65,7 @@ BAD_INPUT = {
         "--checkpoint {other_weights}": "other_weights.pt carries no config ... --config_path",
         "--checkpoint {lora}": "diffusion-2-lora.safetensors is a LoRA ... --lora_path",
         "--lora_path nothing.safetensors": "no checkpoint at nothing.safetensors",
-        "--lora_path {checkpoint}": "diffusion-2.safetensors is not a LoRA file of this project",
+        "--lora_path {checkpoint}": "diffusion-2.safetensors is not a LoRA file that is known here",
         "--lora_path {text}": "text.safetensors is not a whole safetensors file",
         "--lora_path {lora} --checkpoint {other_base}": "-lora.safetensors was trained on another base",
         "--lora_path {matches_nothing}": "matches_nothing.safetensors does not fit this model ... such as elsewhere.",
@@ -99,13 +101,13 @@ def command(tiny_run, tmp_path_factory):
     path("damaged.pt").write_bytes(b"PK\x03\x04 no zip file")
     torch.save({"step": 3}, path("no_weights.pt"))
     torch.save({"network.conv_in.weight": torch.zeros(3)}, path("other_weights.pt"))
-    base, lora = load_model_file(tiny_run.checkpoint), load_lora(tiny_run.lora)
+    base, lora = load_model_file(tiny_run.checkpoint), read_lora(tiny_run.lora)
     tensors = base.tensors | {"network.conv_out.bias": base.tensors["network.conv_out.bias"] + 1}
     save_model(path("other_base.safetensors"), tensors, config=base.config, image_shape=base.image_shape, step=2)
-    elsewhere = [{f"elsewhere.{name}": x for name, x in part.items()} for part in (lora.tensors, lora.alphas)]
-    save_lora(path("matches_nothing.safetensors"), LoRAFile(*elsewhere))
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in lora.tensors.items()}
-    save_lora(path("changes_nothing.safetensors"), LoRAFile(zeros, lora.alphas))
+    elsewhere = {f"elsewhere.{name}": factors for name, factors in lora.modules.items()}
+    write_lora(replace(lora, modules=elsewhere, base_hash=None), path("matches_nothing.safetensors"), "native")
+    zeros = {name: replace(f, lora_B=torch.zeros_like(f.lora_B)) for name, f in lora.modules.items()}
+    write_lora(replace(lora, modules=zeros, base_hash=None), path("changes_nothing.safetensors"), "native")
 
     training = ["--config_path", str(tiny_run.config_path), *set_words(tiny_run.overrides)]
     model = ["--checkpoint", str(tiny_run.checkpoint)]

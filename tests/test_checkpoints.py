@@ -21,14 +21,9 @@ from xdiffusion.checkpoints.files import (
     save_safetensors,
     write_atomically,
 )
-from xdiffusion.checkpoints.native import (
-    LoRAFile,
-    load_lora,
-    load_model_file,
-    package_version,
-    save_lora,
-    save_model,
-)
+from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
+from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
+from xdiffusion.checkpoints.native import load_model_file, package_version, save_model
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2, 3])}
 CONFIG = {"model": {"channels": [16, 32]}, "diffusion": {"prediction": "v"}}
@@ -38,9 +33,9 @@ def write_model(path):
     save_model(path, TENSORS, config=CONFIG, image_shape=(1, 12, 12), step=40)
 
 
-def write_lora(path, **arguments):
-    tensors = {"a.lora_A": torch.ones(1, 3), "a.lora_B": torch.ones(2, 1)}
-    save_lora(path, LoRAFile(tensors, {"a": 2.0}, base_hash="abc", config=CONFIG, step=7, **arguments))
+def save_lora(path, **fields):
+    modules = {"a": LoRAFactors(torch.ones(1, 3), torch.ones(2, 1), 2.0)}
+    write_lora(LoRAFile(modules, base_hash="abc", config=CONFIG, step=7, **fields), path, "native")
 
 
 def equal(a, b):
@@ -124,19 +119,27 @@ def test_a_model_comes_back_with_its_header(tmp_path):
 
 
 def test_a_lora_comes_back_with_its_header(tmp_path):
-    write_lora(tmp_path / "lora.safetensors", extra={"note": "style"})
-    file = load_lora(tmp_path / "lora.safetensors")
-    assert (file.alphas, file.base_hash, file.config, file.step) == ({"a": 2.0}, "abc", CONFIG, 7)
-    assert {n: tuple(t.shape) for n, t in file.tensors.items()} == {"a.lora_A": (1, 3), "a.lora_B": (2, 1)}
-    assert load_safetensors(tmp_path / "lora.safetensors")[1]["note"] == "style"
+    save_lora(tmp_path / "lora.safetensors", metadata={"ss_note": "style", "format": "pt"})
+    file = read_lora(tmp_path / "lora.safetensors")
+    assert (file.format, file.base_hash, file.config, file.step) == ("native", "abc", CONFIG, 7)
+    factors = file.modules["a"]
+    assert (tuple(factors.lora_A.shape), tuple(factors.lora_B.shape)) == ((1, 3), (2, 1))
+    assert (factors.lora_alpha, factors.use_rslora, factors.magnitude) == (2.0, False, None)
+    header = load_safetensors(tmp_path / "lora.safetensors")[1]
+    assert (header["format"], header["rank"], header["ss_note"]) == ("xdiffusion-lora", "1", "style")
 
 
 @pytest.mark.parametrize("alphas", [{"a": 2.0, "b.c": 2.0}, {"a": 2.0, "b.c": 0.5}])
-def test_every_alpha_survives(alphas, tmp_path):
-    tensors = {f"{module}.lora_{x}": torch.ones(1, 1) + i for module in alphas for i, x in enumerate("AB")}
-    save_lora(tmp_path / "lora.safetensors", LoRAFile(tensors, alphas))
-    file = load_lora(tmp_path / "lora.safetensors")
-    assert file.alphas == alphas
+@pytest.mark.parametrize("rslora", [(False, False), (True, True), (False, True)])
+def test_every_alpha_survives(alphas, rslora, tmp_path):
+    modules = {
+        name: LoRAFactors(torch.ones(2, 1), torch.ones(1, 2), alpha, use_rslora)
+        for (name, alpha), use_rslora in zip(alphas.items(), rslora)
+    }
+    write_lora(LoRAFile(modules), tmp_path / "lora.safetensors", "native")
+    file = read_lora(tmp_path / "lora.safetensors")
+    assert {name: f.lora_alpha for name, f in file.modules.items()} == alphas
+    assert tuple(f.use_rslora for f in file.modules.values()) == rslora
     assert (file.base_hash, file.config, file.step) == (None, None, 0)
 
 
@@ -191,17 +194,17 @@ def test_a_pickle_that_carries_code_is_refused_and_not_run(save, tmp_path):
 
 def test_kinds_are_told_apart(tmp_path):
     write_model(tmp_path / "model.safetensors")
-    write_lora(tmp_path / "lora.safetensors")
+    save_lora(tmp_path / "lora.safetensors")
     save_file({"to_q.lora_down.weight": torch.ones(1)}, tmp_path / "foreign.safetensors")
     for name in ("lora", "foreign"):
         with pytest.raises(CheckpointError, match=f"{name}.safetensors is a LoRA; it goes to --lora_path"):
             load_model_file(tmp_path / f"{name}.safetensors")
     for name in ("model", "foreign"):
-        with pytest.raises(CheckpointError, match=f"{name}.safetensors is not a LoRA file of this project"):
-            load_lora(tmp_path / f"{name}.safetensors")
+        with pytest.raises(CheckpointError, match=f"{name}.safetensors is not a LoRA file that is known here"):
+            read_lora(tmp_path / f"{name}.safetensors")
     torch.save([torch.ones(2)], tmp_path / "list.pt")
-    with pytest.raises(CheckpointError, match=r"list.pt is not a LoRA file of this project"):
-        load_lora(tmp_path / "list.pt")
+    with pytest.raises(CheckpointError, match=r"list.pt is no list of pairs of factors"):
+        read_lora(tmp_path / "list.pt")
 
 
 def test_a_pt_name_stands_for_the_safetensors_file(tmp_path):
@@ -234,7 +237,7 @@ def test_a_missing_file_is_named_with_what_there_is(tmp_path):
 
 READERS = {
     "model.safetensors": (write_model, (load_safetensors, load_model_file)),
-    "lora.safetensors": (write_lora, (load_safetensors, load_lora)),
+    "lora.safetensors": (save_lora, (load_safetensors, read_lora)),
     "model.pt": (lambda path: torch.save(TENSORS, path), (load_pickled, load_model_file)),
     "legacy.pt": (
         lambda path: torch.save(TENSORS, path, _use_new_zipfile_serialization=False),
@@ -306,9 +309,10 @@ def test_a_damaged_header_is_named(header, tmp_path):
 def test_a_lora_header_without_what_it_must_say(missing, tmp_path):
     header = {"format": "xdiffusion-lora", "config": "{}", "step": "1", "lora_alpha": "1.0"}
     del header[missing]
-    save_safetensors(tmp_path / "lora.safetensors", {"a.lora_A": torch.ones(1, 1)}, header)
+    factors = {"a.lora_A": torch.ones(1, 1), "a.lora_B": torch.ones(1, 1)}
+    save_safetensors(tmp_path / "lora.safetensors", factors, header)
     with pytest.raises(CheckpointError, match=f"its header is damaged .*{missing}"):
-        load_lora(tmp_path / "lora.safetensors")
+        read_lora(tmp_path / "lora.safetensors")
 
 
 # hash

@@ -48,7 +48,7 @@ FLAGS = {
     TRAIN: "config_path dataset_name data_dir output_path num_training_steps batch_size save_and_sample_every_n "
     "load_model_weights_from_checkpoint resume_from mixed_precision use_lora_training sample_with_guidance compile "
     "force_cpu seed set dry_run",
-    SAMPLE: "config_path checkpoint lora_path num_samples prompt guidance sampling_steps sampler seed output_path "
+    SAMPLE: "config_path checkpoint lora_path lora_merge num_samples prompt guidance sampling_steps sampler seed output_path "
     "force_cpu save_trajectory",
     EVALUATE: "checkpoint lora_path dataset_name data_dir num_samples seed json",
     TRAIN_CLIP: "config_path dataset_name data_dir output_path num_training_steps seed set",

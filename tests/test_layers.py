@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "build": {"config", "signatures", "model", "checkpoints", "data", "diffusion", "text_encoders"},
     "scoring": {"model", "checkpoints", "data", "diffusion", "evaluation", "lora"},
     "training": {"model", "checkpoints", "data", "diffusion", "lora", "pictures", "samplers", "text_encoders"},
+    "commands": {"build", "checkpoints", "cli", "lora"},
 }
 HEAVY = {"open_clip", "accelerate", "matplotlib", "torchvision", "tensorboard"}
 NEVER = {"diffusers", "transformers", "peft"}

@@ -1,10 +1,11 @@
-"""The merged LoRA function against the formula it stands for, written out."""
+"""The merged LoRA functions against the formulas they stand for, written out."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from xdiffusion.lora.functional import lora_linear, merged_weight, merging_pays
+from xdiffusion.lora.functional import Geometry, dora_weight, lora_conv, lora_linear, merged_weight, merging_pays
 
 IN, OUT, RANK, SCALING = 6, 5, 2, 0.75
 MANY, FEW = (3, 8), (2,)  # leading shapes of x for which merging pays, and does not
@@ -118,7 +119,7 @@ def test_merging_pays_where_it_multiplies_less():
     for tokens, i, o in [(1, 4, 4), (2, 4, 4), (3, 4, 4), (16384, 128, 128), (100, 768, 768), (400, 768, 768)]:
         with_merged_weight = 4 * i * o
         with_branch = tokens * (4 * i + 4 * o)
-        assert merging_pays(torch.empty(tokens, i), torch.empty(o, i)) == (with_merged_weight < with_branch)
+        assert merging_pays(tokens, torch.empty(o, i)) == (with_merged_weight < with_branch)
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 3, 2)])
@@ -142,3 +143,111 @@ def test_merged_weight_keeps_layout_and_rounds_once():
     assert merged.is_contiguous(memory_format=torch.channels_last)
     exact = weight.double() + SCALING * torch.einsum("or,r...->o...", lora_B.double()[:, :, 0, 0], lora_A.double())
     assert torch.equal(merged, exact.bfloat16())
+
+
+# convolutions
+
+CONVS = {  # shape of x, of the weight, geometry, whether merging pays
+    "2d": ((2, 4, 9, 9), (5, 4, 3, 3), Geometry((1, 1), (1, 1), (1, 1)), True),
+    "2d strided, dilated": ((2, 4, 12, 13), (5, 4, 3, 2), Geometry((2, 1), (1, 0), (1, 2)), True),
+    "2d 1x1": ((2, 4, 5, 5), (5, 4, 1, 1), Geometry((1, 1), (0, 0), (1, 1)), True),
+    "2d of few pixels": ((1, 4, 1, 1), (5, 4, 3, 3), Geometry((1, 1), (1, 1), (1, 1)), False),
+    "1d": ((2, 4, 20), (5, 4, 3), Geometry((2,), (1,), (1,)), True),
+}
+every_conv = pytest.mark.parametrize(("x_shape", "shape", "geometry", "merged"), CONVS.values(), ids=CONVS)
+
+
+def conv_inputs(x_shape, shape, dtype=torch.float32):
+    """x, weight, bias, lora_A, lora_B; all but the base require gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [x_shape, shape, shape[:1], (RANK, *shape[1:]), (shape[0], RANK, *[1] * (len(shape) - 2))]
+    tensors = [torch.randn(s, generator=generator, dtype=dtype) for s in shapes]
+    return [t.requires_grad_(i not in (1, 2)) for i, t in enumerate(tensors)]
+
+
+def conv_formula(x, weight, bias, lora_A, lora_B, geometry):
+    """A convolution with the whole W', as autograd differentiates it."""
+    convolve = F.conv2d if weight.dim() == 4 else F.conv1d
+    whole = weight + SCALING * torch.einsum("or,r...->o...", lora_B.flatten(1), lora_A)
+    return convolve(x, whole, bias, *geometry)
+
+
+@every_conv
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_convolution_and_its_gradients_are_the_formulas(x_shape, shape, geometry, merged, channels_last):
+    tensors, expected_tensors = conv_inputs(x_shape, shape), conv_inputs(x_shape, shape)
+    if channels_last and len(shape) == 4:
+        tensors[:2] = [t.detach().to(memory_format=torch.channels_last) for t in tensors[:2]]
+        tensors[0].requires_grad_()
+    out, expected = lora_conv(*tensors, SCALING, geometry), conv_formula(*expected_tensors, geometry)
+    assert ("MergedConv" in type(out.grad_fn).__name__) == merged
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for actual, wanted in zip(tensors, expected_tensors):
+        if wanted.requires_grad:
+            assert (actual.grad - wanted.grad).norm() < 1e-5 * wanted.grad.norm()
+
+
+@every_conv
+def test_a_convolutions_gradients_in_float64_are_the_finite_differences(x_shape, shape, geometry, merged):
+    x, weight, bias, lora_A, lora_B = conv_inputs(x_shape, shape, torch.float64)
+    assert gradcheck(
+        lambda x, a, b: lora_conv(x, weight, bias, a, b, SCALING, geometry), (x, lora_A, lora_B), fast_mode=True
+    )
+
+
+def test_frozen_parts_of_a_convolution_get_no_graph():
+    x, weight, bias, lora_A, lora_B = (t.detach() for t in conv_inputs(*CONVS["2d"][:2]))
+    out = lora_conv(x, weight, bias, lora_A, lora_B.requires_grad_(), SCALING, CONVS["2d"][2])
+    assert [node is not None for node, _ in out.grad_fn.next_functions] == [False, False, False, False, True]
+    out.sum().backward()
+    assert lora_B.grad is not None
+
+
+# DoRA
+
+
+def dora_inputs(dtype=torch.float64):
+    """weight, base, lora_A, lora_B, scaling, magnitude: as for a second adapter, after one that moved the weight."""
+    _, base, _, lora_A, lora_B = inputs(dtype=dtype)
+    generator = torch.Generator().manual_seed(3)
+    weight = base + 0.1 * torch.randn(base.shape, generator=generator, dtype=dtype)
+    magnitude = torch.rand(OUT, generator=generator, dtype=dtype) + 0.5
+    return weight, base, lora_A, lora_B, SCALING, magnitude.requires_grad_()
+
+
+def test_dora_is_the_formula():
+    weight, base, lora_A, lora_B, scaling, magnitude = (t.detach() if torch.is_tensor(t) else t for t in dora_inputs())
+    result = dora_weight(weight, base, lora_A, lora_B, scaling, magnitude)
+    for o in range(OUT):
+        update = scaling * sum(lora_B[o, r] * lora_A[r] for r in range(RANK))
+        length = (base[o] + update).square().sum().sqrt()
+        torch.testing.assert_close(result[o], magnitude[o] * (weight[o] + update) / length)
+    alone = dora_weight(base, base, lora_A, lora_B, scaling, magnitude)
+    torch.testing.assert_close(alone.norm(dim=1), magnitude)  # the magnitude is the length, hence its name
+
+
+def test_doras_gradients_are_those_with_a_constant_norm():
+    weight, base, lora_A, lora_B, scaling, magnitude = dora_inputs()
+    norm = (base + scaling * lora_B @ lora_A).norm(dim=1).detach()
+
+    def with_constant_norm(lora_A, lora_B, magnitude):
+        return (magnitude / norm)[:, None] * (weight + scaling * lora_B @ lora_A)
+
+    trained = (lora_A, lora_B, magnitude)
+    assert gradcheck(with_constant_norm, trained)
+    weights = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    expected = torch.autograd.grad((with_constant_norm(*trained) * weights).sum(), trained)
+    result = dora_weight(weight, base, lora_A, lora_B, scaling, magnitude)
+    for actual, wanted in zip(torch.autograd.grad((result * weights).sum(), trained), expected):
+        torch.testing.assert_close(actual, wanted)
+    assert gradcheck(lambda m: dora_weight(weight, base, lora_A.detach(), lora_B.detach(), scaling, m), (magnitude,))
+
+
+def test_an_output_without_weight_stays_zero_under_dora():
+    _, _, lora_A, _, scaling, _ = dora_inputs()
+    zero = torch.zeros(OUT, IN, dtype=torch.float64)
+    result = dora_weight(zero, zero, lora_A, zero[:, :RANK], scaling, torch.zeros(OUT, dtype=torch.float64))
+    assert torch.equal(result, zero)

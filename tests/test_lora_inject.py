@@ -16,6 +16,7 @@ from xdiffusion.lora import (
     get_lora_parameters,
     load_lora_weights,
     merge_lora_weights,
+    remove_lora,
     save_lora_weights,
     set_lora_enabled,
     set_lora_scale,
@@ -326,3 +327,80 @@ def test_a_merged_layer_takes_no_new_adapter():
     merge_lora_weights(model)
     with pytest.raises(LoRAError, match="unmerge_lora_weights"):
         apply_lora_to_model(model, rank=1, target_modules="all", adapter_name="second")
+
+
+def settings_of(model):
+    found = {n: layer.adapters["default"] for n, layer in lora_layers(model)}
+    return {n: (s.rank, s.lora_alpha) for n, s in found.items()}
+
+
+def test_ranks_and_alphas_by_pattern():
+    model = small_model()
+    patterns = {"rank_pattern": {"to_q": 1, r"a\..*": 3}, "alpha_pattern": {"b.to_q": 8.0, "conv": 0.5}}
+    apply_lora_to_model(model, 2, 4.0, target_modules="all", **patterns)
+    assert settings_of(model) == {
+        "a.to_q": (1, 4.0),  # the first pattern that matches counts
+        "a.not_to_q": (3, 4.0),  # to_q matches a name or an ending behind a dot
+        "b.to_q": (1, 8.0),
+        "b.not_to_q": (2, 4.0),
+        "conv": (2, 0.5),
+    }
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ({"rank_pattern": {"to_w": 2}}, "rank_pattern: 'to_w' matches none of the targeted layers, named like a.to_q"),
+        ({"alpha_pattern": {"conv": 2.0}}, "alpha_pattern: 'conv' matches none"),  # it is no target here
+        ({"rank_pattern": {"(": 2}}, r"rank_pattern: '\(' is no regular expression"),
+        ({"rank_pattern": {"b.to_q": 9}}, r"rank=9 must be in 1\.\.4 for b.to_q"),
+    ],
+)
+def test_patterns_that_cannot_be_leave_the_model_as_it_was(patterns, message):
+    model = small_model()
+    with pytest.raises(LoRAError, match=message):
+        apply_lora_to_model(model, 2, target_modules=["to_q"], **patterns)
+    assert lora_layers(model) == []
+
+
+def test_a_layer_of_two_names_is_wrapped_at_both():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"encoder": nn.ModuleDict({"first": shared}), "decoder": nn.Sequential(shared, shared)})
+    for targets in (["encoder.first"], ["decoder.0"], "decoder.1", "all"):
+        apply_lora_to_model(model, 1, target_modules=targets)
+        assert [name for name, _ in lora_layers(model)] == ["encoder.first"]  # a layer is known by its first name
+        layer = model["encoder"]["first"]
+        assert layer is model["decoder"][0] is model["decoder"][1]
+        fill_b(model)
+        adapted = layer(torch.ones(4))
+        merge_lora_weights(model)
+        for plain in (model["encoder"]["first"], *model["decoder"]):
+            assert type(plain) is nn.Linear
+            torch.testing.assert_close(plain(torch.ones(4)), adapted)
+        unmerge_lora_weights(model)
+        remove_lora(model)
+        assert model["encoder"]["first"] is model["decoder"][0] is model["decoder"][1]
+
+
+def test_a_layer_that_torchs_fast_path_would_pass_by_is_refused():
+    """nn.TransformerEncoderLayer reads linear1 and linear2 without calling them in evaluation."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    with pytest.raises(LoRAError, match=r"layers\.0\.linear1: the fast path .*set_fastpath_enabled\(False\)"):
+        apply_lora_to_model(model, 1, target_modules="all")
+    assert lora_layers(model) == []
+    x = torch.randn(1, 3, 8)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        expected = inferred_by(model, x)
+        apply_lora_to_model(model, 1, target_modules="all")
+        assert torch.equal(inferred_by(model, x), expected)
+        fill_b(model)
+        assert not torch.allclose(inferred_by(model, x), expected, atol=1e-2)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+@torch.no_grad()
+def inferred_by(model, x):
+    return model(x)

@@ -7,8 +7,8 @@ import torch
 from tiny import copies, equal_bits
 from torch import nn
 
-from xdiffusion.checkpoints.files import CheckpointError
-from xdiffusion.checkpoints.native import LoRAFile, load_lora, save_lora
+from xdiffusion.checkpoints.files import CheckpointError, load_safetensors, save_safetensors
+from xdiffusion.checkpoints.lora_formats import read_lora
 from xdiffusion.lora import (
     LoRAError,
     apply_lora_to_model,
@@ -51,6 +51,12 @@ def factors(network):
     return {n: p for n, p in network.state_dict().items() if ".lora_" in n}
 
 
+def save_tensors(path, tensors):
+    """A native file of any tensors, alpha 2."""
+    header = {"format": "xdiffusion-lora", "config": "{}", "step": "0", "lora_alpha": "2.0"}
+    save_safetensors(path, tensors, header)
+
+
 MIXED = {"0": (3, 1.5), "2": (1, 8.0)}
 
 
@@ -64,14 +70,14 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     loaded = {name: layer.adapters["default"] for name, layer in lora_layers(target)}
     assert loaded == {name: layer.adapters["default"] for name, layer in lora_layers(source)}
     assert {name: (s.rank, s.lora_alpha) for name, s in loaded.items()} == MIXED
-    file = load_lora(path)
-    assert file.alphas == {"0": 1.5, "2": 8.0}
+    file = read_lora(path)
+    assert {name: f.lora_alpha for name, f in file.modules.items()} == {"0": 1.5, "2": 8.0}
     assert (file.base_hash, file.config, file.step) == ("abc", {"lora": {"rank": 3}}, 7)
 
 
 def test_a_file_holds_the_factors_and_nothing_else(tmp_path):
     save_lora_weights(adapted(MIXED), tmp_path / "lora.safetensors")
-    tensors = load_lora(tmp_path / "lora.safetensors").tensors
+    tensors, _ = load_safetensors(tmp_path / "lora.safetensors")
     assert {n: tuple(t.shape) for n, t in tensors.items()} == {
         "0.lora_A": (3, 6), "0.lora_B": (4, 3), "2.lora_A": (1, 4, 3), "2.lora_B": (5, 1, 1),
     }  # fmt: skip
@@ -133,8 +139,8 @@ def test_two_adapters_from_two_files(tmp_path):
     assert torch.equal(output(both), output(subject))
 
     save_lora_weights(both, tmp_path / "again.safetensors", adapter_name="style")
-    first, again = (load_lora(tmp_path / f"{name}.safetensors") for name in ("style", "again"))
-    assert equal_bits(again.tensors, first.tensors)
+    first, again = (load_safetensors(tmp_path / f"{name}.safetensors")[0] for name in ("style", "again"))
+    assert equal_bits(again, first)
 
 
 def test_loading_into_a_wrapped_model(tmp_path):
@@ -149,7 +155,7 @@ def test_loading_into_a_wrapped_model(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_factors_of_lower_precision_load_into_float32(dtype, tmp_path):
     tensors = {"0.lora_A": torch.randn(2, 6).to(dtype), "0.lora_B": torch.randn(4, 2).to(dtype)}
-    save_lora(tmp_path / "lora.safetensors", LoRAFile(tensors, {"0": 2.0}))
+    save_tensors(tmp_path / "lora.safetensors", tensors)
     target = model()
     load_lora_weights(target, tmp_path / "lora.safetensors")
     assert equal_bits(factors(target), {f"{n}.default": t.float() for n, t in tensors.items()})
@@ -169,34 +175,33 @@ def without(name):
     [
         ({f"unet.{n}": t for n, t in GOOD.items()}, "2 of its 2 modules are not there, such as unet.0"),
         (GOOD | {"3.lora_A": A0.clone(), "3.lora_B": B0.clone()}, "1 of its 3 modules are not there, such as 3"),
-        (GOOD | {"1.lora_A": torch.ones(2), "1.lora_B": torch.ones(4, 2)}, "1 of its 3 modules .* such as 1"),
+        (GOOD | {"1.lora_A": torch.ones(2, 4), "1.lora_B": torch.ones(4, 2)}, "1 of its 3 modules .* such as 1"),
         (without("0.lora_A"), "one factor of 0 is missing"),
         (without("2.lora_B"), "one factor of 2 is missing"),
-        (GOOD | {"0.dora_scale": torch.ones(4)}, "0.dora_scale is neither a lora_A nor a lora_B"),
+        (GOOD | {"0.dora_scale": torch.ones(4)}, "'0.dora_scale' is a key of no LoRA format"),
         (GOOD | {"2.lora_A": torch.ones(2, 6, 3)}, r"2 has weight \(5, 4, 3\), the file's factors are A \(2, 6, 3\)"),
-        (GOOD | {"2.lora_B": torch.ones(5, 2)}, r"2 has weight \(5, 4, 3\), .* and B \(5, 2\)"),
-        (GOOD | {"2.lora_B": torch.ones(5, 3, 1)}, r"and B \(5, 3, 1\)"),
+        (GOOD | {"2.lora_B": torch.ones(5, 3, 1)}, r"2 have no common rank: A \(2, 4, 3\) and B \(5, 3, 1\)"),
         (GOOD | {"0.lora_B": torch.ones(3, 2)}, r"0 has weight \(4, 6\), .* and B \(3, 2\)"),
-        (GOOD | {"0.lora_B": torch.ones(4)}, r"and B \(4,\)"),
+        (GOOD | {"0.lora_B": torch.ones(4)}, r"0 are no low-rank pair: A \(2, 6\) and B \(4,\)"),
         (GOOD | {"0.lora_B": torch.tensor(1.0)}, r"and B \(\)"),
         (GOOD | {"0.lora_A": torch.tensor(1.0)}, r"A \(\)"),
-        (GOOD | {"2.lora_A": torch.ones(0, 4, 3), "2.lora_B": torch.ones(5, 0, 1)}, r"rank=0 must be in 1\.\.12"),
+        (GOOD | {"2.lora_A": torch.ones(0, 4, 3), "2.lora_B": torch.ones(5, 0, 1)}, "2 have no common rank"),
         (GOOD | {"2.lora_A": torch.ones(13, 4, 3), "2.lora_B": torch.ones(5, 13, 1)}, r"rank=13 must be in 1\.\.12"),
         (GOOD | {"2.lora_A": A2 * math.nan}, "the factors of 2 are not finite"),
         (GOOD | {"0.lora_B": 0 * B0, "2.lora_B": 0 * B2}, "every lora_B is zero"),
-        ({}, "every lora_B is zero"),
+        ({}, "holds no factors"),
     ],
 )
 def test_a_file_that_does_not_fit_leaves_the_model_as_it_was(tensors, message, tmp_path):
     path = tmp_path / "lora.safetensors"
-    save_lora(path, LoRAFile(tensors, {name.split(".lora")[0]: 2.0 for name in tensors}))
+    save_tensors(path, tensors)
     target = model()
     refused(target, path, message)
 
 
 def refused(target, path, message, **arguments):
     before, kinds = copies(target.state_dict()), [type(layer) for layer in target]
-    with pytest.raises(LoRAError, match=message):
+    with pytest.raises((LoRAError, CheckpointError), match=message):
         load_lora_weights(target, path, **arguments)
     assert equal_bits(target.state_dict(), before)
     assert [type(layer) for layer in target] == kinds
@@ -220,8 +225,33 @@ def test_another_base_is_refused_where_both_are_known(tmp_path):
 
 def test_a_model_with_one_zero_b_is_loaded(tmp_path):
     """Only an update that is zero everywhere is a mistake."""
-    save_lora(tmp_path / "lora.safetensors", LoRAFile(GOOD | {"0.lora_B": 0 * B0}, {"0": 1.0, "2": 1.0}))
+    save_tensors(tmp_path / "lora.safetensors", GOOD | {"0.lora_B": 0 * B0})
     assert load_lora_weights(model(), tmp_path / "lora.safetensors").matched == ["0", "2"]
+
+
+def test_factors_of_fewer_dimensions_than_the_weight_are_reshaped(tmp_path):
+    flat = {"2.lora_A": torch.randn(2, 12), "2.lora_B": torch.randn(5, 2)}
+    save_tensors(tmp_path / "lora.safetensors", flat)
+    target = model()
+    load_lora_weights(target, tmp_path / "lora.safetensors")
+    assert torch.equal(target[2].lora_A["default"], flat["2.lora_A"].view(2, 4, 3))
+    save_tensors(tmp_path / "lora.safetensors", {**flat, "2.lora_A": flat["2.lora_A"].view(2, 4, 3)})
+    report = load_lora_weights(model(), tmp_path / "lora.safetensors")
+    assert "2: factors of different dimensions: A (2, 4, 3) and B (5, 2)" in str(report)
+
+
+def test_rslora_and_dora_are_saved_and_loaded(tmp_path):
+    source = model()
+    apply_lora_to_model(source, 4, 2.0, 0.0, "all", use_rslora=True, use_dora=True)
+    for _, layer in lora_layers(source):
+        with torch.no_grad():
+            layer.lora_B["default"].normal_()
+            layer.lora_magnitude["default"].add_(0.1)
+    save_lora_weights(source, tmp_path / "lora.safetensors")
+    target = model()
+    assert load_lora_weights(target, tmp_path / "lora.safetensors").scalings == [1.0]
+    assert equal_bits(factors(target), factors(source))
+    assert torch.equal(output(target), output(source))
 
 
 def test_saving_an_adapter_that_is_not_there_writes_nothing(tmp_path):
@@ -236,7 +266,7 @@ def test_a_missing_file_and_a_model_file_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         load_lora_weights(model(), tmp_path / "none.safetensors")
     save_file({"0.weight": torch.ones(4, 6)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="not a LoRA file of this project"):
+    with pytest.raises(CheckpointError, match="not a LoRA file that is known here"):
         load_lora_weights(model(), tmp_path / "model.safetensors")
 
 

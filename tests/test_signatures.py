@@ -86,6 +86,8 @@ def expression(text: str) -> ast.expr:
         ("tuple[int, ...]", [[], [1, 2, 3]], [[1, "2"]]),
         ("tuple[float, float]", [[0.9, 1]], [[0.9], [1, 2, 3], 0.9, ["a", "b"]]),
         ("Sequence[Sequence[int]]", [[[1], []]], [[1], [["a"]]]),
+        ("Mapping[str, int] | None", [{}, {"a": 1}, None], [{"a": 1.5}, {1: 1}, [1], "a"]),
+        ("dict[str, float]", [{"a": 1, "b": 0.5}], [{"a": "x"}, None]),
         ('Literal["a", "b"]', ["a", "b"], ["c", "", None, ["a"], False]),
         ("Literal[1]", [1], [2, "1"]),
         ("SomeClass", ["anything", 1, None], []),  # nothing that YAML can hold is compared with it
@@ -110,6 +112,7 @@ def test_everything_fits_where_nothing_is_annotated():
         ("Sequence[int]", "a list of int"),
         ("tuple[float, float]", "a list of float, float"),
         ("tuple[int, ...]", "a list of int"),
+        ("Mapping[str, int] | None", "a mapping of str to int or null"),
         ("str | Sequence[str]", "str or a list of str"),
     ],
 )

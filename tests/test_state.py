@@ -5,7 +5,8 @@ import torch
 from tiny import copies, equal_bits, tiny_config, tiny_model, tiny_trainer
 
 from xdiffusion.checkpoints.files import CheckpointError, content_hash, load_pickled, load_safetensors
-from xdiffusion.checkpoints.native import load_lora, load_model_file
+from xdiffusion.checkpoints.lora_formats import read_lora
+from xdiffusion.checkpoints.native import load_model_file
 from xdiffusion.lora import load_lora_weights
 from xdiffusion.training.loop import fit
 from xdiffusion.training.state import RunCheckpoints, state_path
@@ -15,6 +16,9 @@ VARIANTS = {
     "base": ([], False),
     "lora": (["lora.target_modules=all"], True),
     "lora with dropout": (["lora.dropout=0.5", "training.gradient_accumulation_steps=2"], True),
+    "dora and lora+": (["lora.use_dora=true", "lora.use_rslora=true", "optimizer.lora_plus_ratio=4"], True),
+    "pissa": (["lora.init=pissa", "lora.target_modules=all", "lora.rank_pattern={conv_out: 1}"], True),
+    "text encoder too": (["text_encoder_lora.rank=1", "text_encoder_lora.learning_rate=1e-3"], True),
     "bfloat16": (["training.mixed_precision=bf16"], False),
 }
 
@@ -176,5 +180,5 @@ def test_saving_changes_nothing(tmp_path):
     with trainer.ema.in_place():
         assert files.save(trainer, 1) == tmp_path / "diffusion-1-lora.safetensors"
     assert equal_bits(trainer.model.state_dict(), before)
-    file = load_lora(files.path(1))
+    file = read_lora(files.path(1))
     assert (file.step, file.config["lora"]["rank"]) == (1, 2)

@@ -126,6 +126,60 @@ def test_only_the_network_or_its_lora_changes(lora):
     assert not any(p.requires_grad for p in trainer.model.text_encoder.parameters())
 
 
+TEXT = ["text_encoder_lora.rank=1", "text_encoder_lora.alpha=2", "text_encoder_lora.learning_rate=1e-3"]
+
+
+def test_a_text_encoders_lora_is_trained_with_the_networks():
+    trainer = tiny_trainer(tiny_config(*TEXT), lora=True)
+    before = weights(trainer)
+    run(trainer, 2)
+    changed = {name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == set(trainer.trainable)
+    assert {name.split(".")[0] for name in changed} == {"network", "text_encoder"}
+    assert all(".lora_" in name for name in changed)
+    assert not any(name.startswith("text_encoder.") for name in tiny_trainer(tiny_config(*TEXT)).trainable)
+
+
+def test_a_changing_text_encoder_is_asked_anew_in_every_step():
+    """Its embeddings are of its present weights, and carry a gradient."""
+    trainer = tiny_trainer(tiny_config(*TEXT), lora=True)
+    first = trainer.embed(["a seven"])
+    run(trainer, 2)
+    assert first.requires_grad
+    assert not torch.equal(trainer.embed(["a seven"]), first)
+
+
+@pytest.mark.parametrize("overrides", [TEXT, [*TEXT, "text_encoder_lora.dropout=0.5", "lora.use_dora=true"]])
+def test_text_encoder_and_network_learn_alike_however_the_batch_is_cut(overrides):
+    parts = [tiny_config(f"training.gradient_accumulation_steps={n}", *overrides) for n in (1, 2)]
+    whole, cut = (tiny_trainer(config, lora=True) for config in parts)
+    before = flat(whole.trainable.values())
+    losses = [[m.loss for m in run(trainer, 2)] for trainer in (whole, cut)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2 if "dropout" in str(overrides) else 1e-5)
+    if "dropout" not in str(overrides):
+        assert_moved_alike(before, flat(cut.trainable.values()), flat(whole.trainable.values()))
+
+
+def test_learning_rates_by_part_and_factor():
+    """Every group follows the schedule, times its own rate over the network's."""
+    trainer = tiny_trainer(tiny_config(*TEXT, "optimizer.lora_plus_ratio=4"), lora=True)
+    metrics = trainer.step(1)
+    names = {id(p): name for name, p in trainer.trainable.items()}
+    rates = {names[id(p)]: group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert rates.keys() == trainer.trainable.keys()
+    for name, rate in rates.items():
+        of_part = 0.1 if name.startswith("text_encoder.") else 1.0
+        assert rate == pytest.approx(metrics.learning_rate * of_part * (4 if ".lora_B." in name else 1)), name
+    assert len(trainer.optimizer.param_groups) == 4
+    assert len(tiny_trainer(tiny_config(), lora=True).optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("ratio", [0, -1])
+def test_a_lora_plus_ratio_that_cannot_be(ratio):
+    with pytest.raises(ValueError, match=f"optimizer.lora_plus_ratio={ratio} must be above 0"):
+        tiny_trainer(tiny_config(f"optimizer.lora_plus_ratio={ratio}"), lora=True)
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_bfloat16_computes_low_and_keeps_weights_high(lora):
     exact = tiny_trainer(tiny_config(), lora=lora)
@@ -270,12 +324,19 @@ def test_a_run_counts_its_parameters():
     assert describe_model(model) == f"{plain}\n{lora}"
     assert describe_model(model, config).startswith("data:\n  kind: image/digits")
 
+    apply_lora_to_model(model.text_encoder, 1)
+    share = f"{100 * 8 * 8 / encoder:.2f}% of the text encoder's {encoder:,}"  # four layers of 8 to 8
+    assert describe_model(model) == f"{plain}\n{lora}\nLoRA: 64 trainable parameters in 4 layers, {share}"
+
 
 def test_a_loras_settings_are_the_configs():
-    config = tiny_config("lora.rank=3", "lora.alpha=6", "lora.dropout=0.25", "lora.target_modules=[to_q]")
+    overrides = ["lora.rank=3", "lora.alpha=6", "lora.dropout=0.25", "lora.target_modules=[to_q]"]
+    variant = ["lora.use_rslora=true", "lora.use_dora=true", "lora.init=pissa", "lora.rank_pattern={attn1.to_q: 2}"]
+    config = tiny_config(*overrides, *variant)
     by_config, by_hand = tiny_model(config), tiny_model(config)
     make_trainable(by_config, config, lora=True)
-    apply_lora_to_model(by_hand.network, 3, 6.0, 0.25, ["to_q"])
+    kwargs = {"use_rslora": True, "use_dora": True, "init": "pissa", "rank_pattern": {"attn1.to_q": 2}}
+    apply_lora_to_model(by_hand.network, 3, 6.0, 0.25, ["to_q"], **kwargs)
     adapters = [
         {n: m.adapters for n, m in model.named_modules() if hasattr(m, "adapters")} for model in (by_config, by_hand)
     ]

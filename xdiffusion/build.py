@@ -62,6 +62,7 @@ TIME_GRIDS = {
 }
 INVERTED = "_inverted"
 _PRETRAINED = Parameter("pretrained", ast.parse("str | None", mode="eval").body, "tiny")
+_LEARNING_RATE = Parameter("learning_rate", ast.parse("float | None", mode="eval").body, None)
 _SAMPLER_ARGUMENTS = frozenset({"denoiser", "x_T", "times", "generator", "on_step"})
 
 SCHEMA = {
@@ -96,6 +97,12 @@ SCHEMA = {
         "xdiffusion.lora.inject:apply_lora_to_model",
         injected=frozenset({"model", "adapter_name"}),
         children={"training": Overlay("training"), "optimizer": Overlay("optimizer")},
+    ),
+    "text_encoder_lora": Section(
+        "xdiffusion.lora.inject:apply_lora_to_model",
+        injected=frozenset({"model", "adapter_name"}),
+        extra={"learning_rate": _LEARNING_RATE},
+        optional=True,
     ),
 }
 

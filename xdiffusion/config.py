@@ -33,12 +33,14 @@ class Section:
         target: "package.module:Name" whose signature is the schema; None for a section of sub-sections only.
         injected: keywords that the program fills in and a YAML may not.
         children: sub-sections and slots by key.
+        extra: keys of the section itself beside the target's, by name.
         optional: whether the section may be left out.
     """
 
     target: str | None = None
     injected: frozenset[str] = frozenset()
     children: Mapping[str, Section | Slot | Overlay] = field(default_factory=dict)
+    extra: Mapping[str, Parameter] = field(default_factory=dict)
     optional: bool = False
 
 
@@ -49,7 +51,7 @@ class Slot:
     Args:
         kinds: target by kind.
         injected: keywords that the program fills in and a YAML may not.
-        extra: keys of the slot itself beside the target's: default by name.
+        extra: keys of the slot itself beside the target's, by name.
         default: kind where the slot is left out; None means it must be given.
         suffix: a suffix that any kind may carry (`_inverted`).
     """
@@ -179,6 +181,7 @@ def resolve(config: DictConfig, schema: Schema, source: str) -> DictConfig:
 def _resolve_section(given: Any, section: Section, where: str, schema: Schema) -> dict[str, Any]:
     given = _mapping(given, where)
     parameters = {k: p for k, p in _signature(section.target).items() if k not in section.injected}
+    parameters |= section.extra
     _check_known(given, [*parameters, *section.children], where)
     resolved = _resolve_parameters(given, parameters, where)
     for key, child in section.children.items():

@@ -16,7 +16,7 @@ from xdiffusion.evaluation.background import background_brightness, background_m
 from xdiffusion.evaluation.frechet import frechet_distance
 from xdiffusion.evaluation.gap import fixed_draws, gap_closed
 from xdiffusion.evaluation.judge import Judge, accuracy, judge_features, train_judge
-from xdiffusion.lora.inject import set_lora_enabled
+from xdiffusion.lora.adapters import lora_disabled
 from xdiffusion.model import DiffusionModel, generate, generators_for
 
 
@@ -102,17 +102,16 @@ def loss_gap(model: DiffusionModel, data: ImageSet, normal: ImageSet) -> float:
     """`gap_closed` of the model's LoRA on the held-out images of an inverted set and of its normal twin."""
     draws = fixed_draws(len(data.test), model.latent_shape)
     captions = [data.prompts.captions[label][0] for label in data.test.labels[draws.index].tolist()]
-    context = model.text_encoder.encode(captions)
 
+    @torch.no_grad()
     def mean_loss(images: ImageSet) -> float:
+        context = model.text_encoder.encode(captions)  # a LoRA may be in the text encoder too
         x0 = model.autoencoder.encode(images.test.floats(draws.index).to(model.device))
         blocks = zip(*(a.to(model.device).split(128) for a in (x0, draws.eps, draws.t, context)))
-        with torch.no_grad():
-            errors = [squared_error(model.network, model.schedule, model.prediction, *block) for block in blocks]
+        errors = [squared_error(model.network, model.schedule, model.prediction, *block) for block in blocks]
         return float(torch.cat(errors).mean())
 
     lora_inverted = mean_loss(data)
-    set_lora_enabled(model, False)
-    base_inverted, base = mean_loss(data), mean_loss(normal)
-    set_lora_enabled(model, True)
+    with lora_disabled(model):
+        base_inverted, base = mean_loss(data), mean_loss(normal)
     return gap_closed(base, base_inverted, lora_inverted)

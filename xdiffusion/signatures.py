@@ -17,6 +17,7 @@ PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = object()
 _SCALARS = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 _SEQUENCES = ("Sequence", "tuple", "list")
+_MAPPINGS = ("Mapping", "dict")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ def accepts(annotation: ast.expr | None, value: Any) -> bool:
         if annotation.value.id in _SEQUENCES:
             items = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
             return isinstance(value, (list, tuple)) and _items_fit(items, value)
+        if annotation.value.id in _MAPPINGS:
+            of_key, of_value = annotation.slice.elts
+            return isinstance(value, dict) and all(
+                accepts(of_key, k) and accepts(of_value, v) for k, v in value.items()
+            )
     return True
 
 
@@ -79,6 +85,8 @@ def describe(annotation: ast.expr | None) -> str:
             return "one of " + ", ".join(map(str, _literals(annotation)))
         if kind in _SEQUENCES:
             return "a list of " + ast.unparse(annotation.slice).strip("()").replace(", ...", "")
+        if kind in _MAPPINGS:
+            return "a mapping of {} to {}".format(*map(ast.unparse, annotation.slice.elts))
     text = "None" if annotation is None else ast.unparse(annotation)
     return "null" if text == "None" else text
 

@@ -1,6 +1,6 @@
 """Sample images from a checkpoint, with and without LoRA files.
 
-    python sampling/image/sample.py --checkpoint output/image/digits/ddpm_24x24_v_continuous_clip/diffusion-1200.safetensors
+    python sampling/image/sample.py --checkpoint output/image/digits/ddpm_24x24_v_continuous_clip/diffusion-1400.safetensors
     python sampling/image/sample.py --checkpoint ... --lora_path ...-lora.safetensors --prompt "a handwritten {class}"
 
 With --lora_path it writes the base's grid, the LoRA's grid, and one picture that pairs the base with several strengths of
@@ -41,6 +41,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE[:SCALE]",
         help="a LoRA of this model and its strength (1); repeatable, strengths add up",
     )
+    add("--lora_merge", action="store_true", help="fold the LoRAs into the weights to sample: as fast as the base")
     add(
         "--num_samples",
         type=positive_int,
@@ -73,7 +74,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="set a key of the section sampling:, such as sampling.sampler.eta=1; repeatable",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.lora_merge and not args.lora_path:
+        parser.error("--lora_merge folds what --lora_path names, and there is none")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xdiffusion.build import build_sampling, load_model, override
     from xdiffusion.checkpoints.files import content_hash, ensure_writable, weights_file
     from xdiffusion.data.captions import PROMPT_TABLES
-    from xdiffusion.lora import load_lora_weights, set_lora_scale
+    from xdiffusion.lora import load_lora_weights, merge_lora_weights, set_lora_scale, unmerge_lora_weights
     from xdiffusion.lora.weights import parse_lora_spec
     from xdiffusion.model import best_device, generate, generators_for
     from xdiffusion.pictures import grid, labelled_rows, save_gif, save_png
@@ -112,7 +116,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         """Images with every LoRA at `share` of its strength; 0 is the base."""
         for adapter, scale in strengths.items():
             set_lora_scale(model, share * scale, adapter)
-        return generate(model, prompts, generators_for(args.seed, len(prompts)), on_step=on_step, **sampling)
+        if strengths and args.lora_merge:
+            merge_lora_weights(model)
+        images = generate(model, prompts, generators_for(args.seed, len(prompts)), on_step=on_step, **sampling)
+        if strengths and args.lora_merge:
+            unmerge_lora_weights(model)  # the next picture is of another strength
+        return images
 
     recipe = {
         "checkpoint": str(checkpoint),

@@ -123,9 +123,9 @@ def base_hash(checkpoint: Path) -> str:
 
 def trained_on(lora: Path) -> str | None:
     """The hash of the base that a LoRA run held at its start; the run itself checks that it is the same at its end."""
-    from xdiffusion.checkpoints.native import load_lora
+    from xdiffusion.checkpoints.lora_formats import read_lora
 
-    return load_lora(lora).base_hash
+    return read_lora(lora).base_hash
 
 
 def scale0_identical(base: Path, lora: Path) -> bool:

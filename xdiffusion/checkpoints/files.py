@@ -113,20 +113,35 @@ def load_pickled(path: Path) -> Any:
 
 
 def existing_weights(path: Path) -> tuple[Path, str | None]:
-    """The file that stands for `path`, and a line to print if it is not `path` itself.
+    """The file (of peft, the folder) that stands for `path`, and a line to print if it is not `path` itself.
 
     Lessons and older commands name `diffusion-10000.pt` where this project writes `diffusion-10000.safetensors`.
 
     Raises:
         CheckpointError: if neither exists; the names of the checkpoints that do stand there are listed.
     """
-    if path.is_file():
+    if path.is_file() or is_adapter_folder(path):
         return path, None
     if path.suffix in PICKLED and path.with_suffix(SAFETENSORS).is_file():
         twin = path.with_suffix(SAFETENSORS)
         return twin, f"{path} is not there; reading {twin.name} beside it"
     present = sorted(p.name for p in path.parent.glob(f"*{SAFETENSORS}")) if path.parent.is_dir() else []
     raise CheckpointError(f"no checkpoint at {path}" + (f"; there are: {', '.join(present)}" if present else ""))
+
+
+def is_adapter_folder(path: Path) -> bool:
+    """Whether a folder holds an adapter of peft, or one for each component of a pipeline."""
+    return any((folder / "adapter_config.json").is_file() for folder in (path, path / "unet", path / "text_encoder"))
+
+
+def refuse_leftover(path: Path) -> None:
+    """Complain of a file of another LoRA where it would be read as a part of the one to be written.
+
+    Raises:
+        CheckpointError: if it is there.
+    """
+    if path.exists():
+        raise CheckpointError(f"{path} of another LoRA would be read with the one to be written: move it away")
 
 
 def weights_file(path: str | Path) -> Path:

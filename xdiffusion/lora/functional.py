@@ -1,20 +1,33 @@
 """The LoRA maps: y = x (W + s B A)^T + b ([LoRA] eq. 3) and its convolution, by the cheapest of equal ways.
 
 The plain formula runs x through A and through B beside W, and keeps x A^T for the backward pass. While there are many
-more tokens than features it is cheaper to form W' = W + s B A, a matrix of W's size, once per call ([RunLoRA]):
+more positions than features it is cheaper to form W' = W + s B A, a matrix of W's size, once per call ([RunLoRA]):
 
     forward    y  = x W'^T + b
     backward   dx = g W',    dB = s g^T (x A^T),    dA = s (g B)^T x
 
-which keeps x alone and differs by rounding only. With B = 0 it is bit-identical to the layer without LoRA.
+which keeps x alone and differs by rounding only. With B = 0 it is bit-identical to the layer without LoRA. In a
+convolution x A^T is the convolution of x with A, and the last product its weight gradient.
 """
 
 from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+
+class Geometry(NamedTuple):
+    """How a convolution walks over its input."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
 
 
 def lora_linear(
@@ -26,11 +39,9 @@ def lora_linear(
     scaling: float,
 ) -> Float[Tensor, "*B O"]:
     """x (W + scaling B A)^T + b, through W' where that pays and the base is frozen, else by the plain formula."""
-    trains_base = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    if trains_base or not merging_pays(x, weight):
+    if _trains(weight, bias) or not merging_pays(x.numel() // x.shape[-1], weight):
         return plain_lora_linear(x, x, weight, bias, lora_A, lora_B, scaling)
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    return _MergedLinear.apply(x.to(dtype), weight, bias, lora_A, lora_B, scaling)
+    return _MergedLinear.apply(x.to(_dtype_to_compute_in(x)), weight, bias, lora_A, lora_B, scaling)
 
 
 def plain_lora_linear(
@@ -47,17 +58,93 @@ def plain_lora_linear(
     return F.linear(x, weight, bias) + scaling * branch
 
 
-def merging_pays(x: Float[Tensor, "*B I"], weight: Float[Tensor, "O I"]) -> bool:
-    """Whether rank * I * O multiplications, for W', are fewer than tokens * rank * (I + O), for the low-rank branch."""
-    out_features, in_features = weight.shape
-    return x.numel() // in_features * (in_features + out_features) > in_features * out_features
+def lora_conv(
+    x: Float[Tensor, "B I *size"],
+    weight: Float[Tensor, "O I *kernel"],
+    bias: Float[Tensor, " O"] | None,
+    lora_A: Float[Tensor, "R I *kernel"],
+    lora_B: Float[Tensor, "O R *ones"],
+    scaling: float,
+    geometry: Geometry,
+) -> Float[Tensor, "B O *out_size"]:
+    """The convolution of x with W + scaling B A, plus b, by the way that `lora_linear` would go."""
+    positions = x[:, 0].numel() // math.prod(geometry.stride)
+    # convolutions reorder their weight on every call: measured, W' pays from about four times the positions on
+    if _trains(weight, bias) or not merging_pays(positions // 4, weight):
+        return plain_lora_conv(x, x, weight, bias, lora_A, lora_B, scaling, geometry)
+    return _MergedConv.apply(x.to(_dtype_to_compute_in(x)), weight, bias, lora_A, lora_B, scaling, geometry)
+
+
+def plain_lora_conv(
+    x: Float[Tensor, "B I *size"],
+    branch_x: Float[Tensor, "B I *size"],
+    weight: Float[Tensor, "O I *kernel"],
+    bias: Float[Tensor, " O"] | None,
+    lora_A: Float[Tensor, "R I *kernel"],
+    lora_B: Float[Tensor, "O R *ones"],
+    scaling: float,
+    geometry: Geometry,
+) -> Float[Tensor, "B O *out_size"]:
+    """conv(x, W) + b + scaling conv(conv(branch_x, A), B); branch_x is x, or x after dropout."""
+    convolve = F.conv2d if weight.dim() == 4 else F.conv1d
+    branch = convolve(convolve(branch_x, lora_A.to(x.dtype), None, *geometry), lora_B.to(x.dtype))
+    return convolve(x, weight, bias, *geometry) + scaling * branch
+
+
+def merging_pays(positions: int, weight: Float[Tensor, "O *I"]) -> bool:
+    """Whether rank * I * O multiplications, for W', are fewer than positions * rank * (I + O), for the branch."""
+    out_features, in_features = len(weight), weight[0].numel()
+    return positions * (in_features + out_features) > in_features * out_features
 
 
 def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """W + scaling B A of any kernel shape, computed in the factors' dtype and returned in W's."""
-    flat = weight.flatten(1).to(lora_A.dtype)
-    merged = torch.addmm(flat, lora_B.flatten(1), lora_A.flatten(1), alpha=scaling).to(weight.dtype).view(weight.shape)
-    return merged if weight.is_contiguous() else torch.empty_like(weight).copy_(merged)  # keeps a channels_last layout
+    """W + scaling B A of any kernel shape, computed in the factors' dtype and returned in W's dtype and layout."""
+    if not weight.is_contiguous():  # channels_last: contiguous where the channels are moved to the end
+        last = merged_weight(weight.movedim(1, -1).contiguous(), lora_A.movedim(1, -1), lora_B, scaling)
+        return last.movedim(-1, 1)
+    with _without_autocast(weight.device.type):
+        flat = weight.flatten(1).to(lora_A.dtype)
+        merged = torch.addmm(flat, lora_B.flatten(1), lora_A.flatten(1), alpha=scaling)
+    return merged.to(weight.dtype).view(weight.shape)
+
+
+def dora_weight(
+    weight: Float[Tensor, "O *I"],
+    base: Float[Tensor, "O *I"],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Float[Tensor, " O"],
+) -> Float[Tensor, "O *I"]:
+    """magnitude * (weight + scaling B A) / |base + scaling B A|, the norm per output, all float32 ([DoRA] eq. 5).
+
+    `weight` is W, or W with the adapters before this one in it; `base` is W. The norm is a constant in the backward pass
+    ([DoRA] section 4.3), which costs no quality. An output whose norm is zero stays zero.
+    """
+    with torch.no_grad():
+        norm = row_norms(merged_weight(base, lora_A, lora_B, scaling)).clamp_min(torch.finfo(base.dtype).tiny)
+    factor = (magnitude / norm).view(-1, *[1] * (weight.dim() - 1))
+    return factor * merged_weight(weight, lora_A, lora_B, scaling)
+
+
+def row_norms(weight: Float[Tensor, "O *I"]) -> Float[Tensor, " O"]:
+    """|W| of each output, over inputs and kernel."""
+    return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())))
+
+
+def _trains(weight: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def _dtype_to_compute_in(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocasts else x.dtype
+
+
+def _without_autocast(device: str) -> AbstractContextManager:
+    known = torch.amp.is_autocast_available(device)  # the meta device, for one, does not have it
+    return torch.autocast(device, enabled=False) if known else nullcontext()
 
 
 class _MergedLinear(torch.autograd.Function):
@@ -65,7 +152,7 @@ class _MergedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scaling):
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             merged = merged_weight(weight, lora_A, lora_B, scaling).to(x.dtype)
             ctx.save_for_backward(x, merged, lora_A, lora_B)
             ctx.scaling = scaling
@@ -83,3 +170,41 @@ class _MergedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_B = (grad_rows.T @ (rows @ lora_A.to(x.dtype).T).mul_(ctx.scaling)).to(lora_B.dtype)
         return grad_x, None, None, grad_A, grad_B, None
+
+
+class _MergedConv(torch.autograd.Function):
+    """As `_MergedLinear`: x has the dtype to compute in, the gradients of the factors have theirs."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, geometry):
+        with _without_autocast(x.device.type):
+            merged = merged_weight(weight, lora_A, lora_B, scaling).to(x.dtype)
+            ctx.save_for_backward(x, merged, lora_A, lora_B)
+            ctx.scaling, ctx.geometry = scaling, geometry
+            ctx.convolve = F.conv2d if weight.dim() == 4 else F.conv1d
+            return ctx.convolve(x, merged, None if bias is None else bias.to(x.dtype), *geometry)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, merged, lora_A, lora_B = ctx.saved_tensors
+        grad, down, up = grad.to(x.dtype), lora_A.to(x.dtype), lora_B.to(x.dtype).flatten(1)
+        grad_rows = grad.movedim(1, -1).flatten(0, -2)  # (positions, O)
+        grad_x = grad_A = grad_B = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _conv_gradient(grad, x, merged, ctx.geometry, of_input=True)
+        if ctx.needs_input_grad[3]:
+            grad_low = (grad_rows @ up).mul_(ctx.scaling).view(len(x), *grad.shape[2:], -1).movedim(-1, 1)
+            grad_A = _conv_gradient(grad_low, x, down, ctx.geometry, of_input=False).to(lora_A.dtype)
+        if ctx.needs_input_grad[4]:
+            low = ctx.convolve(x, down, None, *ctx.geometry).movedim(1, -1).flatten(0, -2)  # (positions, R)
+            grad_B = (grad_rows.T @ low).mul_(ctx.scaling).view_as(lora_B).to(lora_B.dtype)
+        return grad_x, None, None, grad_A, grad_B, None, None
+
+
+def _conv_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, *, of_input: bool) -> Tensor:
+    """The gradient of conv(x, weight) with respect to x, or to the weight."""
+    unpadded_output = [0] * len(geometry.stride)
+    gradients = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, *geometry, False, unpadded_output, 1, [of_input, not of_input, False]
+    )
+    return gradients[0 if of_input else 1]

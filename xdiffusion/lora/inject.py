@@ -1,15 +1,16 @@
-"""Giving the layers of any model low-rank adapters by name, and steering a model that has them."""
+"""Giving the layers of any model low-rank adapters by name."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from xdiffusion.lora.layers import DEFAULT_ADAPTER, LoRAConv1d, LoRAConv2d, LoRAError, LoRALayer, LoRALinear
+from xdiffusion.lora.layers import LoRAConv1d, LoRAConv2d, LoRALayer, LoRALinear
+from xdiffusion.lora.settings import DEFAULT_ADAPTER, Init, LoRAError, check_settings
 
 WRAPPERS: dict[type[nn.Module], type[LoRALayer]] = {
     nn.Linear: LoRALinear,
@@ -29,8 +30,16 @@ def apply_lora_to_model(
     dropout: float = 0.0,
     target_modules: str | Sequence[str] = "attention",
     adapter_name: str = DEFAULT_ADAPTER,
+    *,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    init: Init = "zero_b",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
 ) -> nn.Module:
-    """Freeze `model` and give every targeted layer a trainable adapter, in place; the output does not change by a bit.
+    """Freeze `model` and give every targeted layer a trainable adapter, in place.
+
+    The output does not change by a bit with init="zero_b", and by rounding with the others.
 
     Args:
         model: any module; its Linear, Conv1d and Conv2d layers can be targeted.
@@ -41,28 +50,42 @@ def apply_lora_to_model(
             projections too; "all-linear"; "all": convolutions too), or a list of names or name endings
             (["to_q", "to_v"]), or a regular expression that must match a whole name.
         adapter_name: of the new adapter; a model may have several.
+        use_rslora: multiply by alpha / sqrt(rank) instead ([rsLoRA] section 3).
+        use_dora: learn the length of each output's weight apart from its direction ([DoRA] section 4.1).
+        init: how the factors begin; see `initialise`.
+        rank_pattern, alpha_pattern: other ranks and alphas for some of the targeted layers, by regular expressions that
+            must match a name or an ending of it behind a dot, as peft's do; the first that matches counts.
 
     Returns:
         The same model.
 
     Raises:
-        LoRAError: if no layer matches, or the rank or the dropout is out of range; the model is unchanged then.
+        LoRAError: if no layer matches, a pattern matches none of those that do, or a layer cannot have such an adapter;
+            the model is unchanged then.
     """
     names = target_names(model, target_modules)
-    check_adapter(model, names, rank, dropout, adapter_name)
-    model.requires_grad_(False)
+    ranks = _by_pattern(names, rank, rank_pattern, "rank_pattern")
+    alphas = _by_pattern(names, alpha, alpha_pattern, "alpha_pattern")
     for name in names:
-        lora_layer_at(model, name).add_adapter(adapter_name, rank, alpha, dropout)
+        check_adapter(model, [name], ranks[name], dropout, adapter_name, init)
+    if init == "pissa" and min(alphas.values()) <= 0:
+        raise LoRAError(f"init='pissa' needs a lora_alpha above 0, not {min(alphas.values()):g}")
+    model.requires_grad_(False)
+    variant = {"use_rslora": use_rslora, "use_dora": use_dora, "init": init}
+    for name, layer in lora_layers_at(model, names).items():
+        layer.add_adapter(adapter_name, ranks[name], alphas[name], dropout, **variant)
     return model
 
 
 def target_names(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
     """The names of the layers that `target_modules` means in this model (see `apply_lora_to_model`).
 
+    A layer that has several names is known by its first, whichever of them matches.
+
     Raises:
         LoRAError: if there is none.
     """
-    layers = {n: m for n, m in model.named_modules() if n and base_class_of(m)}
+    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if n and base_class_of(m)}
     if not isinstance(target_modules, str):
         found = [n for n in layers if _has_ending(n, target_modules)]
     elif target_modules == "attention":
@@ -74,23 +97,30 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str]) -> list[
     elif target_modules == "all":
         found = list(layers)
     else:
-        found = [n for n in layers if _compiled(target_modules).fullmatch(n)]
+        complaint = f"LoRA targets {target_modules!r} are neither of {', '.join(PRESETS)} nor a regular expression"
+        found = list(filter(_compiled(target_modules, complaint).fullmatch, layers))
     if not found:
         raise LoRAError(
             f"no layer of {type(model).__name__} matches the LoRA targets {target_modules!r}; allowed: "
             f"{', '.join(PRESETS)}, a list of name endings, or a regular expression; "
             f"its layers are named like {', '.join(list(layers)[:3]) or '(it has none)'}"
         )
-    return found
+    first_names = {module: name for name, module in model.named_modules()}
+    return list(dict.fromkeys(first_names[layers[name]] for name in found))
 
 
 def lora_layer_at(model: nn.Module, name: str) -> LoRALayer:
-    """The LoRA layer at a name, put around the layer there if it has none yet."""
-    layer = model.get_submodule(name)
-    if not isinstance(layer, LoRALayer):
-        layer = WRAPPERS[base_class_of(layer)].wrap(layer)
-        _replace(model, name, layer)
-    return layer
+    """The LoRA layer at a name, put around the layer there, under all its names, if it has none yet."""
+    return lora_layers_at(model, [name])[name]
+
+
+def lora_layers_at(model: nn.Module, names: Iterable[str]) -> dict[str, LoRALayer]:
+    """`lora_layer_at` for many names in one walk over the model."""
+    layers = {name: model.get_submodule(name) for name in names}
+    plain = [layer for layer in layers.values() if not isinstance(layer, LoRALayer)]
+    wrapped = {layer: WRAPPERS[base_class_of(layer)].wrap(layer) for layer in plain}
+    replace_modules(model, wrapped)
+    return {name: wrapped.get(layer, layer) for name, layer in layers.items()}
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
@@ -98,118 +128,43 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer)]
 
 
-def get_lora_parameters(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
-    """The A and B of one adapter, or of all: what an optimizer takes."""
-    return [
-        factors[name]
-        for _, layer in lora_layers(model)
-        for factors in (layer.lora_A, layer.lora_B)
-        for name in layer.adapters
-        if adapter_name in (None, name)
-    ]
-
-
-def set_lora_enabled(model: nn.Module, enabled: bool = True, adapter_name: str | None = None) -> None:
-    """Switch one adapter, or all, on or off; off is bit-identical to the base.
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put the values of `new` where its keys are, wherever in the model that is.
 
     Raises:
-        LoRAError: if the model has no such adapter.
+        LoRAError: if the model itself is a key.
     """
-    for settings in _settings(model, adapter_name):
-        settings.enabled = enabled
-
-
-def set_lora_scale(model: nn.Module, scale: float, adapter_name: str | None = None) -> None:
-    """Set the run-time strength of one adapter, or of all: 0 is the base, 1 as trained.
-
-    Raises:
-        LoRAError: if the model has no such adapter.
-    """
-    for settings in _settings(model, adapter_name):
-        settings.scale = scale
-
-
-def merge_lora_weights(model: nn.Module) -> None:
-    """Replace every LoRA layer by a plain layer that holds W', so that the model is as fast as its base.
-
-    The plain layers remember the LoRA layers they stand for: `unmerge_lora_weights` puts those back.
-
-    Raises:
-        LoRAError: if there is nothing to merge.
-    """
-    layers = lora_layers(model)
-    if not layers:
-        raise LoRAError(f"{type(model).__name__} has no LoRA layers to merge")
-    for name, layer in layers:
-        _replace(model, name, _merged(layer))
-
-
-def unmerge_lora_weights(model: nn.Module) -> None:
-    """Put the LoRA layers back, with the base weights bit for bit as they were before `merge_lora_weights`.
-
-    Raises:
-        LoRAError: if the model is not merged.
-    """
-    merged = [(name, module) for name, module in model.named_modules() if hasattr(module, "merged_from")]
-    if not merged:
-        raise LoRAError(f"{type(model).__name__} is not merged")
-    for name, module in merged:
-        _replace(model, name, module.merged_from[0].train(module.training))
-
-
-@torch.no_grad()
-def _merged(layer: LoRALayer) -> nn.Module:
-    base_class = base_class_of(layer)
-    plain = base_class.__new__(base_class)
-    plain.__dict__ = layer.__dict__.copy()
-    plain._parameters = layer._parameters.copy()
-    plain._modules = {k: v for k, v in layer._modules.items() if k not in ("lora_A", "lora_B")}
-    plain.weight = nn.Parameter(layer.effective_weight().clone(), requires_grad=False)
-    plain.merged_from = (layer,)  # in a tuple, so that it is no submodule
-    return plain
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    if not name:
+    if model in new:
         raise LoRAError("a layer can be wrapped or merged only inside a model that holds it")
-    parent_name, _, child_name = name.rpartition(".")
-    setattr(model.get_submodule(parent_name), child_name, module)
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):  # named_children hides second names
+            if child in new:
+                setattr(parent, child_name, new[child])
 
 
-def _settings(model: nn.Module, adapter_name: str | None) -> Iterator:
-    found = [
-        settings
-        for _, layer in lora_layers(model)
-        for name, settings in layer.adapters.items()
-        if adapter_name in (None, name)
-    ]
-    if not found:
-        wanted = "LoRA adapter" if adapter_name is None else f"LoRA adapter named {adapter_name!r}"
-        raise LoRAError(f"{type(model).__name__} has no {wanted}")
-    return iter(found)
-
-
-def check_adapter(model: nn.Module, names: list[str], rank: int, dropout: float, adapter_name: str) -> None:
+def check_adapter(
+    model: nn.Module, names: Sequence[str], rank: int, dropout: float, adapter_name: str, init: Init = "zero_b"
+) -> None:
     """Complain before anything is changed.
 
     Raises:
-        LoRAError: if an adapter of this rank, dropout and name cannot be given to one of the named layers.
+        LoRAError: if an adapter of this rank, dropout, name and beginning cannot be given to one of the named layers.
     """
     if "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):
         raise LoRAError(f"adapter_name={adapter_name!r} must hold no dot and be no method of nn.ParameterDict")
-    if not 0 <= dropout < 1:
-        raise LoRAError(f"LoRA dropout={dropout} must be in [0, 1)")
     for name in names:
         layer = model.get_submodule(name)
-        largest = max(layer.weight.flatten(1).shape)
-        if not 1 <= rank <= largest:
-            raise LoRAError(
-                f"LoRA rank={rank} must be in 1..{largest} for {name}, a weight {tuple(layer.weight.shape)}"
-            )
+        check_settings(rank, dropout, init, layer.weight.shape, name)
         if hasattr(layer, "merged_from"):
             raise LoRAError(f"{name} is merged: call unmerge_lora_weights before adding an adapter")
         if adapter_name in getattr(layer, "adapters", ()):
             raise LoRAError(f"{name} has an adapter named {adapter_name!r} already")
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            raise LoRAError(
+                f"{name}: the fast path of nn.TransformerEncoderLayer reads its weight without calling it, so that a "
+                "LoRA would have no effect in evaluation; call torch.backends.mha.set_fastpath_enabled(False) first"
+            )
 
 
 def base_class_of(module: nn.Module | None) -> type[nn.Module] | None:
@@ -219,14 +174,27 @@ def base_class_of(module: nn.Module | None) -> type[nn.Module] | None:
     return next((base for base in WRAPPERS if isinstance(module, base)), None)
 
 
+def _by_pattern(names: Sequence[str], default: float, values: Mapping[str, float] | None, argument: str) -> dict:
+    """The value of the first pattern that matches each name, else the default."""
+    compiled = {
+        pattern: _compiled(rf"(.*\.)?({pattern})", f"{argument}: {pattern!r} is no regular expression")
+        for pattern in values or {}
+    }
+    for pattern, expression in compiled.items():
+        if not any(map(expression.fullmatch, names)):
+            raise LoRAError(
+                f"{argument}: {pattern!r} matches none of the targeted layers, named like {', '.join(names[:3])}"
+            )
+    first = {n: next((p for p, expression in compiled.items() if expression.fullmatch(n)), None) for n in names}
+    return {n: default if pattern is None else values[pattern] for n, pattern in first.items()}
+
+
 def _has_ending(name: str, endings: Sequence[str]) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in endings)
 
 
-def _compiled(pattern: str) -> re.Pattern:
+def _compiled(pattern: str, complaint: str) -> re.Pattern:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise LoRAError(
-            f"LoRA targets {pattern!r} are neither of {', '.join(PRESETS)} nor a regular expression"
-        ) from error
+        raise LoRAError(complaint) from error

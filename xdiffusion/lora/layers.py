@@ -1,64 +1,65 @@
 """Layers that hold a frozen weight and any number of named low-rank adapters ([LoRA] section 4.1).
 
-    W' = W + sum_i scale_i * (lora_alpha_i / rank_i) * B_i A_i
+    W' = W + sum_i scale_i * s_i B_i A_i,    s = lora_alpha / rank
 
 A LoRA layer is its base class plus adapters: `LoRALinear` is an `nn.Linear`, so the names of the base weights do not
-change when a model is wrapped. B starts at zero, so a fresh adapter changes no bit of the output. `scale` is the strength
-at run time, 1 as trained. A convolution's A is a convolution of the same kernel to `rank` channels, its B a 1x1.
+change when a model is wrapped. `scale` is the strength at run time: 0 the base, 1 as trained. A convolution's A is a
+convolution of the same kernel to `rank` channels, its B a 1x1.
+
+DoRA gives each output's weight the length m: W' = m (W + s B A) / |W + s B A| ([DoRA] eq. 5), and a scale between 0 and 1
+lies between W and that W'. Where several adapters are on they act in the order in which they were added, each on what
+those before it made of W, as in peft; DoRA's norm is taken of W alone. Without DoRA the order does not matter.
+
+W is never changed. An adapter that starts with B = 0, DoRA too, changes no bit of the output; PiSSA, whose B A starts as
+a part of W, subtracts its first product and so changes the output by rounding only: s (B A - B_0 A_0), which is a plain
+LoRA of twice the rank and is saved as one.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from xdiffusion.lora.functional import lora_linear, merged_weight, plain_lora_linear
+from xdiffusion.checkpoints.lora_file import LoRAFactors
+from xdiffusion.lora.functional import (
+    Geometry,
+    dora_weight,
+    lora_conv,
+    lora_linear,
+    merged_weight,
+    plain_lora_conv,
+    plain_lora_linear,
+    row_norms,
+)
+from xdiffusion.lora.initialise import initial_factors
+from xdiffusion.lora.settings import DEFAULT_ADAPTER, AdapterSettings, Init, LoRAError, check_factors, check_settings
 
-DEFAULT_ADAPTER = "default"
-
-
-class LoRAError(ValueError):
-    """A LoRA that cannot be made, applied, saved or loaded: which one, and why."""
-
-
-@dataclass
-class AdapterSettings:
-    """rank and lora_alpha fix the trained scaling; dropout acts in training; scale and enabled are set at run time."""
-
-    rank: int
-    lora_alpha: float
-    dropout: float = 0.0
-    scale: float = 1.0
-    enabled: bool = True
-
-    @property
-    def scaling(self) -> float:
-        """lora_alpha / rank."""
-        return self.lora_alpha / self.rank
-
-    @property
-    def strength(self) -> float:
-        """What B A is multiplied by now: scale * lora_alpha / rank, 0 while disabled."""
-        return self.scale * self.scaling if self.enabled else 0.0
+Product = tuple[Tensor, Tensor, float]  # A, B and what their product is multiplied by
 
 
 class LoRALayer(nn.Module):
     """The adapters of one layer, mixed into the layer's own class.
 
-    lora_A[name]: (rank, in, *kernel) and lora_B[name]: (out, rank, *ones), both float32.
+    lora_A[name]: (rank, in, *kernel) and lora_B[name]: (out, rank, *ones); lora_magnitude[name]: (out,), of DoRA adapters;
+    lora_A_initial[name] and lora_B_initial[name]: frozen, of PiSSA adapters. All float32.
     """
 
     weight: Tensor
     bias: Tensor | None
+    base_class: type[nn.Module]
 
     def _init_adapters(self) -> None:
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
+        self.lora_magnitude = nn.ParameterDict()
+        self.lora_A_initial = nn.ParameterDict()
+        self.lora_B_initial = nn.ParameterDict()
         self.adapters: dict[str, AdapterSettings] = {}
 
     @classmethod
@@ -71,56 +72,186 @@ class LoRALayer(nn.Module):
         wrapped._init_adapters()
         return wrapped
 
-    def add_adapter(self, name: str, rank: int, alpha: float, dropout: float = 0.0) -> None:
-        """Add an adapter: A drawn as nn.Linear draws its weights, B zero.
+    def unwrap(self) -> nn.Module:
+        """The plain layer again, with the very parameters, hooks and settings of this one."""
+        plain = self.base_class.__new__(self.base_class)
+        plain.__dict__ = {k: v for k, v in self.__dict__.items() if k != "adapters"}
+        plain._parameters = self._parameters.copy()
+        plain._modules = {k: v for k, v in self._modules.items() if not k.startswith("lora_")}
+        return plain
+
+    def add_adapter(
+        self,
+        name: str,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        *,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        init: Init = "zero_b",
+    ) -> None:
+        """Add an adapter; see `apply_lora_to_model` and `initial_factors`.
 
         Raises:
-            LoRAError: for a rank outside 1..the weight's larger side, a dropout outside [0, 1), or a name that is taken.
+            LoRAError: for settings that this weight cannot have, or a name that is taken.
         """
-        out_size, in_size = self.weight.flatten(1).shape
-        if not 1 <= rank <= max(out_size, in_size):
-            raise LoRAError(
-                f"LoRA rank={rank} must be in 1..{max(out_size, in_size)} for a weight {tuple(self.weight.shape)}"
-            )
-        if not 0 <= dropout < 1:
-            raise LoRAError(f"LoRA dropout={dropout} must be in [0, 1)")
+        check_settings(rank, dropout, init, self.weight.shape)
         if name in self.adapters:
             raise LoRAError(f"this layer has an adapter named {name!r} already")
-        device, kernel = self.weight.device, self.weight.shape[2:]
-        lora_A = torch.empty(rank, *self.weight.shape[1:], device=device)
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-        self.lora_A[name] = nn.Parameter(lora_A)
-        self.lora_B[name] = nn.Parameter(torch.zeros(out_size, rank, *[1] * len(kernel), device=device))
-        self.adapters[name] = AdapterSettings(rank, alpha, dropout)
+        settings = AdapterSettings(rank, alpha, dropout, use_rslora, use_dora)
+        lora_A, lora_B = initial_factors(self.weight, rank, settings.scaling, init)
+        self.lora_A[name], self.lora_B[name] = nn.Parameter(lora_A), nn.Parameter(lora_B)
+        if init == "pissa":
+            self.lora_A_initial[name] = nn.Parameter(lora_A.clone(), requires_grad=False)
+            self.lora_B_initial[name] = nn.Parameter(lora_B.clone(), requires_grad=False)
+        if use_dora:
+            self.lora_magnitude[name] = nn.Parameter(row_norms(self.weight.detach().float()))
+        self.adapters[name] = settings
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter and its parameters.
+
+        Raises:
+            KeyError: if there is none of that name.
+        """
+        del self.adapters[name]
+        for parameters in self._parameter_dicts():
+            self._put(parameters, name, None)
+
+    def _parameter_dicts(self) -> tuple[nn.ParameterDict, ...]:
+        return self.lora_A, self.lora_B, self.lora_magnitude, self.lora_A_initial, self.lora_B_initial
+
+    def trained_parameters(self, name: str) -> list[nn.Parameter]:
+        """A, B and DoRA's magnitude of one adapter."""
+        return [p[name] for p in (self.lora_A, self.lora_B, self.lora_magnitude) if name in p]
+
+    def factors(self, name: str) -> LoRAFactors:
+        """What a file must hold of an adapter: its factors; for PiSSA those of the difference, of twice the rank."""
+        settings = self.adapters[name]
+        lora_A, lora_B, lora_alpha = self.lora_A[name].detach(), self.lora_B[name].detach(), settings.lora_alpha
+        if name in self.lora_A_initial:
+            lora_A = torch.cat([lora_A, self.lora_A_initial[name].detach()])
+            lora_B = torch.cat([lora_B, -self.lora_B_initial[name].detach()], dim=1)
+            lora_alpha *= math.sqrt(2) if settings.use_rslora else 2  # the same scaling at twice the rank
+        magnitude = self.lora_magnitude[name].detach() if settings.use_dora else None
+        return LoRAFactors(lora_A, lora_B, lora_alpha, settings.use_rslora, magnitude)
+
+    @torch.no_grad()
+    def set_factors(self, name: str, factors: LoRAFactors) -> None:
+        """Put factors of any rank into a new adapter or an existing one, which keeps its dropout, scale and switch.
+
+        Parameters whose shape stays are overwritten in place, so that an optimizer still knows them.
+
+        Raises:
+            LoRAError: if the shapes do not fit the weight; the layer is unchanged then.
+        """
+        check_factors(factors, self.weight.shape)
+        old = self.adapters.get(name, AdapterSettings(factors.rank, factors.lora_alpha))
+        self.adapters[name] = replace(
+            old,
+            rank=factors.rank,
+            lora_alpha=factors.lora_alpha,
+            use_rslora=factors.use_rslora,
+            use_dora=factors.magnitude is not None,
+        )
+        values = factors.lora_A, factors.lora_B, factors.magnitude, None, None
+        for parameters, value in zip(self._parameter_dicts(), values):
+            self._put(parameters, name, value)
+
+    def _put(self, parameters: nn.ParameterDict, name: str, value: Tensor | None) -> None:
+        """Overwrite, replace, add or (None) take away one parameter."""
+        if name in parameters and value is not None and parameters[name].shape == value.shape:
+            parameters[name].copy_(value)
+        elif value is not None:
+            parameters[name] = nn.Parameter(value.to(self.weight.device, torch.float32, copy=True))
+        elif name in parameters:
+            del parameters[name]
+
+    def share_adapters(self, other: LoRALayer, names: Sequence[str]) -> None:
+        """Take in adapters of another layer: its very parameters and settings."""
+        for name in names:
+            self.adapters[name] = other.adapters[name]
+            for own, parameters in zip(self._parameter_dicts(), other._parameter_dicts()):
+                if name in parameters:
+                    own[name] = parameters[name]
+
+    def enabled_adapters(self) -> list[str]:
+        """The names of the adapters that are switched on."""
+        return [name for name, settings in self.adapters.items() if settings.enabled]
 
     def delta(self, name: str) -> Tensor:
-        """(lora_alpha / rank) B A of one adapter, in W's shape and float32."""
-        product = self.lora_B[name].float().flatten(1) @ self.lora_A[name].float().flatten(1)
-        return (self.adapters[name].scaling * product).view(self.weight.shape)
+        """The update of one adapter alone, as trained (at scale 1): W's shape, float32."""
+        product = _joined(self._products(name, self.adapters[name].scaling))
+        if self.adapters[name].use_dora:
+            weight = self.weight.to(product[0].dtype)
+            return dora_weight(weight, weight, *product, self.lora_magnitude[name]) - weight
+        return merged_weight(torch.zeros_like(self.weight, dtype=product[0].dtype), *product)
 
-    def active(self) -> tuple[Tensor, Tensor, float] | None:
-        """(A, B, scaling) whose product is the sum of the enabled adapters' updates, or None if none is enabled."""
-        names = [name for name, settings in self.adapters.items() if settings.enabled]
+    def effective_weight(self, names: Sequence[str] | None = None) -> Tensor:
+        """W' with all adapters, or those named, that are enabled; W's dtype; differentiable in what they train."""
+        names = [name for name in self.enabled_adapters() if names is None or name in names]
         if not names:
-            return None
-        if len(names) == 1:
-            return self.lora_A[names[0]], self.lora_B[names[0]], self.adapters[names[0]].strength
-        lora_A = torch.cat([self.lora_A[n] for n in names])
-        lora_B = torch.cat([self.lora_B[n] * self.adapters[n].strength for n in names], dim=1)
-        return lora_A, lora_B, 1.0
+            return self.weight
+        if not any(self.adapters[name].use_dora for name in names):
+            return merged_weight(self.weight, *self._product_of(names))
+        weight = base = self.weight.to(self.lora_A[names[0]].dtype)
+        for name in names:
+            settings = self.adapters[name]
+            if settings.use_dora:
+                product = _joined(self._products(name, settings.scaling))
+                with_it = dora_weight(weight, base, *product, self.lora_magnitude[name])
+                weight = torch.lerp(weight, with_it, settings.scale)
+            else:
+                weight = merged_weight(weight, *self._product_of([name]))
+        return weight.to(self.weight.dtype)
 
-    def effective_weight(self) -> Tensor:
-        """W' with every enabled adapter in it, in W's dtype."""
-        factors = self.active()
-        return self.weight if factors is None else merged_weight(self.weight, *factors)
+    def _product_of(self, names: Sequence[str]) -> Product:
+        """The product that is the sum of the updates of these adapters, none of them DoRA, at their scales."""
+        return _joined([p for name in names for p in self._products(name, self.adapters[name].strength)])
 
-    def dropout_now(self) -> float:
-        """The dropout of the low-rank branch in this mode."""
-        return max((s.dropout for s in self.adapters.values() if s.enabled), default=0.0) if self.training else 0.0
+    def _products(self, name: str, strength: float) -> list[Product]:
+        products = [(self.lora_A[name], self.lora_B[name], strength)]
+        if name in self.lora_A_initial:
+            products.append((self.lora_A_initial[name], self.lora_B_initial[name], -strength))
+        return products
+
+    def forward(self, x: Tensor) -> Tensor:
+        names = self.enabled_adapters()
+        if not names:
+            return self._base_forward(x, self.weight, self.bias)
+        dropout = max(self.adapters[name].dropout for name in names) if self.training else 0.0
+        if self._is_product(names):
+            return self._lora_forward(x, dropout, self._product_of(names))
+        weight = self.effective_weight()
+        if not dropout:
+            return self._base_forward(x, weight, self.bias)
+        update = self._base_forward(F.dropout(x, dropout), weight - self.weight, None)
+        return self._base_forward(x, self.weight, self.bias) + update
+
+    def _is_product(self, names: Sequence[str]) -> bool:
+        """Whether the update of x is B (A x), which DoRA's, with its norm, is not."""
+        return not any(self.adapters[name].use_dora for name in names)
+
+    @abstractmethod
+    def _base_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the base layer computes, with another weight."""
+
+    @abstractmethod
+    def _lora_forward(self, x: Tensor, dropout: float, product: Product) -> Tensor:
+        """What the base layer computes, with a product added to its weight; dropout acts on the product's input."""
+
+
+def _joined(products: Sequence[Product]) -> Product:
+    """One product that is the sum of several: the ranks side by side."""
+    if len(products) == 1:
+        return products[0]
+    lora_A = torch.cat([lora_A for lora_A, _, _ in products])
+    return lora_A, torch.cat([strength * lora_B for _, lora_B, strength in products], dim=1), 1.0
 
 
 class LoRALinear(LoRALayer, nn.Linear):
-    """A linear layer with LoRA, new or (by `wrap`) around an existing one.
+    """A linear layer with LoRA, new or (by `wrap`) around an existing one: (*B, in_features) -> (*B, out_features).
 
     Args:
         in_features, out_features, bias: of the base layer.
@@ -128,6 +259,8 @@ class LoRALinear(LoRALayer, nn.Linear):
         alpha: lora_alpha; the update is multiplied by alpha / rank.
         dropout: on the input of the low-rank branch, while training.
     """
+
+    base_class = nn.Linear
 
     def __init__(
         self,
@@ -142,36 +275,44 @@ class LoRALinear(LoRALayer, nn.Linear):
         self._init_adapters()
         self.add_adapter(DEFAULT_ADAPTER, rank, alpha, dropout)
 
-    def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
-        factors = self.active()
-        if factors is None:
-            return F.linear(x, self.weight, self.bias)
-        dropout = self.dropout_now()
+    def _base_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def _lora_forward(self, x: Tensor, dropout: float, product: Product) -> Tensor:
         if dropout:
-            return plain_lora_linear(x, F.dropout(x, dropout), self.weight, self.bias, *factors)
-        return lora_linear(x, self.weight, self.bias, *factors)
+            return plain_lora_linear(x, F.dropout(x, dropout), self.weight, self.bias, *product)
+        return lora_linear(x, self.weight, self.bias, *product)
 
 
 class _LoRAConv(LoRALayer):
-    """W' once per call, except where dropout needs the branch apart; grouped convolutions are merged always."""
+    """Inputs (B, in, *size), or (in, *size) as the base layers take them."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        factors = self.active()
-        if factors is None:
-            return self._conv_forward(x, self.weight, self.bias)
-        if torch.is_grad_enabled() and self.groups == 1:
-            lora_A, lora_B, scaling = factors
-            dropout = self.dropout_now()
-            branch_x = F.dropout(x, dropout) if dropout else x
-            up = F.conv2d if self.weight.dim() == 4 else F.conv1d
-            branch = up(self._conv_forward(branch_x, lora_A.to(x.dtype), None), lora_B.to(x.dtype))
-            return self._conv_forward(x, self.weight, self.bias) + scaling * branch
-        return self._conv_forward(x, merged_weight(self.weight, *factors), self.bias)
+    def _is_product(self, names: Sequence[str]) -> bool:
+        return self.groups == 1 and super()._is_product(names)  # B reaches across groups
+
+    def _base_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
+
+    def _lora_forward(self, x: Tensor, dropout: float, product: Product) -> Tensor:
+        if x.dim() < self.weight.dim():
+            return self._lora_forward(x[None], dropout, product)[0]
+        padding = self.padding
+        if self.padding_mode != "zeros" or isinstance(padding, str):  # what the convolution itself cannot pad
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode), (0,) * len(self.stride)
+        geometry = Geometry(self.stride, padding, self.dilation)
+        if dropout:
+            return plain_lora_conv(x, F.dropout(x, dropout), self.weight, self.bias, *product, geometry)
+        return lora_conv(x, self.weight, self.bias, *product, geometry)
 
 
 class LoRAConv2d(_LoRAConv, nn.Conv2d):
     """A 2-D convolution with LoRA, made by `wrap`."""
 
+    base_class = nn.Conv2d
+
 
 class LoRAConv1d(_LoRAConv, nn.Conv1d):
     """A 1-D convolution with LoRA, made by `wrap`."""
+
+    base_class = nn.Conv1d

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from xdiffusion.checkpoints.native import LoRAFile, load_lora, save_lora
+from xdiffusion.checkpoints.component_names import component_of, exchange_name
+from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
+from xdiffusion.checkpoints.lora_formats import LayerTable, read_lora, write_lora
+from xdiffusion.checkpoints.lora_formats.factors import fitted
 from xdiffusion.lora.inject import base_class_of, check_adapter, lora_layer_at, lora_layers
-from xdiffusion.lora.layers import DEFAULT_ADAPTER, LoRAError, LoRALayer
+from xdiffusion.lora.layers import LoRALayer
+from xdiffusion.lora.settings import DEFAULT_ADAPTER, LoRAError
 
 
 @dataclass(frozen=True)
@@ -22,21 +26,28 @@ class LoadReport:
 
     matched: module names that took factors.
     scale: run-time strength the adapter was loaded with.
-    scalings: lora_alpha / rank that occur.
+    scalings: lora_alpha / rank, of rsLoRA lora_alpha / sqrt(rank), that occur.
     relative_delta: |scaling B A| / |W| over all matched modules (Frobenius norms).
+    format: of the file.
+    left_out: what the file has and the model has no place for: modules of a whole component, learned tokens.
+    repairs: what was wrong with the file and could be mended.
     """
 
     matched: list[str]
     scale: float
     scalings: list[float]
     relative_delta: float
+    format: str = "native"
+    left_out: tuple[str, ...] = ()
+    repairs: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         scalings = ", ".join(f"{s:g}" for s in self.scalings)
-        return (
+        line = (
             f"{len(self.matched)} modules matched, none missing, none unexpected; "
             f"alpha/rank {scalings}, scale {self.scale:g}, |delta|/|W| {self.relative_delta:.3f}"
         )
+        return "; ".join([line, *(f"left out: {what}" for what in self.left_out), *self.repairs])
 
 
 def save_lora_weights(
@@ -48,20 +59,17 @@ def save_lora_weights(
     config: Mapping[str, Any] | None = None,
     step: int = 0,
 ) -> None:
-    """Write the factors of one adapter, by module name, with their lora_alpha.
+    """Write the factors of one adapter, by module name, with their lora_alpha, in this project's format.
 
     Raises:
         LoRAError: if no layer of the model has that adapter.
     """
-    layers = {name: layer for name, layer in lora_layers(model) if adapter_name in layer.adapters}
-    if not layers:
+    modules = {
+        name: layer.factors(adapter_name) for name, layer in lora_layers(model) if adapter_name in layer.adapters
+    }
+    if not modules:
         raise LoRAError(f"{type(model).__name__} has no LoRA adapter named {adapter_name!r} to save")
-    tensors = {}
-    for name, layer in layers.items():
-        tensors[f"{name}.lora_A"] = layer.lora_A[adapter_name]
-        tensors[f"{name}.lora_B"] = layer.lora_B[adapter_name]
-    alphas = {name: layer.adapters[adapter_name].lora_alpha for name, layer in layers.items()}
-    save_lora(Path(path), LoRAFile(tensors, alphas, base_hash, dict(config) if config else None, step))
+    write_lora(LoRAFile(modules, base_hash=base_hash, config=config, step=step), Path(path), "native")
 
 
 def load_lora_weights(
@@ -75,29 +83,30 @@ def load_lora_weights(
     """Give `model` the adapter in a file, wrapping the layers it names; nothing is changed where this fails.
 
     Args:
-        model: any module whose submodules bear the file's names.
-        path: a LoRA of this project's format.
+        model: any module that has the layers. Stable Diffusion's are found in our spelling, in diffusers' (a UNet alone,
+            or nn.ModuleDict(unet=pipe.unet, text_encoder=pipe.text_encoder)) and in transformers'.
+        path: a LoRA of any format, see `read_lora`. A component that the model does not have is left out and reported.
         scale: run-time strength.
         adapter_name: name of the adapter in the model.
         base_hash: content hash of the model; compared with the file's where both are known.
 
     Raises:
-        LoRAError: if nothing or not everything matches, a factor is missing, of a wrong shape or not finite, the update
-            is zero, the model has an adapter of that name, or the file was trained on another base.
+        CheckpointError: if the file is missing, damaged, or of no known format.
+        LoRAError: if nothing or not everything matches, a factor is of a wrong shape or not finite, the update is zero,
+            the model has an adapter of that name, or the file was trained on another base.
     """
-    lora = load_lora(Path(path))
+    lora = read_lora(Path(path), LayerTable.of(model))
     if base_hash and lora.base_hash and base_hash != lora.base_hash:
         raise LoRAError(f"{path} was trained on another base: it names {lora.base_hash}, this model is {base_hash}")
-    modules = _checked_modules(model, lora, adapter_name, path)
-    for name in modules:
+    modules, left_out = _by_own_names(model, lora.modules, path)
+    modules = _checked(model, modules, adapter_name, path)
+    for name, factors in modules.items():
         layer = lora_layer_at(model, name)
-        rank = lora.tensors[f"{name}.lora_A"].shape[0]
-        layer.add_adapter(adapter_name, rank, lora.alphas[name])
+        layer.set_factors(adapter_name, factors)
         layer.adapters[adapter_name].scale = scale
-        with torch.no_grad():
-            layer.lora_A[adapter_name].copy_(lora.tensors[f"{name}.lora_A"])
-            layer.lora_B[adapter_name].copy_(lora.tensors[f"{name}.lora_B"])
-    return _report(model, modules, adapter_name)
+    if lora.tokens:
+        left_out.append(f"{len(lora.tokens)} learned tokens, {', '.join(lora.tokens)}")
+    return _report(model, list(modules), adapter_name, lora, tuple(left_out))
 
 
 def parse_lora_spec(text: str) -> tuple[Path, float]:
@@ -114,50 +123,65 @@ def parse_lora_spec(text: str) -> tuple[Path, float]:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise LoRAError(f"--lora_path {text!r}: the scale {scale!r} behind the colon must be a number, as in FILE:0.8")
+        raise LoRAError(f"{text!r}: the scale {scale!r} behind the colon must be a number, as in FILE:0.8")
     return Path(path), value
 
 
-def _checked_modules(model: nn.Module, lora: LoRAFile, adapter_name: str, path: str | Path) -> list[str]:
-    """The module names of the file, all of which the model has with fitting shapes."""
-    present = dict(model.named_modules())
-    names = sorted(lora.alphas)
-    unexpected = [n for n in names if base_class_of(present.get(n)) is None]
-    if unexpected:
+def _by_own_names(
+    model: nn.Module, modules: Mapping[str, LoRAFactors], path: str | Path
+) -> tuple[dict[str, LoRAFactors], list[str]]:
+    """The file's factors by the model's module names, and a line for each component that the model does not have."""
+    own = {exchange_name(name): name for name, module in model.named_modules() if base_class_of(module) and name}
+    components = {component_of(name) for name in own}
+    found, absent, unexpected = {}, {}, []
+    for name, factors in sorted(modules.items()):
+        exchange = exchange_name(name)
+        component = component_of(exchange)
+        if exchange in own:
+            found[own[exchange]] = factors
+        elif component and component not in components:
+            absent.setdefault(component, []).append(name)
+        else:
+            unexpected.append(name)
+    if unexpected or not found:
+        missing = unexpected + [name for names in absent.values() for name in names]
         raise LoRAError(
-            f"{path} does not fit this model: {len(unexpected)} of its {len(names)} modules are not there, "
-            f"such as {unexpected[0]}"
+            f"{path} does not fit this model: {len(missing)} of its {len(modules)} modules are not there"
+            + (f", such as {missing[0]}" if missing else "")
         )
-    stray = lora.tensors.keys() - {f"{n}.lora_{x}" for n in names for x in "AB"}
-    if stray:
-        raise LoRAError(f"{path}: {min(stray)} is neither a lora_A nor a lora_B")
-    for name in names:
-        factors = [lora.tensors.get(f"{name}.lora_{x}") for x in "AB"]
-        if None in factors:
-            raise LoRAError(f"{path}: one factor of {name} is missing")
-        if not all(factor.isfinite().all() for factor in factors):
+    return found, [f"{len(names)} modules of the {component}" for component, names in absent.items()]
+
+
+def _checked(
+    model: nn.Module, modules: Mapping[str, LoRAFactors], adapter_name: str, path: str | Path
+) -> dict[str, LoRAFactors]:
+    """The factors in the dimensions of the model's weights."""
+    checked = {}
+    for name, factors in modules.items():
+        weight = model.get_submodule(name).weight
+        checked[name] = fitted(factors, tuple(weight.shape))
+        if checked[name] is None:
+            raise LoRAError(
+                f"{path} does not fit this model: {name} has weight {tuple(weight.shape)}, "
+                f"the file's factors are A {tuple(factors.lora_A.shape)} and B {tuple(factors.lora_B.shape)}"
+            )
+        tensors = (factors.lora_A, factors.lora_B, factors.magnitude)
+        if not all(tensor.isfinite().all() for tensor in tensors if tensor is not None):
             raise LoRAError(f"{path}: the factors of {name} are not finite")
-        _check_shapes(name, present[name].weight, *factors, path)
-        check_adapter(model, [name], factors[0].shape[0], 0.0, adapter_name)
-    if not any(lora.tensors[f"{n}.lora_B"].any() for n in names):
+        check_adapter(model, [name], factors.rank, 0.0, adapter_name)
+    if not any(f.lora_B.any() or f.magnitude is not None for f in checked.values()):
         raise LoRAError(f"{path}: every lora_B is zero, so it would change nothing")
-    return names
-
-
-def _check_shapes(name: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor, path: str | Path) -> None:
-    ranks, ones = lora_A.shape[:1], [1] * (weight.dim() - 2)
-    if lora_A.shape != (*ranks, *weight.shape[1:]) or lora_B.shape != (*weight.shape[:1], *ranks, *ones):
-        raise LoRAError(
-            f"{path} does not fit this model: {name} has weight {tuple(weight.shape)}, "
-            f"the file's factors are A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}"
-        )
+    return checked
 
 
 @torch.no_grad()
-def _report(model: nn.Module, modules: list[str], adapter_name: str) -> LoadReport:
+def _report(
+    model: nn.Module, modules: list[str], adapter_name: str, lora: LoRAFile, left_out: tuple[str, ...]
+) -> LoadReport:
     layers: list[LoRALayer] = [model.get_submodule(name) for name in modules]
     deltas = torch.stack([layer.delta(adapter_name).square().sum() for layer in layers])
     weights = torch.stack([layer.weight.float().square().sum() for layer in layers])
     settings = [layer.adapters[adapter_name] for layer in layers]
     scalings = sorted({s.scaling for s in settings})
-    return LoadReport(modules, settings[0].scale, scalings, float((deltas.sum() / weights.sum()).sqrt()))
+    relative_delta = float((deltas.sum() / weights.sum()).sqrt())
+    return LoadReport(modules, settings[0].scale, scalings, relative_delta, lora.format, left_out, lora.repairs)

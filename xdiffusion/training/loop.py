@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from xdiffusion.data.image_set import ImageSet
 from xdiffusion.diffusion.objective import loss
@@ -58,18 +59,22 @@ class Trainer:
         self.optimizer_settings = OptimizerSettings(**OmegaConf.to_container(config.optimizer))
         self.objective = {k: config.diffusion[k] for k in ("prediction", "min_snr_gamma")}
         self.settings.check()
+        self.optimizer_settings.check()
         AcceleratorState._reset_state()  # else a second run in this process must have the first one's precision
         self.accelerator = Accelerator(mixed_precision=self.settings.mixed_precision, cpu=force_cpu)
         self.model = model.to(self.accelerator.device).train()
         self.data = data
         self.order = DataOrder(len(data.train), self.settings.batch_size, self.settings.seed)
-        self.embed = PromptCache(model.text_encoder)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trains_text = any(p.requires_grad for p in model.text_encoder.parameters())
+        self.embed = model.text_encoder.encode if trains_text else PromptCache(model.text_encoder)
         self.ema = EMA(list(self.trainable.values()), self.settings.ema_decay)
         model.network.gradient_checkpointing = self.settings.gradient_checkpointing
         network = torch.compile(model.network) if self.settings.compile else model.network
+        groups = by_relative_rate(self.trainable, config)
+        self.relative_rates = list(groups)
         optimizer = torch.optim.AdamW(
-            self.trainable.values(),
+            [{"params": parameters} for parameters in groups.values()],
             lr=self.optimizer_settings.learning_rate,
             betas=self.optimizer_settings.betas,
             weight_decay=self.optimizer_settings.weight_decay,
@@ -85,8 +90,8 @@ class Trainer:
         """
         started = time.perf_counter()
         learning_rate = learning_rate_at(step, self.settings.num_training_steps, self.optimizer_settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        for group, relative_rate in zip(self.optimizer.param_groups, self.relative_rates):
+            group["lr"] = relative_rate * learning_rate
         # LoRA's dropout draws from the global generator, which must not depend on the steps before either
         torch.manual_seed(generator_at(self.settings.seed, "dropout", step).initial_seed())
         parts = self.settings.gradient_accumulation_steps
@@ -145,6 +150,22 @@ def fit(
             with trainer.ema.in_place():
                 on_checkpoint(step)
             trainer.model.train()
+
+
+def by_relative_rate(trainable: Mapping[str, nn.Parameter], config: DictConfig) -> dict[float, list[nn.Parameter]]:
+    """The parameters by their learning rate over optimizer.learning_rate.
+
+    That is `optimizer.lora_plus_ratio` for a lora_B ([LoRA+] section 4), `text_encoder_lora.learning_rate` over the rate
+    of the others for the text encoder, the product of both for a lora_B there, and 1 for all the rest.
+    """
+    of_b = config.optimizer.lora_plus_ratio or 1.0
+    text_rate = OmegaConf.select(config, "text_encoder_lora.learning_rate")
+    of_text = 1.0 if text_rate is None else text_rate / config.optimizer.learning_rate
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trainable.items():
+        relative = (of_text if name.startswith("text_encoder.") else 1.0) * (of_b if ".lora_B." in name else 1.0)
+        groups.setdefault(relative, []).append(parameter)
+    return groups
 
 
 def learning_rate_at(step: int, last_step: int, settings: OptimizerSettings) -> float:

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from xdiffusion.checkpoints.files import ensure_writable, write_atomically
+from xdiffusion.lora.adapters import get_lora_parameters
 from xdiffusion.lora.inject import apply_lora_to_model, lora_layers
 from xdiffusion.model import DiffusionModel
 
@@ -34,32 +35,35 @@ def save_config(folder: Path, config: DictConfig) -> None:
 
 
 def make_trainable(model: DiffusionModel, config: DictConfig, *, lora: bool) -> None:
-    """Freeze everything but the network, or but a fresh LoRA of it as the section `lora:` says."""
+    """Freeze everything but the network, or but fresh LoRAs: `lora:` of it, `text_encoder_lora:` of the text encoder."""
     model.requires_grad_(False)
     if lora:
-        keys = ("rank", "alpha", "dropout", "target_modules")
-        apply_lora_to_model(model.network, **{k: OmegaConf.to_container(config.lora)[k] for k in keys})
+        for part, section in ((model.network, "lora"), (model.text_encoder, "text_encoder_lora")):
+            if section in config:
+                given = OmegaConf.to_container(config[section])
+                not_its_own = ("training", "optimizer", "learning_rate")
+                apply_lora_to_model(part, **{k: v for k, v in given.items() if k not in not_its_own})
     else:
         model.network.requires_grad_(True)
 
 
 def describe_model(model: DiffusionModel, config: DictConfig | None = None) -> str:
-    """The config as YAML if given, then parameters by part and trainable ones; a LoRA's share is of the network."""
+    """The config as YAML if given, then parameters by part and trainable ones; a LoRA's share is of its part."""
     lines = [OmegaConf.to_yaml(config)] if config is not None else []
-    layers = lora_layers(model)
-    lora = sum(p.numel() for _, layer in layers for f in (layer.lora_A, layer.lora_B) for p in f.values())
-    network = _count(model.network) - lora
     lines.append(
-        f"parameters: network {network:,}, text encoder {_count(model.text_encoder):,} (frozen), "
+        f"parameters: network {_count(model.network):,}, text encoder {_count(model.text_encoder):,} (frozen), "
         f"autoencoder {_count(model.autoencoder):,} (frozen)"
     )
-    if layers:
-        share = lora / network
-        lines.append(
-            f"LoRA: {lora:,} trainable parameters in {len(layers)} layers, {share:.2%} of the network's {network:,}"
-        )
+    for part, name in ((model.network, "network"), (model.text_encoder, "text encoder")):
+        layers, trained = len(lora_layers(part)), sum(p.numel() for p in get_lora_parameters(part))
+        if layers:
+            lines.append(
+                f"LoRA: {trained:,} trainable parameters in {layers} layers, "
+                f"{trained / _count(part):.2%} of the {name}'s {_count(part):,}"
+            )
     return "\n".join(lines)
 
 
 def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    """Parameters without those of adapters."""
+    return sum(p.numel() for name, p in module.named_parameters() if ".lora_" not in name)

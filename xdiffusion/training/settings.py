@@ -57,6 +57,7 @@ class OptimizerSettings:
     schedule: after the warm-up, "cosine" down to final_factor times the peak at the last step, or "constant".
     final_factor: see schedule.
     max_grad_norm: gradients are scaled down to this norm.
+    lora_plus_ratio: learning rate of every lora_B over that of the rest ([LoRA+] section 4); None is 1.
     """
 
     learning_rate: float = 1e-4
@@ -66,3 +67,9 @@ class OptimizerSettings:
     schedule: Literal["cosine", "constant"] = "cosine"
     final_factor: float = 0.02
     max_grad_norm: float = 1.0
+    lora_plus_ratio: float | None = None
+
+    def check(self) -> None:
+        """Raise ValueError for values that no run can have."""
+        if self.lora_plus_ratio is not None and self.lora_plus_ratio <= 0:
+            raise ValueError(f"optimizer.lora_plus_ratio={self.lora_plus_ratio} must be above 0")

@@ -13,7 +13,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from xdiffusion.checkpoints.files import CheckpointError, existing_weights, load_pickled, write_atomically
-from xdiffusion.checkpoints.native import load_lora, load_model_file, save_model
+from xdiffusion.checkpoints.lora_formats import read_lora
+from xdiffusion.checkpoints.native import load_model_file, save_model
 from xdiffusion.lora.weights import save_lora_weights
 from xdiffusion.training.loop import Trainer
 
@@ -68,7 +69,7 @@ class RunCheckpoints:
         averaged = self._averaged(path)
         state = load_pickled(state_path(path))
         try:
-            average = {name: averaged[_file_name(name)] for name in trainer.trainable}
+            average = {name: _trained_part(averaged[_file_name(name)], p) for name, p in trainer.trainable.items()}
             _copy_into(dict(zip(trainer.trainable, trainer.ema.average)), average)
             _copy_into(trainer.trainable, state["trained"])
             trainer.optimizer.load_state_dict(state["optimizer"])
@@ -81,10 +82,14 @@ class RunCheckpoints:
     def _averaged(self, path: Path) -> dict[str, torch.Tensor]:
         if not self.base_hash:
             return load_model_file(path).tensors
-        lora = load_lora(path)
+        lora = read_lora(path)
         if lora.base_hash != self.base_hash:
             raise CheckpointError(f"{path} is of another base: {lora.base_hash}, this run's is {self.base_hash}")
-        return lora.tensors
+        return {
+            f"{name}.{part}": tensor
+            for name, f in lora.modules.items()
+            for part, tensor in (("lora_A", f.lora_A), ("lora_B", f.lora_B), ("lora_magnitude", f.magnitude))
+        }
 
     def newest(self) -> Path | None:
         """The weights file of the highest step that has its state beside it."""
@@ -113,7 +118,12 @@ def state_path(weights: Path) -> Path:
 def _file_name(parameter: str) -> str:
     """network.x.lora_A.default -> network.x.lora_A, as LoRA files name factors; other names stay."""
     module, _, _ = parameter.rpartition(".")
-    return module if module.endswith((".lora_A", ".lora_B")) else parameter
+    return module if module.endswith((".lora_A", ".lora_B", ".lora_magnitude")) else parameter
+
+
+def _trained_part(stored: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """All of it, but for PiSSA, in whose file the frozen first factors follow the trained ones."""
+    return stored[tuple(map(slice, parameter.shape))]
 
 
 @torch.no_grad()

@@ -1,0 +1,76 @@
+"""Files that are read and copied tensor by tensor, beside safetensors' own reader."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from xdiffusion.checkpoints.files import CheckpointError, content_hash, load_safetensors
+from xdiffusion.checkpoints.streaming import StoredTensors, copy_safetensors
+
+TENSORS = {
+    "b.weight": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
+    "a.weight": torch.randn(5, 2, generator=torch.Generator().manual_seed(1)).bfloat16(),
+    "number": torch.tensor(7),
+    "half": torch.ones(3, dtype=torch.float16),
+    "empty": torch.empty(0, 4),
+}
+
+
+@pytest.fixture
+def path(tmp_path):
+    save_file(TENSORS, tmp_path / "x.safetensors", {"format": "pt"})
+    return tmp_path / "x.safetensors"
+
+
+def test_stored_tensors_are_a_mapping_like_the_one_in_memory(path):
+    stored = StoredTensors(path)
+    assert stored.metadata == {"format": "pt"}
+    assert stored.keys() == TENSORS.keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in TENSORS.items())
+    assert all(stored.shape(name) == tensor.shape for name, tensor in TENSORS.items())
+    assert content_hash(stored) == content_hash(TENSORS)
+    with pytest.raises(KeyError):
+        stored["other"]
+
+
+def test_a_copy_differs_where_it_was_changed_and_nowhere_else(path, tmp_path):
+    seen = []
+
+    def change(name, tensor):
+        return -tensor.T.contiguous().T if name.endswith("weight") else tensor  # a transposed memory layout too
+
+    def progress(names):
+        seen.extend(names)
+        return names
+
+    copy_safetensors(StoredTensors(path), tmp_path / "new/y.safetensors", change, {"note": "é"}, progress)
+    copied, metadata = load_safetensors(tmp_path / "new/y.safetensors")
+    assert metadata == {"note": "é"}
+    assert {name: tensor.dtype for name, tensor in copied.items()} == {n: t.dtype for n, t in TENSORS.items()}
+    assert all(torch.equal(copied[n], -t if n.endswith("weight") else t) for n, t in TENSORS.items())
+    assert sorted(seen) == sorted(TENSORS)
+
+
+def test_a_copy_that_fails_leaves_the_old_file(path, tmp_path):
+    def broken(name, tensor):
+        raise CheckpointError("no")
+
+    before = path.read_bytes()
+    for target in (path, tmp_path / "other.safetensors"):
+        with pytest.raises(CheckpointError):
+            copy_safetensors(StoredTensors(path), target, broken, {})
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_file_may_be_copied_onto_itself(path):
+    copy_safetensors(StoredTensors(path), path, lambda name, tensor: tensor, {})
+    assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in load_file(path).items())
+
+
+def test_a_file_that_is_none_is_named(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"not one")
+    with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+        StoredTensors(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="no file at"):
+        StoredTensors(tmp_path / "missing.safetensors")

@@ -1,0 +1,47 @@
+"""One spelling for the layers of a latent diffusion model, whoever names them: the one of the exchange formats.
+
+    unet.<path in diffusers>, text_encoder.text_model.encoder.layers.<i>.<path in transformers>
+
+A LoRA file and a model meet in this spelling, so a file finds its layers in our model (`network.`, `text_encoder.layers.`),
+in diffusers' pipeline parts, and in a UNet or a text encoder alone. Names of any other model stay as they are.
+"""
+
+from __future__ import annotations
+
+import re
+
+from xdiffusion.checkpoints.diffusers import unet_name_from_diffusers, unet_name_to_diffusers
+
+COMPONENTS = ("unet", "text_encoder")
+_IN_UNET = re.compile(
+    r"(?:network\.|unet\.)(.+)|((?:conv_in|conv_out|time_embedding|down_blocks|mid_block|up_blocks)(?:\..+)?)"
+)
+_IN_TEXT_LAYER = re.compile(r"(?:text_encoder\.)?(?:text_model\.)?(?:encoder\.)?layers\.(\d+)\.(.+)")
+_TEXT_LAYER = {  # ours, and the oldest diffusers scripts' -> transformers
+    "attn.to_q": "self_attn.q_proj",
+    "attn.to_k": "self_attn.k_proj",
+    "attn.to_v": "self_attn.v_proj",
+    "attn.to_out": "self_attn.out_proj",
+    "self_attn.to_q": "self_attn.q_proj",
+    "self_attn.to_k": "self_attn.k_proj",
+    "self_attn.to_v": "self_attn.v_proj",
+    "self_attn.to_out.0": "self_attn.out_proj",
+}
+_TEXT_LAYER |= {theirs: theirs for theirs in (*_TEXT_LAYER.values(), "mlp.fc1", "mlp.fc2")}
+
+
+def exchange_name(name: str) -> str:
+    """network.mid_block.attentions.0.transformer_blocks.0.attn1.to_out -> unet.mid_block....attn1.to_out.0; idempotent."""
+    if layer := _IN_TEXT_LAYER.fullmatch(name):
+        spelling = _TEXT_LAYER.get(layer[2])
+        return f"text_encoder.text_model.encoder.layers.{layer[1]}.{spelling}" if spelling else name
+    if part := _IN_UNET.fullmatch(name):
+        ours = unet_name_from_diffusers(f"{part[1] or part[2]}.")  # the tables' pairs end in a dot
+        return f"unet.{unet_name_to_diffusers(ours)[:-1]}"
+    return name
+
+
+def component_of(name: str) -> str | None:
+    """ "unet" or "text_encoder" of an exchange name; None for the layer of another model."""
+    component = name.partition(".")[0]
+    return component if component in COMPONENTS else None

@@ -1,0 +1,69 @@
+"""A LoRA as data: factors by module name, whatever file they came from and whatever file they go to.
+
+    delta = scaling * B A,    scaling = lora_alpha / rank, or lora_alpha / sqrt(rank) for rsLoRA
+
+Readers of every format return a `LoRAFile`, writers take one. Names are those of the model that the LoRA is for; a file
+for Stable Diffusion, in any of the exchange formats, is read into diffusers' names with the component in front:
+`unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q`, `text_encoder.text_model.encoder.layers.0.self_attn.q_proj`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LoRAFactors:
+    """The update of one layer.
+
+    lora_A: (rank, in, *kernel). lora_B: (out, rank, *ones). lora_alpha: see `scaling`. use_rslora: see `scaling`.
+    magnitude: (out,) of DoRA, or None.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_alpha: float
+    use_rslora: bool = False
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        """lora_alpha / rank, or lora_alpha / sqrt(rank)."""
+        return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """scaling * B A in the shape of the weight, (out, in, *kernel)."""
+        product = self.lora_B.to(dtype).flatten(1) @ self.lora_A.to(dtype).flatten(1)
+        return (self.scaling * product).view(self.lora_B.shape[0], *self.lora_A.shape[1:])
+
+
+@dataclass(frozen=True)
+class LoRAFile:
+    """Everything that a LoRA file says.
+
+    modules: factors by module name.
+    format: the name of the format it was read from; "native" for our own.
+    tokens: learned tokens (textual inversion) by name, (width,) or (vectors, width).
+    metadata: the file's header as it stands.
+    repairs: one line for each thing that was wrong with the file and could be mended without a guess.
+    base_hash: content hash of the model it was trained on, config: resolved, step: of training; of native files.
+    """
+
+    modules: Mapping[str, LoRAFactors]
+    format: str = "native"
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    repairs: tuple[str, ...] = ()
+    base_hash: str | None = None
+    config: Mapping[str, Any] | None = None
+    step: int = 0

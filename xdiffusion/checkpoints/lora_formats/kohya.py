@@ -1,0 +1,118 @@
+"""The files of kohya-ss/sd-scripts and of the A1111 web UI: `lora_unet_<path with underscores>.lora_down.weight`.
+
+Scaling is alpha / rank with alpha a tensor of each module; a file without alphas means alpha = rank. Underscores for
+dots are not unique, so module names come from a table of the model's layers, never from the key alone. (diffusers 0.42
+gives every attention layer of such a file the most frequent alpha; where alphas differ, write its own format for it.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from xdiffusion.checkpoints.component_names import component_of
+from xdiffusion.checkpoints.files import CheckpointError, write_atomically
+from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
+from xdiffusion.checkpoints.lora_formats.factors import assemble
+from xdiffusion.checkpoints.lora_formats.keys import Loose
+from xdiffusion.checkpoints.lora_formats.layer_table import LayerTable, sd_base_of, sd_layer_table
+
+_PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+_MODEL_VERSION = {"sd15": {"ss_base_model_version": "sd_v1", "ss_v2": "False"},
+                  "sd21": {"ss_base_model_version": "sd_v2", "ss_v2": "True"}}  # fmt: skip
+
+
+def read(loose: Loose, path: Path, names: LayerTable | None) -> dict[str, LoRAFactors]:
+    """Factors by exchange name.
+
+    Raises:
+        CheckpointError: if a module is none of the table's, nor of Stable Diffusion's.
+    """
+    known = {_flat(name): name for name in sd_layer_table("sd21")}  # its names hold those of 1.5
+    known |= {_flat(name): name for name in names or () if component_of(name)}
+    parts = {}
+    unknown = []
+    for module, tensors in loose.parts.items():
+        name = known.get(module.replace("lora_te1_", "lora_te_", 1) if module.startswith("lora_te1_") else module)
+        if name is None:
+            unknown.append(module)
+        elif name in parts:
+            raise CheckpointError(f"{path}: {module} is there in two spellings")
+        else:
+            parts[name] = tensors
+    if unknown:
+        raise CheckpointError(
+            f"{path}: {len(unknown)} of its {len(loose.parts)} modules are no layers of Stable Diffusion 1.x or 2.x"
+            f"{' nor of this model' if names else ''}, such as {unknown[0]}"
+        )
+    return assemble(parts, path, loose.repairs)
+
+
+def write(lora: LoRAFile, path: Path) -> None:
+    """Write a file with every alpha, and the header that A1111 reads.
+
+    Raises:
+        CheckpointError: if a module is of neither component.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, factors in lora.modules.items():
+        if component_of(name) is None:
+            raise CheckpointError(
+                f"kohya's format has no name for {name}: it knows a UNet's and a text encoder's layers"
+            )
+        flat = _flat(name)
+        tensors[f"{flat}.lora_down.weight"] = factors.lora_A.contiguous()
+        tensors[f"{flat}.lora_up.weight"] = factors.lora_B.contiguous()
+        # float32 whatever the factors are: their type may not hold alpha
+        tensors[f"{flat}.alpha"] = torch.tensor(factors.scaling * factors.rank, dtype=torch.float32)
+        if factors.magnitude is not None:
+            ones = [1] * (factors.lora_A.dim() - 1)
+            tensors[f"{flat}.dora_scale"] = factors.magnitude.reshape(-1, *ones).contiguous()
+    header = _header(lora, path) | {key: value for key, value in lora.metadata.items() if key.startswith("ss_")}
+    header |= _rank_and_alpha(lora)
+
+    def write_with_hashes(temporary: Path) -> None:
+        save_file(tensors, temporary, header)  # kohya hashes a file that has the ss_ entries alone
+        hashes = _hashes(temporary)
+        save_file(tensors, temporary, {**lora.metadata, **header, **hashes})
+
+    write_atomically(path, write_with_hashes)
+
+
+def _flat(name: str) -> str:
+    component, _, rest = name.partition(".")
+    return _PREFIX.get(component, f"{component}_") + rest.replace(".", "_")
+
+
+def _header(lora: LoRAFile, path: Path) -> dict[str, str]:
+    shapes = {name: (f.lora_B.shape[0], prod(f.lora_A.shape[1:])) for name, f in lora.modules.items()}
+    header = {"ss_network_module": "networks.lora", "ss_network_args": json.dumps({}), "ss_output_name": path.stem}
+    if lora.step:
+        header["ss_steps"] = str(lora.step)
+    return header | _MODEL_VERSION.get(sd_base_of(shapes), {})
+
+
+def _rank_and_alpha(lora: LoRAFile) -> dict[str, str]:
+    """One value each, or kohya's word for different ones."""
+    ranks = {f.rank for f in lora.modules.values()}
+    alphas = {f.scaling * f.rank for f in lora.modules.values()}
+    return {
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
+    }
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    """sshs_model_hash: SHA-256 of what follows the header. sshs_legacy_hash: 8 digits of that of 64 KiB at 1 MiB."""
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        model = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0x100000)
+        legacy = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+    return {"sshs_model_hash": model, "sshs_legacy_hash": legacy}

@@ -1,0 +1,64 @@
+"""This project's own LoRA files: safetensors with `module.lora_A`, `module.lora_B` by the model's own names.
+
+Header: format, version (of the package), rank and lora_alpha (one number, or one for each module), use_rslora where it
+is so, base_hash (content hash of the model it was trained on), config (resolved), step. Learned tokens are `token:NAME`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from xdiffusion.checkpoints.files import CheckpointError, save_safetensors
+from xdiffusion.checkpoints.lora_file import LoRAFile
+from xdiffusion.checkpoints.lora_formats.factors import assemble
+from xdiffusion.checkpoints.lora_formats.keys import TOKEN, Loose
+from xdiffusion.checkpoints.native import LORA_FORMAT, header, reading_header
+
+
+def read(loose: Loose, metadata: Mapping[str, str], path: Path) -> LoRAFile:
+    """A LoRA of ours, today's or an older file's."""
+    if metadata.get("format") != LORA_FORMAT:
+        raise CheckpointError(f"{path} is not a LoRA file of this project: its header names no {LORA_FORMAT} format")
+    with reading_header(path):
+        alphas = json.loads(metadata["lora_alpha"])
+        use_rslora = json.loads(metadata.get("use_rslora", "false"))
+        config, step = json.loads(metadata["config"]) or None, int(metadata["step"])
+
+        def alpha_of(module: str, rank: int) -> tuple[float, bool]:
+            return float(_of(alphas, module)), bool(_of(use_rslora, module))
+
+        modules = assemble(loose.parts, path, loose.repairs, alpha_of)
+    base_hash = metadata.get("base_hash")
+    return LoRAFile(modules, "native", loose.tokens, metadata, tuple(loose.repairs), base_hash, config, step)
+
+
+def write(lora: LoRAFile, path: Path) -> None:
+    """Write a LoRA atomically, with the entries of other tools in `metadata`."""
+    tensors: dict[str, Tensor] = {f"{TOKEN}{name}": vector for name, vector in lora.tokens.items()}
+    for name, factors in lora.modules.items():
+        tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = factors.lora_A, factors.lora_B
+        if factors.magnitude is not None:
+            tensors[f"{name}.lora_magnitude"] = factors.magnitude
+    entries = {**lora.metadata, **header(LORA_FORMAT, lora.config or {}, lora.step)}
+    entries["rank"] = json.dumps(_compact({name: f.rank for name, f in lora.modules.items()}))
+    entries["lora_alpha"] = json.dumps(_compact({name: f.lora_alpha for name, f in lora.modules.items()}))
+    if any(f.use_rslora for f in lora.modules.values()):
+        entries["use_rslora"] = json.dumps(_compact({name: f.use_rslora for name, f in lora.modules.items()}))
+    if lora.base_hash:
+        entries["base_hash"] = lora.base_hash
+    save_safetensors(path, tensors, entries)
+
+
+def _compact(values: Mapping[str, Any]) -> Any:
+    """One value where all modules agree, else a value for each."""
+    distinct = set(values.values())
+    return distinct.pop() if len(distinct) == 1 else dict(values)
+
+
+def _of(values: Any, module: str) -> Any:
+    return values[module] if isinstance(values, dict) else values

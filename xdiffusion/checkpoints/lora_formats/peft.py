@@ -1,0 +1,146 @@
+"""The folders of peft: `adapter_model.safetensors` and `adapter_config.json`, one folder for each component.
+
+Keys are `base_model.model.<path>.lora_A.weight`; scaling is lora_alpha / r or, with use_rslora, lora_alpha / sqrt(r),
+where rank_pattern and alpha_pattern name the modules that differ. A LoRA of a pipeline goes to `unet/` and
+`text_encoder/` below the folder; one of any other model into the folder itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from xdiffusion.checkpoints.component_names import COMPONENTS, component_of, exchange_name
+from xdiffusion.checkpoints.files import (
+    CheckpointError,
+    is_adapter_folder,
+    load_pickled,
+    load_safetensors,
+    refuse_leftover,
+    save_safetensors,
+    write_atomically,
+)
+from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
+from xdiffusion.checkpoints.lora_formats.factors import assemble
+from xdiffusion.checkpoints.lora_formats.keys import sorted_by_key
+from xdiffusion.checkpoints.native import reading_header
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def read_folder(path: Path) -> LoRAFile:
+    """The adapter of a folder, or those of its `unet` and `text_encoder`.
+
+    Raises:
+        CheckpointError: if there is none, or it is no LoRA.
+    """
+    modules: dict[str, LoRAFactors] = {}
+    repairs: list[str] = []
+    metadata: dict[str, str] = {}
+    if not is_adapter_folder(path):
+        raise CheckpointError(f"no LoRA in the folder {path}: neither it nor its unet or text_encoder has {CONFIG}")
+    if (path / CONFIG).is_file():
+        modules = {exchange_name(name): factors for name, factors in _read_one(path, repairs, metadata).items()}
+    for component in COMPONENTS:
+        if (path / component / CONFIG).is_file():
+            found = _read_one(path / component, repairs, metadata)
+            modules |= {exchange_name(f"{component}.{name}"): factors for name, factors in found.items()}
+    return LoRAFile(modules, "peft", metadata=metadata, repairs=tuple(repairs))
+
+
+def write_folder(lora: LoRAFile, path: Path) -> None:
+    """Write the folder, or a folder for each component.
+
+    Raises:
+        CheckpointError: if it cannot be written, or some modules only have a magnitude, which peft's config cannot say.
+    """
+    parts: dict[str | None, dict[str, LoRAFactors]] = {}
+    for name, factors in lora.modules.items():
+        component = component_of(name)
+        parts.setdefault(component, {})[name.removeprefix(f"{component}.")] = factors
+    for component in {None, *COMPONENTS} - parts.keys():
+        refuse_leftover((path / component if component else path) / CONFIG)
+    for component, modules in parts.items():
+        folder = path / component if component else path
+        tensors: dict[str, Tensor] = {}
+        for name, factors in modules.items():
+            key = f"base_model.model.{name}"
+            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = factors.lora_A, factors.lora_B
+            if factors.magnitude is not None:
+                tensors[f"{key}.lora_magnitude_vector"] = magnitude_of(factors)
+        config = json.dumps({"peft_type": "LORA", "inference_mode": True, **config_of(modules)}, indent=2)
+        save_safetensors(folder / WEIGHTS, tensors, {**lora.metadata, "format": "pt"})
+        write_atomically(folder / CONFIG, lambda temporary, text=config: temporary.write_text(text))
+
+
+def config_of(modules: Mapping[str, LoRAFactors]) -> dict[str, Any]:
+    """The fields of peft's LoraConfig that give every module its rank and scaling.
+
+    Raises:
+        CheckpointError: if some modules have a DoRA magnitude and others none: one switch is for all.
+    """
+    with_magnitude = [name for name, f in modules.items() if f.magnitude is not None]
+    if with_magnitude and len(with_magnitude) < len(modules):
+        raise CheckpointError(
+            f"peft's config has one use_dora for all modules; {len(with_magnitude)} of {len(modules)} have a magnitude"
+        )
+    use_rslora = all(f.use_rslora for f in modules.values())
+    ranks = {name: f.rank for name, f in modules.items()}
+    alphas = {name: f.lora_alpha if f.use_rslora == use_rslora else f.scaling * f.rank for name, f in modules.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "target_modules": list(modules),
+        "use_rslora": use_rslora,
+        "use_dora": bool(with_magnitude),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+
+
+def alpha_from(config: Mapping[str, Any], name: str, rank: int) -> tuple[float, bool]:
+    """(lora_alpha, use_rslora) that a LoraConfig means for a module; peft's patterns are regular expressions of endings."""
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((a for pattern, a in patterns.items() if _matches(pattern, name)), config.get("lora_alpha", rank))
+    return float(alpha), bool(config.get("use_rslora"))
+
+
+def magnitude_of(factors: LoRAFactors) -> Tensor:
+    """(out,) of a linear layer, (1, out, 1, 1) of a convolution."""
+    ones = [1] * (factors.lora_A.dim() - 2)
+    return factors.magnitude.reshape(1, -1, *ones) if ones else factors.magnitude
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except re.error as error:
+        raise ValueError(f"alpha_pattern {pattern!r} is no regular expression: {error}") from error
+
+
+def _read_one(folder: Path, repairs: list[str], metadata: dict[str, str]) -> dict[str, LoRAFactors]:
+    path = folder / CONFIG
+    with reading_header(path):
+        config = json.loads(path.read_text())
+        if config["peft_type"] != "LORA":
+            raise CheckpointError(f"{path} is of the method {config['peft_type']!r}, not LORA")
+    if (folder / WEIGHTS).is_file():
+        tensors, header = load_safetensors(folder / WEIGHTS)
+    else:
+        tensors, header = load_pickled(folder / "adapter_model.bin"), {}
+    metadata |= header
+    loose = sorted_by_key(tensors, header, folder)
+    if loose.dialect != "peft":
+        raise CheckpointError(f"{folder / WEIGHTS} has the keys of {loose.dialect}, not those of peft")
+    repairs += loose.repairs
+    with reading_header(path):
+        return assemble(loose.parts, folder, repairs, lambda name, rank: alpha_from(config, name, rank))

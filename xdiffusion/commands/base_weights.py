@@ -1,0 +1,177 @@
+"""The model that a LoRA is for, as weight files of any size: folding a LoRA in, and the difference of two models.
+
+A model is a checkpoint of ours, a UNet of diffusers (one safetensors file), or a folder of diffusers with `unet/` and
+`text_encoder/`. A LoRA's names and a model's meet in the spelling of the exchange formats.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from xdiffusion.checkpoints.component_names import component_of, exchange_name
+from xdiffusion.checkpoints.files import CheckpointError, ensure_writable, weights_file
+from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
+from xdiffusion.checkpoints.native import MODEL_FORMAT
+from xdiffusion.checkpoints.streaming import StoredTensors, copy_safetensors
+from xdiffusion.lora.functional import dora_weight, merged_weight
+from xdiffusion.lora.settings import LoRAError
+
+Progress = Callable[[Iterable[str]], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A model's weight files.
+
+    path: what was opened, a file or a folder.
+    files: one of ours, or those of diffusers' components.
+    ours: whether it is a checkpoint of this project.
+    """
+
+    path: Path
+    files: Sequence[StoredTensors]
+    ours: bool
+
+    def layers(self) -> dict[str, tuple[int, ...]]:
+        """The weight shapes of the linear layers and convolutions, by exchange name: what a LoRA can change."""
+        return {
+            exchange_name(name.removesuffix(".weight")): file.shape(name)
+            for file in self.files
+            for name in file
+            if name.endswith(".weight") and len(file.shape(name)) in (2, 3, 4) and not name.endswith("embedding.weight")
+        }
+
+
+def open_base(path: Path) -> BaseModel:
+    """Find out what stands at a path.
+
+    Raises:
+        CheckpointError: if it is none of the models above.
+    """
+    if path.is_dir():
+        return BaseModel(path, _folder_files(path), ours=False)
+    path = weights_file(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path} is pickled, and only safetensors files can be read layer by layer")
+    file = StoredTensors(path)
+    ours = file.metadata.get("format") == MODEL_FORMAT
+    if not ours and not {"conv_in.weight", "time_embedding.linear_1.weight"} <= file.keys():
+        raise CheckpointError(f"{path} is neither a model of this project nor a UNet with diffusers' names")
+    return BaseModel(path, [file], ours)
+
+
+def fold(
+    base: BaseModel, lora: LoRAFile, scale: float, output: Path, metadata: Mapping[str, str], progress: Progress = iter
+) -> int:
+    """Write base with W + scale * delta in place of W; one layer at a time, so in the memory of the largest.
+
+    Args:
+        base: whose dtypes the result keeps; sums are taken in float32.
+        lora: every module of it must fit; those of a component that the base does not hold are left out, with a note.
+        scale: strength, 1 as trained.
+        output: a file, or a folder where the base is one.
+        metadata: added to the header of each file.
+        progress: wrapped around each file's tensor names.
+
+    Returns:
+        The number of layers that took an update.
+
+    Raises:
+        LoRAError: if a module does not fit, or the LoRA would change nothing.
+        CheckpointError: if the output cannot be written, or is a folder that is there already.
+    """
+    fitting, left_out = _fitting(base, lora)
+    if left_out:
+        print(
+            f"{len(left_out)} modules of the {component_of(left_out[0])} left out: not in {base.path}", file=sys.stderr
+        )
+
+    def change(name: str, weight: Tensor) -> Tensor:
+        factors = fitting.get(exchange_name(name.removesuffix(".weight"))) if name.endswith(".weight") else None
+        return weight if factors is None else folded_weight(weight, factors, scale)
+
+    if not base.path.is_dir():
+        copy_safetensors(base.files[0], output, change, {**base.files[0].metadata, **metadata}, progress)
+        return len(fitting)
+    if output.exists():
+        raise CheckpointError(f"{output} is there already; a folder is not overwritten")
+    parent = ensure_writable(output.absolute().parent)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{output.name}.") as temporary:
+        copy = Path(temporary) / output.name
+        weights = {file.path for file in base.files}
+        shutil.copytree(base.path, copy, ignore=lambda folder, names: [n for n in names if Path(folder, n) in weights])
+        for file in base.files:
+            path = copy / file.path.relative_to(base.path)
+            copy_safetensors(file, path, change, {**file.metadata, **metadata}, progress)
+        copy.rename(output)
+    return len(fitting)
+
+
+def folded_weight(weight: Tensor, factors: LoRAFactors, scale: float) -> Tensor:
+    """W + scale * delta in W's dtype and shape, computed in float32."""
+    lora_A, lora_B = factors.lora_A.float(), factors.lora_B.float()
+    if factors.magnitude is None:
+        return merged_weight(weight, lora_A, lora_B, scale * factors.scaling)
+    exact = weight.float()
+    styled = dora_weight(exact, exact, lora_A, lora_B, factors.scaling, factors.magnitude.float())
+    return exact.lerp(styled, scale).to(weight.dtype)
+
+
+def differences(tuned: BaseModel, base: BaseModel, progress: Progress = iter) -> Iterator[tuple[str, Tensor]]:
+    """(name in its file, tuned - base in float32) of every tensor that differs, one after another.
+
+    Raises:
+        CheckpointError: if the models have different tensors.
+    """
+    if len(tuned.files) != len(base.files):
+        raise CheckpointError(f"{tuned.path} and {base.path} are models of different parts")
+    for ours, theirs in zip(base.files, tuned.files):
+        if ours.keys() != theirs.keys() or any(ours.shape(name) != theirs.shape(name) for name in ours):
+            raise CheckpointError(f"{tuned.path} and {base.path} are models of different architectures")
+        for name in progress(ours):
+            delta = theirs[name].float() - ours[name].float()
+            if delta.any():
+                yield name, delta
+
+
+def _folder_files(folder: Path) -> list[StoredTensors]:
+    """The weight files of a diffusers pipeline, or of a UNet's folder alone."""
+    files = []
+    for component in ("unet", "text_encoder"):
+        found = sorted((folder / component).glob("*.safetensors"))
+        if len(found) > 1:
+            raise CheckpointError(f"{folder / component} has several weight files: {', '.join(p.name for p in found)}")
+        files += map(StoredTensors, found)
+    unet = folder / "diffusion_pytorch_model.safetensors"
+    if not files and unet.is_file():
+        files.append(StoredTensors(unet))
+    if not files:
+        raise CheckpointError(f"{folder} holds no unet/*.safetensors; pickled weights (.bin) are not read here")
+    return files
+
+
+def _fitting(base: BaseModel, lora: LoRAFile) -> tuple[dict[str, LoRAFactors], list[str]]:
+    """(factors by exchange name, the modules of components that the base does not hold)."""
+    shapes = base.layers()
+    present = {component_of(name) for name in shapes}
+    modules = {exchange_name(name): factors for name, factors in lora.modules.items()}
+    left_out = [name for name in modules if component_of(name) and component_of(name) not in present]
+    fitting = {name: factors for name, factors in modules.items() if name not in left_out}
+    for name, factors in fitting.items():
+        update = (factors.lora_B.shape[0], factors.lora_A[0].numel())
+        if name not in shapes or (shapes[name][0], math.prod(shapes[name][1:])) != update:
+            there = f"has weight {shapes[name]}" if name in shapes else "is not there"
+            raise LoRAError(f"the LoRA does not fit {base.path}: {name} {there}, its update is {update}")
+        if not (factors.lora_A.isfinite().all() and factors.lora_B.isfinite().all()):
+            raise LoRAError(f"the factors of {name} are not finite")
+    if not any(f.lora_B.any() and f.lora_A.any() for f in fitting.values()):
+        raise LoRAError(f"the LoRA would change nothing in {base.path}")
+    return fitting, left_out

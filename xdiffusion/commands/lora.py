@@ -1,0 +1,222 @@
+"""Work with LoRA files of every format.
+
+    lora inspect style.safetensors --plot style.png
+    lora convert style.safetensors kohya.safetensors --to kohya
+    lora merge ink.safetensors:0.7 pop.safetensors:0.3 both.safetensors --method svd --rank 8
+    lora apply model.safetensors style.safetensors:0.8 styled.safetensors
+    lora extract tuned.safetensors model.safetensors style.safetensors --energy 0.99
+    lora resize style.safetensors small.safetensors --rank 2
+
+Memory beyond that of Python and torch: inspect, convert, merge and resize hold the LoRA files that they read, the one
+that they write, and one layer's factors in float64 (Stable Diffusion 1.5, rank 4: under 30 MB). apply holds the LoRA and
+three times the largest tensor of BASE, which is read and written tensor by tensor (a UNet of 1.7 GB: under 100 MB for
+linear layers, 350 MB if the largest convolution is changed). extract holds the LoRA that it finds and eight times the
+largest difference (under 1 GB).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from xdiffusion.cli import positive_int, run
+
+FORMATS = "native, kohya, diffusers, diffusers-sd15, peft (a folder), cloneofsimo, cloneofsimo-pt, positional"
+BASE_HELP = (
+    "the model that the LoRA is for, where the file does not name its layers, or the format needs the names of all: "
+    "sd15, sd21, or a YAML of this project"
+)
+
+
+def share(text: str) -> float:
+    """An argparse type: a share in (0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a share in (0, 1]")
+    return value
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="lora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(handler: Callable[[argparse.Namespace], None], description: str) -> argparse.ArgumentParser:
+        name = handler.__name__.removeprefix("_")
+        added = commands.add_parser(name, help=description, description=description)
+        added.set_defaults(handler=handler)
+        return added
+
+    def add_size(added: argparse._ActionsContainer) -> None:
+        added.add_argument("--rank", type=positive_int, metavar="R", help="of every layer")
+        added.add_argument(
+            "--energy",
+            type=share,
+            metavar="E",
+            help="share of the sum of squared singular values that each layer keeps",
+        )
+
+    def add_output(added: argparse.ArgumentParser, to_help: str, required: bool = False) -> None:
+        added.add_argument("--to", required=required, metavar="FORMAT", help=to_help)
+        added.add_argument("--base", metavar="MODEL", help=BASE_HELP)
+        added.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: as it is")
+
+    inspect = command(_inspect, "tell what a LoRA file holds, and how strong it is")
+    inspect.add_argument("file", metavar="FILE")
+    inspect.add_argument("--base", metavar="MODEL", help=BASE_HELP)
+    inspect.add_argument("--plot", metavar="PNG", help="also draw |delta| of each block")
+    inspect.add_argument("--json", action="store_true", help="print everything, module by module, as JSON")
+
+    convert = command(_convert, "write a LoRA in another format, with the same updates")
+    convert.add_argument("input", metavar="IN")
+    convert.add_argument("output", metavar="OUT")
+    add_output(convert, FORMATS, required=True)
+
+    merge = command(_merge, "add LoRAs with weights into one, and tell each layer's error")
+    merge.add_argument("inputs", nargs="+", metavar="FILE[:WEIGHT]", help="weight 1 if there is none")
+    merge.add_argument("output", metavar="OUT")
+    merge.add_argument(
+        "--method",
+        choices=("concat", "svd", "legacy"),
+        default="concat",
+        help="concat: exact, the ranks add up (default); svd: the nearest of --rank or --energy; legacy: adds the "
+        "factors, as lora_add once did, which is not the sum of the updates",
+    )
+    add_size(merge)
+    add_output(merge, "format of OUT (default: that of the first FILE)")
+
+    apply = command(_apply, "fold a LoRA into a checkpoint of this project; the result is a model that sample.py takes")
+    apply.add_argument("model", metavar="BASE")
+    apply.add_argument("lora", metavar="LORA[:SCALE]")
+    apply.add_argument("output", metavar="OUT")
+    apply.add_argument("--base", metavar="MODEL", help=BASE_HELP)
+    apply.add_argument("--allow_other_base", action="store_true", help="although it was trained on another base")
+
+    extract = command(_extract, "distil the difference of two models of one architecture into a LoRA")
+    extract.add_argument("tuned", metavar="TUNED")
+    extract.add_argument("model", metavar="BASE")
+    extract.add_argument("output", metavar="OUT")
+    add_size(extract.add_mutually_exclusive_group(required=True))
+    add_output(extract, "format of OUT (default: native)")
+
+    resize = command(_resize, "cut a LoRA to a smaller rank, by SVD of its updates")
+    resize.add_argument("input", metavar="IN")
+    resize.add_argument("output", metavar="OUT")
+    add_size(resize.add_mutually_exclusive_group(required=True))
+    add_output(resize, "format of OUT (default: that of IN)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    args.handler(args)
+
+
+def command() -> int:
+    """The console script `lora`."""
+    return run(main)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from xdiffusion.commands.lora_files import layer_table, read
+    from xdiffusion.commands.report import draw, summary, text
+
+    lora = read(args.file, layer_table(args.base))
+    facts = summary(lora)
+    print(json.dumps(facts, indent=1) if args.json else text(facts))
+    if args.plot:
+        draw(facts, Path(args.plot), title=Path(args.file).name)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from xdiffusion.commands.lora_files import layer_table, read, write
+
+    names = layer_table(args.base)
+    write(read(args.input, names), args.output, args.to, names, args.dtype)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from xdiffusion.commands.lora_files import layer_table, merge_and_write, read
+    from xdiffusion.lora.weights import parse_lora_spec
+
+    names = layer_table(args.base)
+    specs = [parse_lora_spec(spec) for spec in args.inputs]
+    parts = [(read(path, names), weight) for path, weight in specs]
+    size = {"rank": args.rank, "energy": args.energy}
+    merge_and_write(parts, args.output, names, args.method, **size, format=args.to, dtype=args.dtype)
+
+
+def _resize(args: argparse.Namespace) -> None:
+    from xdiffusion.commands.lora_files import layer_table, merge_and_write, read
+
+    names = layer_table(args.base)
+    size = {"rank": args.rank, "energy": args.energy}
+    parts = [(read(args.input, names), 1.0)]
+    merge_and_write(parts, args.output, names, "svd", **size, format=args.to, dtype=args.dtype)
+
+
+def _apply(args: argparse.Namespace) -> None:
+    from xdiffusion.checkpoints.files import content_hash
+    from xdiffusion.commands.base_weights import fold, open_base
+    from xdiffusion.commands.lora_files import layer_table, progress, read
+    from xdiffusion.lora.weights import parse_lora_spec
+
+    base = open_base(Path(args.model))
+    if not base.ours:
+        raise ValueError(f"{args.model} is no checkpoint of this project; lora_add --mode upl takes diffusers' models")
+    path, scale = parse_lora_spec(args.lora)
+    lora = read(path, layer_table(args.base))
+    if lora.base_hash and not args.allow_other_base:
+        model_hash = content_hash(base.files[0])
+        if model_hash != lora.base_hash:
+            raise ValueError(
+                f"{path} was trained on another base: it names {lora.base_hash}, {args.model} is {model_hash}; "
+                "--allow_other_base applies it all the same"
+            )
+    note = {"folded_lora": f"{path.name}:{scale:g}"}
+    count = fold(base, lora, scale, Path(args.output), note, progress("folding"))
+    print(f"{args.output}: {args.model} + {scale:g} * {path}, {count} layers")
+
+
+def _extract(args: argparse.Namespace) -> None:
+    from xdiffusion.checkpoints.component_names import exchange_name
+    from xdiffusion.checkpoints.files import content_hash
+    from xdiffusion.checkpoints.lora_file import LoRAFile
+    from xdiffusion.commands.base_weights import differences, open_base
+    from xdiffusion.commands.lora_files import layer_table, progress, write
+    from xdiffusion.commands.report import table
+    from xdiffusion.lora.merge import extract_factors
+
+    names = layer_table(args.base)
+    tuned, base = open_base(Path(args.tuned)), open_base(Path(args.model))
+    layers = base.layers()
+    modules, rows, left_out = {}, [], []
+    for name, delta in differences(tuned, base, progress("layers")):
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and exchange_name(module) in layers:
+            module = module if base.ours else exchange_name(module)
+            modules[module], discarded = extract_factors(delta, rank=args.rank, energy=args.energy)
+            rows.append((module, modules[module].rank, f"{discarded:.2e}"))
+        else:
+            left_out.append(name)
+    if not modules:
+        raise ValueError(f"{args.tuned} and {args.model} differ in no layer that a LoRA could change")
+    print(table(("layer", "rank", "discarded energy"), rows))
+    if left_out:
+        print(f"{len(left_out)} tensors differ that no LoRA can change (biases, norms, ...), such as {left_out[0]}")
+    base_hash = content_hash(base.files[0]) if base.ours else None
+    config = json.loads(base.files[0].metadata.get("config", "null")) if base.ours else None
+    lora = LoRAFile(modules, base_hash=base_hash, config=config)
+    write(lora, args.output, args.to or "native", names, args.dtype)
+
+
+if __name__ == "__main__":
+    sys.exit(command())

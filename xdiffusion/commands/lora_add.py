@@ -1,0 +1,109 @@
+r"""Add a LoRA to a model, or two LoRAs to one another.
+
+    lora_add PATH_1 PATH_2 OUTPUT ALPHA
+    lora_add --path_1 PATH --path_2 PATH --mode MODE --alpha ALPHA --output_path OUTPUT
+
+upl          model + LoRA -> model:  W' = W + alpha * delta
+             PATH_1: a checkpoint of this project, a folder of diffusers, or a UNet of diffusers (one safetensors file)
+lpl          LoRA + LoRA -> LoRA:    delta = alpha * delta_1 + (1 - alpha) * delta_2
+             exactly, by concatenation, so that the ranks add up; --rank cuts it, by SVD, to the nearest of that rank
+ljl          LoRA + LoRA -> LoRA:    delta = delta_1 + delta_2, exactly; alpha does not count
+upl-ckpt-v2  as upl, into Stable Diffusion's own file (.ckpt): not available yet
+
+delta = (lora_alpha / rank) B A is the update as trained. The original lora_add averaged the factors in place of the
+updates: B = alpha B_1 + (1 - alpha) B_2, and A likewise, so that
+
+    B A = alpha^2 delta_1 + (1 - alpha)^2 delta_2 + alpha (1 - alpha) (B_1 A_2 + B_2 A_1).
+
+At alpha = 0.5 two unrelated LoRAs come out with a quarter of each update and a half-sized mixture that belongs to neither,
+and the result depends on which of many equal factorisations a file happens to hold. Only alpha = 0, alpha = 1 and a LoRA
+merged with itself come out right. --legacy gives that rule, to repeat old results; its error is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from xdiffusion.cli import positive_int, run
+
+MODES = ("lpl", "upl", "ljl", "upl-ckpt-v2")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="lora_add",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="lora_add [options] [PATH_1 PATH_2 OUTPUT [ALPHA [MODE]]]",
+    )
+    add = parser.add_argument
+    add("words", nargs="*", help=argparse.SUPPRESS)
+    add("--path_1", metavar="PATH", help="the model (upl) or the first LoRA")
+    add("--path_2", metavar="PATH", help="the LoRA, or the second one")
+    add("--output_path", metavar="PATH", help="what to write; a LoRA ending in .pt is written as cloneofsimo's")
+    add("--alpha", type=float, metavar="ALPHA", help="default 0.5")
+    add("--mode", choices=MODES, help="default lpl")
+    add("--rank", type=positive_int, metavar="R", help="lpl and ljl: cut the result to this rank by SVD")
+    add("--legacy", action="store_true", help="lpl: add the factors, as the original did, in place of the updates")
+    add(
+        "--base",
+        metavar="MODEL",
+        help="whose layers a LoRA without names is for: sd15, sd21, or a YAML of this project",
+    )
+    args = parser.parse_args(argv)
+    for word, name in zip(args.words, ("path_1", "path_2", "output_path", "alpha", "mode")):
+        if getattr(args, name) is not None:
+            parser.error(f"{name} is given twice: {word!r} and --{name}")
+        try:
+            setattr(args, name, float(word) if name == "alpha" else word)
+        except ValueError:
+            parser.error(f"ALPHA must be a number, not {word!r}")
+    missing = [f"--{name}" for name in ("path_1", "path_2", "output_path") if getattr(args, name) is None]
+    if missing or len(args.words) > 5:
+        parser.error(f"missing: {', '.join(missing)}" if missing else f"too many words: {args.words[5:]}")
+    args.alpha = 0.5 if args.alpha is None else args.alpha
+    args.mode = args.mode or "lpl"
+    if args.mode not in MODES:
+        parser.error(f"MODE must be one of {', '.join(MODES)}, not {args.mode!r}")
+    if args.legacy and (args.mode != "lpl" or args.rank):
+        parser.error("--legacy is a rule of lpl, and knows no --rank")
+    if args.rank and args.mode.startswith("upl"):
+        parser.error("--rank cuts a LoRA; the result of upl is a model")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    from xdiffusion.commands.base_weights import fold, open_base
+    from xdiffusion.commands.lora_files import layer_table, merge_and_write, progress, read
+
+    if args.mode == "upl-ckpt-v2":
+        raise ValueError(
+            "--mode upl-ckpt-v2 writes Stable Diffusion's original names, and this project has no table of them yet; "
+            "--mode upl writes the same weights under the names of --path_1"
+        )
+    names = layer_table(args.base)
+    if args.mode == "upl":
+        path = Path(args.path_1)
+        if not path.exists() and not path.with_suffix(".safetensors").exists():
+            raise ValueError(f"no model at {path}; a model of the Hugging Face hub has to be downloaded first")
+        lora, base, note = read(args.path_2, names), open_base(path), f"{Path(args.path_2).name}:{args.alpha:g}"
+        count = fold(base, lora, args.alpha, Path(args.output_path), {"folded_lora": note}, progress("folding"))
+        print(f"{args.output_path}: {path} + {args.alpha:g} * {args.path_2}, {count} layers")
+        return
+    first, second = read(args.path_1, names), read(args.path_2, names)
+    weights = (args.alpha, 1 - args.alpha) if args.mode == "lpl" else (1.0, 1.0)
+    method = "legacy" if args.legacy else "svd" if args.rank else "concat"
+    merge_and_write(list(zip((first, second), weights)), args.output_path, names, method, rank=args.rank)
+
+
+def command() -> int:
+    """The console script `lora_add`."""
+    return run(main)
+
+
+if __name__ == "__main__":
+    sys.exit(command())

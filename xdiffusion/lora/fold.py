@@ -1,0 +1,85 @@
+"""Putting adapters into the weights: for a while, so that the model is as fast as its base, or for good.
+
+A merged layer is a plain layer (or, where some of its adapters are still apart, a LoRA layer of the others) that holds
+W + their updates and remembers the LoRA layer it stands for. Nothing is ever subtracted, so unmerging is exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from xdiffusion.lora.inject import lora_layers, replace_modules
+from xdiffusion.lora.layers import LoRALayer
+from xdiffusion.lora.settings import LoRAError
+
+
+def merge_lora_weights(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Put one adapter, or all, into the weights, each at its present strength; `unmerge_lora_weights` takes it out.
+
+    A layer all of whose adapters are merged is a plain layer.
+
+    Raises:
+        LoRAError: if there is nothing to merge, or only some of the adapters where one of them is DoRA.
+    """
+    layers = {n: layer for n, layer in lora_layers(model) if adapter_name is None or adapter_name in layer.adapters}
+    if not layers:
+        wanted = "LoRA layers" if adapter_name is None else f"LoRA adapter named {adapter_name!r}"
+        raise LoRAError(f"{type(model).__name__} has no {wanted} to merge")
+    new = {}
+    for name, layer in layers.items():
+        apart = [n for n in layer.adapters if adapter_name not in (None, n)]
+        if apart and any(settings.use_dora for settings in layer.adapters.values()):
+            raise LoRAError(f"{name} has a DoRA adapter, which acts on the others' updates too: merge all at once")
+        new[layer] = _merged(layer, apart)
+    replace_modules(model, new)
+
+
+def unmerge_lora_weights(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Undo `merge_lora_weights` for one adapter, or for all: the base weights are bit for bit as they were before.
+
+    Raises:
+        LoRAError: if the model, or the adapter, is not merged.
+    """
+    new = {}
+    for module in [m for m in model.modules() if hasattr(m, "merged_from")]:
+        names, apart = module.merged_from[0].adapters, list(getattr(module, "adapters", ()))
+        if adapter_name is None:
+            new[module] = _merged(module, apart=list(names))
+        elif adapter_name in names and adapter_name not in apart:
+            new[module] = _merged(module, apart=[*apart, adapter_name])
+    if not new:
+        what = type(model).__name__ if adapter_name is None else f"the LoRA adapter {adapter_name!r}"
+        raise LoRAError(f"{what} is not merged")
+    replace_modules(model, new)
+
+
+def fold_lora_weights(model: nn.Module) -> None:
+    """Merge all adapters for good: plain layers, frozen, that remember no LoRA and keep none of its memory.
+
+    Raises:
+        LoRAError: if the model has no LoRA, merged or not.
+    """
+    layers = [m for m in model.modules() if isinstance(m, LoRALayer) or hasattr(m, "merged_from")]
+    if not layers:
+        raise LoRAError(f"{type(model).__name__} has no LoRA to fold")
+    new = {layer: _merged(layer, apart=[]) for layer in layers}
+    for plain in new.values():
+        del plain.merged_from
+    replace_modules(model, new)
+
+
+@torch.no_grad()
+def _merged(layer: nn.Module, apart: list[str]) -> nn.Module:
+    """The LoRA layer that `layer` is or stands for, with all adapters but those in `apart` in its weight."""
+    original = layer.merged_from[0] if hasattr(layer, "merged_from") else layer
+    inside = [name for name in original.adapters if name not in apart]
+    if not inside:
+        return original.train(layer.training)
+    merged = original.unwrap()
+    merged.weight = nn.Parameter(original.effective_weight(inside).clone(), requires_grad=False)
+    if apart:
+        merged = type(original).wrap(merged)
+        merged.share_adapters(original, apart)
+    merged.merged_from = (original,)  # in a tuple, so that it is no submodule
+    return merged.train(layer.training)

@@ -1,0 +1,58 @@
+"""How the factors of a new adapter begin.
+
+zero_b       A as nn.Linear draws its weights, B = 0: the update is zero, and only B has a gradient ([LoRA] section 4.1)
+pissa        s B A = the `rank` largest singular triples of W, the part of W that says most ([PiSSA] eq. 2-3)
+orthogonal   random A and B, neither zero, in orthogonal halves of the rank, so that B A = 0 up to rounding
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from xdiffusion.lora.settings import Init, LoRAError
+
+
+@torch.no_grad()
+def initial_factors(weight: Tensor, rank: int, scaling: float, init: Init) -> tuple[Tensor, Tensor]:
+    """A (rank, in, *kernel) and B (out, rank, *ones), float32, on the weight's device.
+
+    Args:
+        weight: W, (out, in, *kernel).
+        rank: see `check_settings`.
+        scaling: s, what B A will be multiplied by.
+        init: see above.
+
+    Raises:
+        LoRAError: for a scaling of zero or below with "pissa".
+    """
+    if init == "zero_b":
+        lora_A = torch.empty(rank, *weight.shape[1:], device=weight.device)
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+        lora_B = torch.zeros(len(weight), rank, device=weight.device)
+    elif init == "pissa":
+        lora_A, lora_B = _principal(weight, rank, scaling)
+    else:
+        lora_A, lora_B = _orthogonal(weight, rank)
+    ones = [1] * (weight.dim() - 2)
+    return lora_A.reshape(rank, *weight.shape[1:]).contiguous(), lora_B.reshape(-1, rank, *ones).contiguous()
+
+
+def _principal(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """A = sqrt(S) V^T / sqrt(s), B = U sqrt(S) / sqrt(s) of the first `rank` singular triples."""
+    if scaling <= 0:
+        raise LoRAError(f"init='pissa' needs a lora_alpha above 0, not one that scales by {scaling:g}")
+    left, values, right = torch.linalg.svd(weight.flatten(1).float(), full_matrices=False)
+    root = (values[:rank] / scaling).sqrt()
+    return root[:, None] * right[:rank], left[:, :rank] * root
+
+
+def _orthogonal(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A from the even rows of an orthogonal (rank, rank) matrix, B from its odd ones; the factor 1/10 is peft's."""
+    out_size, in_size = weight.flatten(1).shape
+    rows, _ = torch.linalg.qr(torch.randn(rank, rank, device=weight.device))
+    half = rank // 2
+    lora_A = (torch.randn(in_size, half, device=weight.device) @ rows[0::2] / 10).T
+    return lora_A, torch.randn(out_size, half, device=weight.device) @ rows[1::2] / 10

@@ -1,0 +1,81 @@
+"""What an adapter is, beside its factors: rank, lora_alpha, variant, and how strong it is at run time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from xdiffusion.checkpoints.lora_file import LoRAFactors
+
+DEFAULT_ADAPTER = "default"
+Init = Literal["zero_b", "pissa", "orthogonal"]
+
+
+class LoRAError(ValueError):
+    """A LoRA that cannot be made, applied, saved or loaded: which one, and why."""
+
+
+@dataclass
+class AdapterSettings:
+    """All but scale and enabled are fixed when the adapter is made; dropout acts in training.
+
+    use_rslora: divide lora_alpha by sqrt(rank), so that a larger rank does not learn more slowly ([rsLoRA] theorem 3.2).
+    use_dora: the adapter has a magnitude per output of its own ([DoRA] eq. 5).
+    scale: strength at run time, 0 = base, 1 = as trained.
+    """
+
+    rank: int
+    lora_alpha: float
+    dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    scale: float = 1.0
+    enabled: bool = True
+
+    @property
+    def scaling(self) -> float:
+        """lora_alpha / rank, or lora_alpha / sqrt(rank) with rsLoRA."""
+        return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @property
+    def strength(self) -> float:
+        """scale * scaling, what B A is multiplied by now; 0 while disabled."""
+        return self.scale * self.scaling if self.enabled else 0.0
+
+
+def check_settings(rank: int, dropout: float, init: Init, weight_shape: Sequence[int], layer: str = "") -> None:
+    """Complain of an adapter that a weight (out, in, *kernel) cannot have; `layer` is its name, where it is known.
+
+    Raises:
+        LoRAError: for a dropout outside [0, 1), a rank outside 1..the larger side of the flattened weight, an odd rank
+            with orthogonal factors, or a rank too large for PiSSA, which needs as many singular vectors and is saved
+            with twice the rank.
+    """
+    if not 0 <= dropout < 1:
+        raise LoRAError(f"LoRA dropout={dropout} must be in [0, 1)")
+    sides = sorted((weight_shape[0], math.prod(weight_shape[1:])))
+    largest = min(sides[0], sides[1] // 2) if init == "pissa" else sides[1]
+    of = f" of init={init!r}" if init == "pissa" else ""
+    if not 1 <= rank <= largest:
+        where = f"{layer}, a weight" if layer else "a weight"
+        raise LoRAError(f"LoRA rank={rank}{of} must be in 1..{largest} for {where} {tuple(weight_shape)}")
+    if init == "orthogonal" and rank % 2:
+        raise LoRAError(f"LoRA rank={rank} must be even for init='orthogonal', which halves it")
+
+
+def check_factors(factors: LoRAFactors, weight_shape: Sequence[int], layer: str = "a layer") -> None:
+    """Complain of factors of another layer.
+
+    Raises:
+        LoRAError: unless their shapes fit a weight (out, in, *kernel).
+    """
+    out_size, *in_shape = weight_shape
+    rank, ones = factors.rank, [1] * (len(in_shape) - 1)
+    fits = factors.lora_A.shape == (rank, *in_shape) and factors.lora_B.shape == (out_size, rank, *ones)
+    if not fits or (factors.magnitude is not None and factors.magnitude.shape != (out_size,)):
+        raise LoRAError(
+            f"{layer} has weight {tuple(weight_shape)}, which the factors "
+            f"A {tuple(factors.lora_A.shape)} and B {tuple(factors.lora_B.shape)} do not fit"
+        )
