@@ -1,13 +1,22 @@
-"""What the entry scripts share: one-line errors, and flags that become config overrides. Imports nothing heavy."""
+"""What the entry scripts share: one-line errors, flags that become config overrides, and calls of one another.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
+import runpy
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 USAGE_ERROR = 2
 
 
@@ -26,6 +35,27 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR
+
+
+def call_script(script: str, *arguments: object) -> str:
+    """Run an entry script of the repository in this process (its imports are paid for once).
+
+    Returns:
+        What it printed, if that was JSON.
+
+    Raises:
+        ValueError: if the script failed without saying why as an error of its own.
+    """
+    words = [str(a) for a in arguments]
+    print(f"\n$ python {script} {shlex.join(words)}", flush=True)
+    main = runpy.run_path(str(REPOSITORY / script))["main"]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed) if "--json" in words else contextlib.nullcontext():
+        status = main(words)
+    if status:
+        raise ValueError(f"{script} ended with status {status}")
+    print(printed.getvalue(), end="")
+    return printed.getvalue()
 
 
 def overrides_from_flags(args: argparse.Namespace, keys: dict[str, str]) -> list[str]:

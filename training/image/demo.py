@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
-import runpy
-import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from xdiffusion.cli import positive_int, run
+from xdiffusion.cli import REPOSITORY, call_script, positive_int, run
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
 
 
@@ -59,19 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds: dict[str, float] = {}
 
     with stage("clip", seconds):
-        command("training/clip/train.py", *common, "--output_path", clip)
+        call_script("training/clip/train.py", *common, "--output_path", clip)
     with stage("base", seconds):
-        command(*train, "--output_path", base.parent, "--set", f"model.text_encoder.pretrained={clip}")
+        call_script(*train, "--output_path", base.parent, "--set", f"model.text_encoder.pretrained={clip}")
     hash_before = base_hash(base)
     with stage("lora", seconds):
         adapt = ["--use_lora_training", "--load_model_weights_from_checkpoint", base, "--output_path", lora.parent]
-        command(*train, "--dataset_name", "image/digits_inverted", *adapt)
+        call_script(*train, "--dataset_name", "image/digits_inverted", *adapt)
     with stage("sample", seconds):
         draw = ["--num_samples", 40, "--save_trajectory", "--output_path", folder]
-        command("sampling/image/sample.py", "--checkpoint", base, "--lora_path", lora, *draw)
+        call_script("sampling/image/sample.py", "--checkpoint", base, "--lora_path", lora, *draw)
     with stage("evaluate", seconds):
-        base_scores = command(*score, "--dataset_name", "image/digits")
-        lora_scores = command(*score, "--dataset_name", "image/digits_inverted", "--lora_path", lora)
+        base_scores = call_script(*score, "--dataset_name", "image/digits")
+        lora_scores = call_script(*score, "--dataset_name", "image/digits_inverted", "--lora_path", lora)
 
     metrics = {
         "seconds": seconds | {"total": round(sum(seconds.values()), 1)},
@@ -93,24 +89,6 @@ def stage(name: str, seconds: dict[str, float]):
     started = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - started, 1)
-
-
-def command(script: str, *arguments: object) -> str:
-    """Run an entry script in this process (its imports are paid for once); returns what it printed if that was JSON.
-
-    Raises:
-        ValueError: if the script failed without saying why as an error of its own.
-    """
-    words = [str(a) for a in arguments]
-    print(f"\n$ python {script} {shlex.join(words)}", flush=True)
-    main = runpy.run_path(str(REPOSITORY / script))["main"]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed) if "--json" in words else contextlib.nullcontext():
-        status = main(words)
-    if status:
-        raise ValueError(f"{script} ended with status {status}")
-    print(printed.getvalue(), end="")
-    return printed.getvalue()
 
 
 def base_hash(checkpoint: Path) -> str:
