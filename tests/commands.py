@@ -13,7 +13,7 @@ from xdiffusion.cli import run
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN, TRAIN_CLIP, DEMO = "training/image/train.py", "training/clip/train.py", "training/image/demo.py"
 SAMPLE, SAMPLE_MNIST = "sampling/image/sample.py", "sampling/image/mnist/sample.py"
-EVALUATE = "sampling/image/evaluate.py"
+EVALUATE, ABLATE = "sampling/image/evaluate.py", "training/image/ablate_lora.py"
 
 
 def run_script(script: str, *words: object) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from commands import (
+    ABLATE,
     DEMO,
     EVALUATE,
     ROOT,
@@ -53,6 +54,7 @@ FLAGS = {
     EVALUATE: "checkpoint lora_path dataset_name data_dir num_samples seed json",
     TRAIN_CLIP: "config_path dataset_name data_dir output_path num_training_steps seed set",
     DEMO: "output_path num_training_steps num_samples seed",
+    ABLATE: "checkpoint config_path dataset_name output_path ranks targets variants num_training_steps num_samples seed set",
 }
 FLAGS[SAMPLE_MNIST] = FLAGS[SAMPLE]
 

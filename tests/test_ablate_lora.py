@@ -1,0 +1,71 @@
+"""The ablation command: what it runs, what it leaves out the second time, and what it writes."""
+
+import json
+import math
+import runpy
+
+import pytest
+import torch
+from commands import ABLATE, ROOT, files_in, run_script, set_words
+from omegaconf import OmegaConf
+
+from xdiffusion import scoring
+from xdiffusion.checkpoints.lora_formats import read_lora
+from xdiffusion.evaluation.judge import train_judge
+
+REPORT = ("table.md", "ablation.png", "spectra.md", "singular_values.png", "subspaces.png")
+
+
+@pytest.mark.slow
+def test_every_combination_is_run_once_and_later_commands_add(tiny_run, work_folder, capsys, monkeypatch):
+    monkeypatch.setattr(scoring, "train_judge", lambda *arguments: train_judge(*arguments, steps=5))
+    folder = work_folder / "output/ablation"
+    words = ["--checkpoint", tiny_run.checkpoint, "--num_samples", 10, "--ranks", 1, 2, *set_words(tiny_run.overrides)]
+
+    def train_runs(*more: object) -> int:
+        assert run_script(ABLATE, *words, "--targets", "config", *more) == 0
+        return capsys.readouterr().out.count("$ python training/image/train.py")
+
+    assert train_runs() == 2
+    assert train_runs() == 0
+    assert train_runs("--ranks", 2, "--seed", 0, 1) == 1
+    assert train_runs("--ranks", 2, "--variants", "lora", "dora") == 1
+    results = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    found = [(r["target"], r["variant"], r["rank"], r["seed"]) for r in results]
+    assert found == [
+        ("config", "lora", 1, 0),
+        ("config", "lora", 2, 0),
+        ("config", "lora", 2, 1),
+        ("config", "dora", 2, 0),
+    ]
+    for result in results:
+        assert all(math.isfinite(result[score]) for score in ("gap_closed", "prompt_accuracy", "seconds"))
+        assert result["bytes"] == (work_folder / result["file"]).stat().st_size
+        modules = read_lora(work_folder / result["file"]).modules.values()
+        assert {factors.rank for factors in modules} == {result["rank"]}
+        assert all((factors.magnitude is not None) == (result["variant"] == "dora") for factors in modules)
+    assert {f"output/ablation/{name}" for name in REPORT} <= files_in(work_folder)
+    assert [(folder / name).read_text().count("\n") for name in REPORT if name.endswith(".md")] == [2 + 4, 2 + 3]
+    assert run_script(ABLATE, *words, "--num_training_steps", 1) == 2
+    assert "another base or budget" in capsys.readouterr().err
+
+
+def test_what_a_combination_changes_in_the_config():
+    settings = runpy.run_path(str(ROOT / ABLATE))["settings"]
+    config = OmegaConf.create({"optimizer": {"learning_rate": 1e-2}})
+
+    def of(variant: str, target: str = "config") -> list[str]:
+        return settings({"rank": 2, "target": target, "variant": variant}, config)
+
+    assert of("lora") == ["lora.rank=2"]
+    assert of("lora", "attention+mlp") == ["lora.rank=2", 'lora.target_modules="attention+mlp"']
+    assert of("rslora")[1:] == ["lora.use_rslora=true"]
+    assert of("dora")[1:] == ["lora.use_dora=true"]
+    assert of("lora+")[1:] == ["optimizer.lora_plus_ratio=4", "optimizer.learning_rate=0.005"]
+
+
+def test_mean_similarity_leaves_out_layers_that_are_too_narrow(generator):
+    mean_similarity = runpy.run_path(str(ROOT / ABLATE))["mean_similarity"]
+    wide, narrow = torch.eye(3, 8), torch.randn(3, 2, generator=generator)
+    assert torch.allclose(mean_similarity([wide, narrow], [wide, narrow]), mean_similarity([wide], [wide]))
+    assert torch.allclose(mean_similarity([wide], [wide]).diagonal(), torch.ones(3).double())
