@@ -58,6 +58,27 @@ def call_script(script: str, *arguments: object) -> str:
     return printed.getvalue()
 
 
+SAMPLING_FLAGS = {  # config key by flag
+    "guidance": "sampling.cfg_scale",
+    "sampling_steps": "sampling.steps",
+    "sampler": "sampling.sampler.kind",
+}
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that draws from a finished model: which model, and `SAMPLING_FLAGS`."""
+    add = parser.add_argument
+    agree = "optional: the checkpoint carries its config; if given, the two must agree"
+    setting = "set a key of the section sampling:, such as sampling.sampler.eta=1; repeatable"
+    add("--checkpoint", required=True, metavar="FILE", help="a model of training/image/train.py")
+    add("--config_path", metavar="YAML", help=agree)
+    add("--guidance", type=float, metavar="SCALE", help="classifier-free guidance, 1 = none (default: the config's)")
+    add("--sampling_steps", type=positive_int, metavar="N", help="steps of the sampler (default: the config's)")
+    add("--sampler", metavar="NAME", help="ancestral, ddim, heun or dpm_solver (default: the config's)")
+    add("--force_cpu", action="store_true", help="do not use a GPU that is there")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
+
+
 def overrides_from_flags(args: argparse.Namespace, keys: dict[str, str]) -> list[str]:
     """`--set` assignments, then the flags that were given, as KEY=VALUE; a flag beats the config and `--set`.
 

@@ -18,27 +18,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from xdiffusion.cli import positive_int, run, sampling_overrides
+from xdiffusion.cli import SAMPLING_FLAGS, add_model_flags, positive_int, run, sampling_overrides
 
 OUTPUT_ROOT = Path("output")
-FLAG_KEYS = {
-    "dataset_name": "data.kind",
-    "data_dir": "data.data_dir",
-    "guidance": "sampling.cfg_scale",
-    "sampling_steps": "sampling.steps",
-    "sampler": "sampling.sampler.kind",
-}
+FLAG_KEYS = SAMPLING_FLAGS | {"dataset_name": "data.kind", "data_dir": "data.data_dir"}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="FILE", help="a model of training/image/train.py")
-    add(
-        "--config_path",
-        metavar="YAML",
-        help="optional: the checkpoint carries its config; if given, the two must agree",
-    )
     add("--lora_path", metavar="FILE[:SCALE]", help="a LoRA of this model and its strength (1)")
     add(
         "--dataset_name",
@@ -60,14 +49,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="of the noise, the prompts' wording and the real samples of the floor (0)",
     )
-    add("--guidance", type=float, metavar="SCALE", help="classifier-free guidance (default: the config's)")
-    add("--sampling_steps", type=positive_int, metavar="N", help="steps of the sampler (default: the config's)")
-    add("--sampler", metavar="NAME", help="ancestral, ddim, heun or dpm_solver (default: the config's)")
     add("--json", action="store_true", help="print one line of JSON and nothing else")
-    add("--force_cpu", action="store_true", help="do not use a GPU that is there")
-    add(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="set a key of the section sampling:; repeatable"
-    )
     return parser.parse_args(argv)
 
 

@@ -15,25 +15,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from xdiffusion.cli import positive_int, run, sampling_overrides
+from xdiffusion.cli import SAMPLING_FLAGS, add_model_flags, positive_int, run, sampling_overrides
 
-SAMPLING_KEYS = {
-    "guidance": "sampling.cfg_scale",
-    "sampling_steps": "sampling.steps",
-    "sampler": "sampling.sampler.kind",
-}
 PAIRED_SCALES = (0.5, 1.0)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="FILE", help="a model of training/image/train.py")
-    add(
-        "--config_path",
-        metavar="YAML",
-        help="optional: the checkpoint carries its config; if given, the two must agree",
-    )
     add(
         "--lora_path",
         action="append",
@@ -55,9 +45,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="TEXT",
         help="what to draw; {class} stands for every class in turn; repeatable (default: the classes)",
     )
-    add("--guidance", type=float, metavar="SCALE", help="classifier-free guidance, 1 = none (default: the config's)")
-    add("--sampling_steps", type=positive_int, metavar="N", help="steps of the sampler (default: the config's)")
-    add("--sampler", metavar="NAME", help="ancestral, ddim, heun or dpm_solver (default: the config's)")
     add("--seed", type=int, default=0, metavar="N", help="image i is drawn from the noise of seed + i")
     add("--output_path", metavar="DIR", help="default: output/<dataset>/sample/<config name>")
     add("--save_trajectory", action="store_true", help="also write a film of the denoising (GIF)")
@@ -65,14 +52,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--allow_other_base",
         action="store_true",
         help="apply a LoRA although it was trained on another base of this shape",
-    )
-    add("--force_cpu", action="store_true", help="do not use a GPU that is there")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="set a key of the section sampling:, such as sampling.sampler.eta=1; repeatable",
     )
     args = parser.parse_args(argv)
     if args.lora_merge and not args.lora_path:
@@ -95,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     checkpoint = weights_file(args.checkpoint)
     model, config = load_model(checkpoint, args.config_path)
-    config = override(config, sampling_overrides(args, SAMPLING_KEYS), "command line")
+    config = override(config, sampling_overrides(args, SAMPLING_FLAGS), "command line")
     sampling = build_sampling(config, model.schedule)
     table = PROMPT_TABLES[config.data.kind.removesuffix("_inverted")]
     prompts = expand_prompts(args.prompt, table, args.num_samples)
