@@ -126,3 +126,13 @@ def test_time_to_quality(capsys, work_folder, quick_judge):
     assert found["reached_ours"] == found["reached_theirs"] == [False]
     assert found["ratio_is"].startswith("nothing") and not found["met"]
     assert found["parameters_theirs"] > 0 and found["history_ours"][0]
+
+
+@pytest.mark.slow
+def test_lora(capsys, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    found = results(capsys, "lora", "--num_samples", 1, "--rank", 1)
+    assert {"lora_sampling_unmerged", "lora_sampling_merged", "lora_convert_kohya", "lora_convert_kohya_peak"} <= {
+        *found
+    }
+    assert all(f["modules"] == 256 for name, f in found.items() if "convert" in name)
