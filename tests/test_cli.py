@@ -5,6 +5,7 @@ import json
 import math
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -263,3 +264,11 @@ def test_evaluation_prints_one_json_line(tiny_run, work_folder, capsys, monkeypa
     assert (base["dataset"], lora["dataset"]) == ("image/digits", "image/digits_inverted")
     assert base["gap_closed"] is None
     assert math.isfinite(lora["gap_closed"])
+
+
+def test_a_reader_that_has_had_enough_is_no_error():
+    code = "from xdiffusion.cli import run; import sys; sys.exit(run(lambda argv: print('line\\n' * 100_000)))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.wait(timeout=30), process.stderr.read()) == (0, b"")

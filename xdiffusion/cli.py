@@ -35,6 +35,9 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR
+    except BrokenPipeError:  # the reader of the output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it flushes at its end
+        return 0
 
 
 def call_script(script: str, *arguments: object) -> str:
