@@ -10,8 +10,8 @@
 Memory beyond that of Python and torch: inspect, convert, merge and resize hold the LoRA files that they read, the one
 that they write, and one layer's factors in float64 (Stable Diffusion 1.5, rank 4: under 30 MB). apply holds the LoRA and
 three times the largest tensor of BASE, which is read and written tensor by tensor (a UNet of 1.7 GB: under 100 MB for
-linear layers, 350 MB if the largest convolution is changed). extract holds the LoRA that it finds and eight times the
-largest difference (under 1 GB).
+linear layers, by its size 350 MB if the largest convolution is changed). extract holds the LoRA that it finds and eight
+times the largest difference (under 1 GB).
 """
 
 from __future__ import annotations
