@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -19,8 +20,14 @@ class IdentityAutoencoder(nn.Module):
         super().__init__()
         self.latent_channels = channels
 
-    def encode(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    def encode(
+        self, images: Float[Tensor, "B C H W"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "B C H W"]:
         return images
+
+    def posterior(self, images: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], None]:
+        """(mean, std) of the latents; None, because they are certain."""
+        return images, None
 
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         return latents

@@ -21,9 +21,10 @@ from xdiffusion.checkpoints.files import (
     CheckpointError,
     existing_weights,
     load_pickled,
-    load_safetensors,
     save_safetensors,
 )
+from xdiffusion.checkpoints.stable_diffusion_files import read_stable_diffusion
+from xdiffusion.checkpoints.streaming import StoredTensors
 
 MODEL_FORMAT = "xdiffusion-model"
 LORA_FORMAT = "xdiffusion-lora"
@@ -31,13 +32,18 @@ LORA_FORMAT = "xdiffusion-lora"
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A model as read: tensors by name, and what the header says (None where the file has no header of ours)."""
+    """A model as read: tensors by our names, and what the header says (None where the file has no header of ours).
+
+    architecture: the built-in config that the tensors of a file of Stable Diffusion fit. notes: what it was taken to be.
+    """
 
     path: Path
     tensors: dict[str, Tensor]
     config: dict[str, Any] | None
     image_shape: tuple[int, int, int] | None
     step: int
+    architecture: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def package_version() -> str:
@@ -61,21 +67,30 @@ def save_model(
     save_safetensors(path, tensors, entries)
 
 
-def load_model_file(path: Path) -> ModelFile:
-    """Read a model checkpoint of ours: safetensors, or a `.pt` of plain tensors by our names.
+def load_model_file(path: Path, ema: bool = False) -> ModelFile:
+    """Read a model checkpoint: ours, or Stable Diffusion as others write it. The tensors of safetensors files are mapped.
+
+    Args:
+        path: a safetensors file, a `.pt` or `.ckpt` of plain tensors, or a diffusers folder.
+        ema: see `read_stable_diffusion`.
 
     Raises:
         CheckpointError: if it is missing, unreadable, or a LoRA.
     """
     path, _ = existing_weights(path)
+    if found := read_stable_diffusion(path, ema):
+        return ModelFile(path, found.tensors, None, None, 0, found.architecture, found.notes)
     if path.suffix in PICKLED:
         return ModelFile(path, _flat_tensors(load_pickled(path), path), None, None, 0)
-    tensors, metadata = load_safetensors(path)
+    stored = StoredTensors(path)
+    tensors, metadata = dict(stored), stored.metadata
     if metadata.get("format") == LORA_FORMAT or any(".lora_" in name for name in tensors):
         raise CheckpointError(f"{path} is a LoRA; it goes to --lora_path, and its base model to --checkpoint")
     with reading_header(path):
         config = json.loads(metadata["config"]) if "config" in metadata else None
         shape = tuple(json.loads(metadata["image_shape"])) if "image_shape" in metadata else None
+        if not isinstance(config, dict | None) or (shape and [type(side) for side in shape] != [int] * 3):
+            raise TypeError(f"config={config!r:.100}, image_shape={shape!r:.100}")
         return ModelFile(path, tensors, config, shape, int(metadata.get("step", 0)))
 
 
@@ -101,6 +116,7 @@ def _flat_tensors(content: Any, path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    named = isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    if not named or not content:
         raise CheckpointError(f"{path} holds no state dict of named tensors")
     return content

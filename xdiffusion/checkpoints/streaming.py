@@ -6,17 +6,29 @@ The format: 8 bytes, the header's length; the header, JSON {name: {dtype, shape,
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from xdiffusion.checkpoints.files import open_safetensors, write_atomically
+from xdiffusion.checkpoints.files import CheckpointError, open_safetensors, write_atomically
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a file by name, each read when it is asked for and held by nobody but who asked.
+    """The tensors of a file by name, each mapped when it is asked for and held by nobody but who asked.
+
+    A tensor is a private map of its own part of the file: its bytes are read as they are used, and writing to it leaves
+    the file as it is. Only what is alive counts as this process's memory, so a model that converts its tensors one by
+    one never holds two copies.
 
     metadata: the strings of the file's header. entries: {dtype, shape, data_offsets} by tensor name.
 
@@ -27,8 +39,10 @@ class StoredTensors(Mapping[str, Tensor]):
     def __init__(self, path: Path):
         self.path = path
         with open_safetensors(path), path.open("rb") as file:  # the first checks what the second reads
-            self.entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        self.metadata: dict[str, str] = self.entries.pop("__metadata__", {})
+            length = int.from_bytes(file.read(8), "little")
+            self.entries = json.loads(file.read(length))
+        self._start = 8 + length
+        self.metadata: dict[str, str] = self.entries.pop("__metadata__", None) or {}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, without reading it."""
@@ -37,8 +51,20 @@ class StoredTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.entries:
             raise KeyError(name)
-        with open_safetensors(self.path) as file:  # opened anew: one map over the file would keep all that was read
-            return file.get_tensor(name)
+        entry = self.entries[name]
+        if entry["dtype"] not in _DTYPES:
+            raise CheckpointError(f"{self.path}: {name} is of dtype {entry['dtype']}, which cannot be read here")
+        dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+        if not prod(shape):
+            try:
+                return torch.empty(shape, dtype=dtype)
+            except (TypeError, RuntimeError) as error:  # (2**63, 0) is a shape of no bytes, but none of torch's
+                raise CheckpointError(f"{self.path}: {name} cannot have the shape {tuple(shape)}") from error
+        begin, end = (self._start + offset for offset in entry["data_offsets"])
+        page = begin - begin % mmap.ALLOCATIONGRANULARITY
+        with self.path.open("rb") as file:
+            part = mmap.mmap(file.fileno(), end - page, offset=page, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(part, dtype=dtype, count=prod(shape), offset=begin - page).view(shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)

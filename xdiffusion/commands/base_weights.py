@@ -19,7 +19,7 @@ from torch import Tensor
 from xdiffusion.checkpoints.component_names import component_of, exchange_name
 from xdiffusion.checkpoints.files import CheckpointError, ensure_writable, weights_file
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
-from xdiffusion.checkpoints.native import MODEL_FORMAT
+from xdiffusion.checkpoints.native import MODEL_FORMAT, ModelFile
 from xdiffusion.checkpoints.streaming import StoredTensors, copy_safetensors
 from xdiffusion.lora.functional import dora_weight, merged_weight
 from xdiffusion.lora.settings import LoRAError
@@ -42,12 +42,7 @@ class BaseModel:
 
     def layers(self) -> dict[str, tuple[int, ...]]:
         """The weight shapes of the linear layers and convolutions, by exchange name: what a LoRA can change."""
-        return {
-            exchange_name(name.removesuffix(".weight")): file.shape(name)
-            for file in self.files
-            for name in file
-            if name.endswith(".weight") and len(file.shape(name)) in (2, 3, 4) and not name.endswith("embedding.weight")
-        }
+        return _layers({name: file.shape(name) for file in self.files for name in file})
 
 
 def open_base(path: Path) -> BaseModel:
@@ -64,7 +59,10 @@ def open_base(path: Path) -> BaseModel:
     file = StoredTensors(path)
     ours = file.metadata.get("format") == MODEL_FORMAT
     if not ours and not {"conv_in.weight", "time_embedding.linear_1.weight"} <= file.keys():
-        raise CheckpointError(f"{path} is neither a model of this project nor a UNet with diffusers' names")
+        raise CheckpointError(
+            f"{path} is neither a model of this project nor a UNet with diffusers' names; Stable Diffusion's own files are "
+            "read by lora_add --mode upl-ckpt-v2, and converted by sd convert"
+        )
     return BaseModel(path, [file], ours)
 
 
@@ -88,11 +86,7 @@ def fold(
         LoRAError: if a module does not fit, or the LoRA would change nothing.
         CheckpointError: if the output cannot be written, or is a folder that is there already.
     """
-    fitting, left_out = _fitting(base, lora)
-    if left_out:
-        print(
-            f"{len(left_out)} modules of the {component_of(left_out[0])} left out: not in {base.path}", file=sys.stderr
-        )
+    fitting = _fitting(base.layers(), base.path, lora)
 
     def change(name: str, weight: Tensor) -> Tensor:
         factors = fitting.get(exchange_name(name.removesuffix(".weight"))) if name.endswith(".weight") else None
@@ -112,6 +106,22 @@ def fold(
             path = copy / file.path.relative_to(base.path)
             copy_safetensors(file, path, change, {**file.metadata, **metadata}, progress)
         copy.rename(output)
+    return len(fitting)
+
+
+def fold_into(file: ModelFile, lora: LoRAFile, scale: float) -> int:
+    """As `fold`, into a model that is open: its changed tensors are replaced, one after another.
+
+    Returns:
+        The number of layers that took an update.
+
+    Raises:
+        LoRAError: see `fold`.
+    """
+    fitting = _fitting(_layers({n: tuple(tensor.shape) for n, tensor in file.tensors.items()}), file.path, lora)
+    for name, weight in file.tensors.items():
+        if name.endswith(".weight") and (factors := fitting.get(exchange_name(name.removesuffix(".weight")))):
+            file.tensors[name] = folded_weight(weight, factors, scale)
     return len(fitting)
 
 
@@ -158,9 +168,17 @@ def _folder_files(folder: Path) -> list[StoredTensors]:
     return files
 
 
-def _fitting(base: BaseModel, lora: LoRAFile) -> tuple[dict[str, LoRAFactors], list[str]]:
-    """(factors by exchange name, the modules of components that the base does not hold)."""
-    shapes = base.layers()
+def _layers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Of all tensors' shapes, those of the weights of linear layers and convolutions, by exchange name."""
+    return {
+        exchange_name(name.removesuffix(".weight")): shape
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) in (2, 3, 4) and not name.endswith("embedding.weight")
+    }
+
+
+def _fitting(shapes: Mapping[str, tuple[int, ...]], path: Path, lora: LoRAFile) -> dict[str, LoRAFactors]:
+    """Factors by exchange name; the modules of components that the base at `path` does not hold are told on stderr."""
     present = {component_of(name) for name in shapes}
     modules = {exchange_name(name): factors for name, factors in lora.modules.items()}
     left_out = [name for name in modules if component_of(name) and component_of(name) not in present]
@@ -169,9 +187,11 @@ def _fitting(base: BaseModel, lora: LoRAFile) -> tuple[dict[str, LoRAFactors], l
         update = (factors.lora_B.shape[0], factors.lora_A[0].numel())
         if name not in shapes or (shapes[name][0], math.prod(shapes[name][1:])) != update:
             there = f"has weight {shapes[name]}" if name in shapes else "is not there"
-            raise LoRAError(f"the LoRA does not fit {base.path}: {name} {there}, its update is {update}")
+            raise LoRAError(f"the LoRA does not fit {path}: {name} {there}, its update is {update}")
         if not (factors.lora_A.isfinite().all() and factors.lora_B.isfinite().all()):
             raise LoRAError(f"the factors of {name} are not finite")
     if not any(f.lora_B.any() and f.lora_A.any() for f in fitting.values()):
-        raise LoRAError(f"the LoRA would change nothing in {base.path}")
-    return fitting, left_out
+        raise LoRAError(f"the LoRA would change nothing in {path}")
+    if left_out:
+        print(f"{len(left_out)} modules of the {component_of(left_out[0])} left out: not in {path}", file=sys.stderr)
+    return fitting

@@ -8,7 +8,8 @@ upl          model + LoRA -> model:  W' = W + alpha * delta
 lpl          LoRA + LoRA -> LoRA:    delta = alpha * delta_1 + (1 - alpha) * delta_2
              exactly, by concatenation, so that the ranks add up; --rank cuts it, by SVD, to the nearest of that rank
 ljl          LoRA + LoRA -> LoRA:    delta = delta_1 + delta_2, exactly; alpha does not count
-upl-ckpt-v2  as upl, into Stable Diffusion's own file (.ckpt): not available yet
+upl-ckpt-v2  as upl, written as Stable Diffusion's original single file (.safetensors, .ckpt)
+             PATH_1: Stable Diffusion 1.5 or 2.1: such a file, a folder of diffusers, or a model of this project
 
 delta = (lora_alpha / rank) B A is the update as trained. The original lora_add averaged the factors in place of the
 updates: B = alpha B_1 + (1 - alpha) B_2, and A likewise, so that
@@ -26,8 +27,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xdiffusion.cli import positive_int, run
+
+if TYPE_CHECKING:
+    from xdiffusion.checkpoints.lora_file import LoRAFile
 
 MODES = ("lpl", "upl", "ljl", "upl-ckpt-v2")
 
@@ -80,24 +85,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     from xdiffusion.commands.base_weights import fold, open_base
     from xdiffusion.commands.lora_files import layer_table, merge_and_write, progress, read
 
-    if args.mode == "upl-ckpt-v2":
-        raise ValueError(
-            "--mode upl-ckpt-v2 writes Stable Diffusion's original names, and this project has no table of them yet; "
-            "--mode upl writes the same weights under the names of --path_1"
-        )
     names = layer_table(args.base)
-    if args.mode == "upl":
-        path = Path(args.path_1)
+    if args.mode.startswith("upl"):
+        path, output = Path(args.path_1), Path(args.output_path)
         if not path.exists() and not path.with_suffix(".safetensors").exists():
             raise ValueError(f"no model at {path}; a model of the Hugging Face hub has to be downloaded first")
-        lora, base, note = read(args.path_2, names), open_base(path), f"{Path(args.path_2).name}:{args.alpha:g}"
-        count = fold(base, lora, args.alpha, Path(args.output_path), {"folded_lora": note}, progress("folding"))
+        lora = read(args.path_2, names)
+        if args.mode == "upl":
+            note = {"folded_lora": f"{Path(args.path_2).name}:{args.alpha:g}"}
+            count = fold(open_base(path), lora, args.alpha, output, note, progress("folding"))
+        else:
+            count = _fold_into_original(path, lora, args.alpha, output)
         print(f"{args.output_path}: {path} + {args.alpha:g} * {args.path_2}, {count} layers")
         return
     first, second = read(args.path_1, names), read(args.path_2, names)
     weights = (args.alpha, 1 - args.alpha) if args.mode == "lpl" else (1.0, 1.0)
     method = "legacy" if args.legacy else "svd" if args.rank else "concat"
     merge_and_write(list(zip((first, second), weights)), args.output_path, names, method, rank=args.rank)
+
+
+def _fold_into_original(path: Path, lora: LoRAFile, scale: float, output: Path) -> int:
+    from xdiffusion.checkpoints.files import weights_file
+    from xdiffusion.checkpoints.native import load_model_file
+    from xdiffusion.commands.base_weights import fold_into
+    from xdiffusion.commands.sd_files import write_model
+    from xdiffusion.loading import check_fits, config_of
+
+    file = load_model_file(weights_file(path))
+    config = config_of(file)
+    check_fits(file, config)
+    count = fold_into(file, lora, scale)
+    write_model(file, config, output, "original")
+    return count
 
 
 def command() -> int:

@@ -1,0 +1,54 @@
+"""Stable Diffusion in small, with random weights, as a model and as a file."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from xdiffusion.build import build_model, image_shape, load_config
+from xdiffusion.checkpoints.native import save_model
+from xdiffusion.loading import STABLE_DIFFUSION
+from xdiffusion.model import DiffusionModel
+
+TINY_SD = ("sd15_tiny", "sd21_base_tiny", "sd21_v_tiny")
+FULL_SD = ("sd15", "sd21_base", "sd21_v")
+
+
+def sd_config(name: str) -> DictConfig:
+    """A built-in config by name."""
+    return load_config(STABLE_DIFFUSION / f"{name}.yaml")
+
+
+@cache
+def _tensors(name: str) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = build_model(sd_config(name))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        model.text_encoder.text_projection.weight.copy_(torch.eye(model.text_encoder.width))
+    return model.state_dict()
+
+
+def random_sd(name: str) -> DiffusionModel:
+    """The same weights on every call, none of them the zeros that a fresh network starts from; no text projection."""
+    model = build_model(sd_config(name))
+    model.load_state_dict(_tensors(name))
+    return model.eval().requires_grad_(False)
+
+
+def text_names(name: str) -> str:
+    """How the text encoder is named in an original file of this model."""
+    return "transformers" if name.startswith("sd15") else "open_clip"
+
+
+def write_native(name: str, path: Path) -> Path:
+    """The model of `random_sd` as a file of this project."""
+    config = sd_config(name)
+    plain = OmegaConf.to_container(config)
+    save_model(path, _tensors(name), config=plain, image_shape=image_shape(config), step=0)
+    return path

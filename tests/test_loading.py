@@ -1,0 +1,156 @@
+"""Checkpoints only meet configs of their own architecture, and become models without a second copy of their weights."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from xdiffusion.build import build_model, build_sampling, load_config
+from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.native import load_model_file, save_model
+from xdiffusion.config import ConfigError
+from xdiffusion.loading import check_same_architecture, load_model, load_weights
+from xdiffusion.model import generate, generators_for
+
+TINY = """
+data: {kind: image/digits, image_size: 8}
+model:
+  network: {kind: unet, channels: [8, 8], transformer_depth: [0, 1], num_res_blocks: 1, head_dim: 8, norm_groups: 4}
+  text_encoder: {kind: clip, width: 8, layers: 1, heads: 2, context_length: 6, pretrained: null}
+diffusion: {prediction: v}
+sampling: {steps: 3}
+"""
+
+
+@pytest.fixture
+def config_path(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture
+def config(config_path):
+    """config("key=value", ...) is the tiny config with overrides."""
+    return lambda *overrides: load_config(config_path, overrides)
+
+
+@pytest.fixture
+def saved(config, tmp_path):
+    """A tiny model and the path of its checkpoint."""
+    torch.manual_seed(3)
+    model = build_model(config())
+    path = tmp_path / "diffusion-7.safetensors"
+    save_model(path, model.state_dict(), config=OmegaConf.to_container(config()), image_shape=(1, 8, 8), step=7)
+    return model.eval(), path
+
+
+def test_a_checkpoint_alone_gives_the_model_back(saved, config, config_path):
+    model, path = saved
+    for loaded, its_config in (load_model(path), load_model(path, config_path), load_model(path.with_suffix(".pt"))):
+        assert its_config == config()
+        assert not loaded.training
+        assert not any(p.requires_grad for p in loaded.parameters())
+        assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+    sampling = build_sampling(config(), model.schedule)
+    images = [generate(m, ["1", "2"], generators_for(0, 2), **sampling) for m in (model, loaded)]
+    assert torch.equal(*images)
+
+
+def test_a_pickled_state_dict_needs_the_config(saved, config_path, tmp_path):
+    model, _ = saved
+    path = tmp_path / "plain.pt"
+    torch.save(model.state_dict(), path)
+    with pytest.raises(ConfigError, match=r"plain\.pt carries no config: name it with --config_path"):
+        load_model(path)
+    loaded, _ = load_model(path, config_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("model.network.channels=[8,16]", "model.network.channels=[8, 8] there, [8, 16] in the config"),
+        ("model.text_encoder.context_length=7", "model.text_encoder.context_length=6 there, 7"),
+        ("diffusion.prediction=eps", "diffusion.prediction=v there, eps in the config"),
+        ("diffusion.schedule.kind=betas", "diffusion.schedule.kind=cosine there, betas"),
+        ("data.image_size=16", "is for images (1, 8, 8), the config for (1, 16, 16)"),
+        ("data.kind=image/cifar10", "is for images (1, 8, 8), the config for (3, 8, 8)"),
+    ],
+)
+def test_another_architecture_is_refused_with_the_key_that_differs(saved, config, tmp_path, override, difference):
+    _, path = saved
+    with pytest.raises(CheckpointError) as error:
+        check_same_architecture(config(override), load_model_file(path))
+    assert str(path) in str(error.value)
+    assert difference in str(error.value)
+
+    other = tmp_path / "other.yaml"
+    other.write_text(OmegaConf.to_yaml(config(override)))
+    with pytest.raises(CheckpointError, match=r"diffusion-7\.safetensors is "):
+        load_model(path, other)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.batch_size=2",
+        "sampling.steps=9",
+        "model.text_encoder.pretrained=tiny",
+        "data.kind=image/digits_inverted",
+    ],
+)
+def test_what_is_no_architecture_may_differ(saved, config, override):
+    check_same_architecture(config(override), load_model_file(saved[1]))
+
+
+def test_a_key_that_is_younger_than_the_file_has_its_default_there(saved, config):
+    model, path = saved
+    plain = OmegaConf.to_container(config())
+    for key in ("clip_skip", "pad_with_end_token"):
+        del plain["model"]["text_encoder"][key]
+    save_model(path, model.state_dict(), config=plain, image_shape=(1, 8, 8), step=7)
+    check_same_architecture(config(), load_model_file(path))
+    with pytest.raises(CheckpointError, match=r"pad_with_end_token=False there, True in the config"):
+        check_same_architecture(config("model.text_encoder.pad_with_end_token=true"), load_model_file(path))
+
+
+def test_weights_that_do_not_fit_their_own_config_are_refused(saved, config, tmp_path):
+    model, path = saved
+    tensors = dict(model.state_dict())
+    removed = tensors.pop("network.conv_in.weight")
+    header = {"config": OmegaConf.to_container(config()), "image_shape": (1, 8, 8), "step": 1}
+    save_model(path, tensors, **header)
+    with pytest.raises(CheckpointError, match=r"another architecture: .*network\.conv_in\.weight"):
+        load_model(path)
+    save_model(path, tensors | {"network.conv_in.weight": removed[:4]}, **header)
+    with pytest.raises(CheckpointError, match="size mismatch"):
+        load_model(path)
+
+
+def test_a_config_inside_a_checkpoint_is_checked_like_any_other(saved, config):
+    model, path = saved
+    theirs = OmegaConf.to_container(config())
+    theirs["model"]["network"]["chanels"] = theirs["model"]["network"].pop("channels")
+    save_model(path, model.state_dict(), config=theirs, image_shape=(1, 8, 8), step=7)
+    with pytest.raises(ConfigError, match=r"diffusion-7\.safetensors: .*did you mean channels\?"):
+        load_model(path)
+
+
+def test_tensors_are_taken_over_as_they_lie_in_the_file_where_dtype_and_layout_allow(saved, config):
+    model, path = saved
+    file = load_model_file(path)
+    mapped = {name: tensor.data_ptr() for name, tensor in file.tensors.items()}
+    loaded = build_model(config(), without_weights=True)
+    load_weights(loaded, file)
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.stride() == model.state_dict()[name].stride()
+        assert (tensor.data_ptr() == mapped[name]) == tensor.is_contiguous() or tensor.ndim == 4
+
+
+def test_a_model_that_has_weights_keeps_its_own_memory(saved, config):
+    model, path = saved
+    other = build_model(config())
+    before = [p.data_ptr() for p in other.parameters()]
+    load_weights(other, load_model_file(path))
+    assert [p.data_ptr() for p in other.parameters()] == before
+    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values()))

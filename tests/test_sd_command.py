@@ -1,0 +1,114 @@
+"""The command `sd`, and `lora_add --mode upl-ckpt-v2`, as a user types them."""
+
+import shlex
+
+import pytest
+import torch
+from commands import files_in
+from lora_cases import factors
+from sd_files import random_sd, write_native
+
+from xdiffusion.checkpoints.component_names import exchange_name
+from xdiffusion.checkpoints.files import load_pickled
+from xdiffusion.checkpoints.lora_file import LoRAFile
+from xdiffusion.checkpoints.lora_formats import write_lora
+from xdiffusion.checkpoints.stable_diffusion import from_original
+from xdiffusion.checkpoints.streaming import StoredTensors
+from xdiffusion.cli import run
+from xdiffusion.commands import lora_add, sd
+from xdiffusion.loading import STABLE_DIFFUSION, load_model
+
+
+def command(line: str) -> int:
+    name, *words = shlex.split(line)
+    try:
+        return run({"sd": sd.main, "lora_add": lora_add.main}[name], words)
+    except SystemExit as stop:  # argparse
+        return stop.code
+
+
+@pytest.fixture(params=["sd15_tiny", "sd21_v_tiny"])
+def name(request, work_folder):
+    """A model's name; the current folder holds its native file, model.safetensors."""
+    write_native(request.param, work_folder / "model.safetensors")
+    return request.param
+
+
+def test_every_layout_holds_the_same_model(name, work_folder, capsys):
+    for line in (
+        "sd convert model.safetensors original.safetensors --to original",
+        "sd convert original.safetensors folder --to diffusers",
+        "sd convert folder original.ckpt --to original",
+        f"sd convert original.ckpt native.safetensors --to native --config_path {STABLE_DIFFUSION / name}.yaml",
+    ):
+        assert command(line) == 0
+    assert capsys.readouterr().out.startswith("original.safetensors: 775 tensors, original, from model.safetensors\n")
+    exact = random_sd(name).state_dict()
+    for path in ("original.safetensors", "folder", "native.safetensors"):
+        model, config = load_model(work_folder / path)
+        assert model.prediction == config.diffusion.prediction == ("v" if "_v" in name else "eps")
+        assert all(torch.equal(tensor, exact[n]) for n, tensor in model.state_dict().items())
+    assert {
+        "model_index.json",
+        "tokenizer/vocab.json",
+        "unet/config.json",
+        "scheduler/scheduler_config.json",
+    } <= files_in(work_folder / "folder")
+    assert load_pickled(work_folder / "original.ckpt").keys() == {"state_dict"}
+
+
+@pytest.mark.parametrize("name", ["sd15_tiny"], indirect=True)
+def test_dtype_changes_the_weights_and_an_output_may_be_its_input(name, work_folder):
+    assert command("sd convert model.safetensors half.safetensors --to original --dtype float16") == 0
+    exact = random_sd(name).state_dict()
+    stored = from_original(StoredTensors(work_folder / "half.safetensors"))
+    assert all(torch.equal(tensor, exact[n].half()) for n, tensor in stored.items())
+    assert command("sd convert model.safetensors model.safetensors --to original") == 0
+    assert "network.conv_in.weight" in from_original(StoredTensors(work_folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["sd15_tiny"], indirect=True)
+def test_a_mistake_is_one_line_and_writes_nothing(name, work_folder, capsys):
+    (work_folder / "folder").mkdir()
+    for line, message in (
+        (
+            "sd convert none.safetensors out.safetensors --to native",
+            "no checkpoint at none.safetensors; there are: model",
+        ),
+        ("sd convert model.safetensors folder --to diffusers", "folder is there already; a folder is not overwritten"),
+        ("sd convert model.safetensors out.txt --to original", "out.txt: an original file ends in .safetensors or .pt"),
+        ("sd convert model.safetensors out.bin --to native", "out.bin: a native model is a .safetensors file"),
+        ("sd convert model.safetensors out.safetensors --to kohya", "invalid choice: 'kohya'"),
+    ):
+        assert command(line) == 2
+        assert message in capsys.readouterr().err
+    assert files_in(work_folder) == {"model.safetensors"}
+
+
+def test_a_model_that_the_layouts_have_no_words_for_is_refused(tiny_run, work_folder, capsys):
+    for layout, output in (("original", "out.safetensors"), ("diffusers", "out")):
+        assert command(f"sd convert {tiny_run.checkpoint} {output} --to {layout}") == 2
+        assert f"model.network.ff_mult=2: {layout} knows 4 only" in capsys.readouterr().err
+    assert files_in(work_folder) == set()
+
+
+def test_a_lora_is_folded_into_an_original_file(name, work_folder, capsys):
+    exact = random_sd(name).state_dict()
+    chosen = [
+        n
+        for n in exact
+        if n.endswith(("attn1.to_q.weight", "layers.1.attn.to_v.weight", "mid_block.resnets.0.conv1.weight"))
+    ]
+    modules = {n.removesuffix(".weight"): factors(tuple(exact[n].shape), seed=i) for i, n in enumerate(chosen)}
+    modules = {n: f for n, f in modules.items() if not n.startswith("autoencoder.")}
+    write_lora(LoRAFile({exchange_name(n): f for n, f in modules.items()}), work_folder / "style.safetensors", "kohya")
+    assert command("sd convert model.safetensors original.safetensors --to original") == 0
+    for source in ("original.safetensors", "model.safetensors"):
+        assert command(f"lora_add {source} style.safetensors out.safetensors 0.5 upl-ckpt-v2") == 0
+        assert f"{source} + 0.5 * style.safetensors, {len(modules)} layers" in capsys.readouterr().out
+        result = from_original(StoredTensors(work_folder / "out.safetensors"))
+        for n, tensor in result.items():
+            added = modules.get(n.removesuffix(".weight"))
+            expected = exact[n] + 0.5 * added.delta() if added else exact[n]
+            torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-5)
+    assert any(n.startswith("text_encoder.") for n in modules)

@@ -1,0 +1,71 @@
+"""Work with Stable Diffusion's model files.
+
+    sd convert v1-5-pruned-emaonly.safetensors sd15 --to diffusers
+    sd convert sd15 sd15.safetensors --to original --dtype float16
+    sd convert v2-1_768-ema-pruned.ckpt sd21.safetensors --to native
+
+IN is an original single file (.safetensors, .ckpt), a folder of diffusers, or a model of this project; its shapes tell
+which model it is. Memory beyond that of Python and torch: the tensors that --dtype changes; all others are mapped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from xdiffusion.cli import run
+
+LAYOUTS = ("original", "diffusers", "native")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="sd", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    description = "write a model in another layout, with the same weights"
+    convert = commands.add_parser("convert", help=description, description=description)
+    convert.set_defaults(handler=_convert)
+    add = convert.add_argument
+    add("input", metavar="IN")
+    add("output", metavar="OUT", help="a file (.safetensors; original also .ckpt), or a new folder for diffusers")
+    add("--to", required=True, choices=LAYOUTS, help="layout of OUT")
+    add("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
+    add("--ema", action="store_true", help="take the moving average of the UNet, of an original file that holds both")
+    add("--config_path", metavar="YAML", help="of IN, where its shapes or its name do not tell, or tell it wrong")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    args.handler(args)
+
+
+def command() -> int:
+    """The console script `sd`."""
+    return run(main)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    import torch
+
+    from xdiffusion.checkpoints.files import weights_file
+    from xdiffusion.checkpoints.native import load_model_file
+    from xdiffusion.commands.sd_files import write_model
+    from xdiffusion.loading import check_fits, config_of
+
+    file = load_model_file(weights_file(args.input), args.ema)
+    config = config_of(file, args.config_path)
+    check_fits(file, config)
+    if args.dtype:
+        for name, tensor in file.tensors.items():
+            file.tensors[name] = tensor.to(getattr(torch, args.dtype))
+    write_model(file, config, Path(args.output), args.to)
+    print(f"{args.output}: {len(file.tensors)} tensors, {args.to}, from {file.path}")
+
+
+if __name__ == "__main__":
+    sys.exit(command())
