@@ -30,6 +30,19 @@ def test_network_sees_the_schedules_time_in_float32():
     assert seen[0].dtype == torch.float32
 
 
+def test_whole_steps_round_what_the_network_sees_and_not_the_noise_level():
+    seen = []
+
+    def network(xt, time, context):
+        seen.append(time.tolist())
+        return torch.zeros_like(xt)
+
+    t, xt, context = torch.tensor(0.4006, dtype=torch.float64), torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 1)
+    x0 = [Denoiser(network, BetaSchedule(), "eps", whole)(xt, t, context) for whole in (False, True)]
+    assert seen == [[pytest.approx(399.6)], [400.0]]
+    assert torch.equal(*x0)  # xt / alpha(t)
+
+
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
 def test_guidance_is_the_formula_on_two_separate_passes(scale, generator):
     xt = torch.randn(3, 1, 4, 4, generator=generator)

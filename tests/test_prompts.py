@@ -32,3 +32,11 @@ def test_another_slot_is_refused_with_the_one_that_is_allowed(prompt):
     with pytest.raises(ValueError, match=r"has the unknown slot \{.*\}; allowed: \{class\}") as error:
         expand_prompts(["fine", prompt], TABLE, None)
     assert repr(prompt) in str(error.value)
+
+
+def test_without_classes_prompts_are_needed_and_have_no_slots():
+    assert expand_prompts(["a fox", "a cat"], None, 3) == ["a fox", "a cat", "a fox"]
+    with pytest.raises(ValueError, match=r"no classes to draw: .*--prompt"):
+        expand_prompts([], None, 2)
+    with pytest.raises(ValueError, match=r"unknown slot \{class\}; this model has no classes"):
+        expand_prompts(["a {class}"], None, 2)

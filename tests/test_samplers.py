@@ -14,11 +14,15 @@ from xdiffusion.diffusion.schedules import BetaSchedule, CosineSchedule
 from xdiffusion.samplers.ancestral import sample_ancestral
 from xdiffusion.samplers.ddim import sample_ddim
 from xdiffusion.samplers.dpm_solver import sample_dpm_solver
+from xdiffusion.samplers.euler import sample_euler, sample_euler_ancestral
 from xdiffusion.samplers.heun import sample_heun
-from xdiffusion.samplers.time_grids import karras_times, logsnr_times, uniform_times
+from xdiffusion.samplers.time_grids import karras_times, logsnr_times, timestep_times, uniform_times
 
 MEAN, STD = 0.4, 0.25
 SCHEDULE = CosineSchedule(-10, 10)
+
+
+SAMPLERS = [sample_ddim, sample_heun, sample_dpm_solver, sample_ancestral, sample_euler, sample_euler_ancestral]
 
 
 class GaussianDenoiser:
@@ -42,7 +46,9 @@ def start(n=64):
     return torch.randn(n, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("sampler", "order"), [(sample_ddim, 1), (sample_heun, 2), (sample_dpm_solver, 2)])
+@pytest.mark.parametrize(
+    ("sampler", "order"), [(sample_ddim, 1), (sample_euler, 1), (sample_heun, 2), (sample_dpm_solver, 2)]
+)
 def test_order_of_convergence(sampler, order):
     """Halving the step divides the error by 2^order. Times evenly spaced in log-SNR, where all three are regular.
 
@@ -94,6 +100,36 @@ def test_ddim_with_full_eta_is_ancestral():
     torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)
 
 
+def test_euler_is_ddim_in_other_coordinates():
+    times, x_T = uniform_times(SCHEDULE, 12), start()
+    torch.testing.assert_close(
+        sample_euler(GaussianDenoiser(), x_T, times), sample_ddim(GaussianDenoiser(), x_T, times), atol=1e-9, rtol=1e-9
+    )
+
+
+def test_euler_ancestral_reaches_the_distribution_that_its_recursion_predicts():
+    """As above, in y = xt / alpha: y' = y + (down - s) (y - x0) / s + up * noise, with x0 affine in y."""
+    x_T = torch.randn(40_000, 1, 1, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for steps, tolerance in ((10, None), (200, 0.02)):
+        times = uniform_times(SCHEDULE, steps)
+        alphas, sigmas = SCHEDULE.alpha_sigma(times)
+        levels = sigmas / alphas
+        mean, var = 0.0, 1 / alphas[0] ** 2
+        for s, s_next in zip(levels[:-1], levels[1:]):
+            up_squared = s_next**2 * (s**2 - s_next**2) / s**2
+            shrink = (s_next**2 - up_squared).sqrt() / s  # y' = shrink y + (1 - shrink) x0
+            gain = STD**2 / (STD**2 + s**2)  # x0 = MEAN + gain (y - MEAN)
+            on_y = shrink + (1 - shrink) * gain
+            mean, var = on_y * mean + (1 - on_y) * MEAN, on_y**2 * var + up_squared
+        x = sample_euler_ancestral(GaussianDenoiser(), x_T, times, generator=torch.Generator().manual_seed(2))
+        x = x / alphas[-1]
+        assert abs(x.mean() - mean) < 5 * var**0.5 / 200
+        assert abs(x.var() / var - 1) < 0.05
+        if tolerance:
+            assert abs(mean - MEAN) < tolerance
+            assert abs(var**0.5 - STD) < tolerance
+
+
 def test_samples_do_not_depend_on_their_batch():
     x_T, times = start(4), uniform_times(SCHEDULE, 5)
 
@@ -105,7 +141,7 @@ def test_samples_do_not_depend_on_their_batch():
     assert torch.equal(whole[2:], sample([2, 3]))
 
 
-@pytest.mark.parametrize("sampler", [sample_ddim, sample_heun, sample_dpm_solver, sample_ancestral])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_steps_are_reported_and_counted(sampler):
     denoiser, seen = GaussianDenoiser(), []
     sampler(
@@ -121,7 +157,7 @@ def test_steps_are_reported_and_counted(sampler):
 
 def test_beta_tables_end_in_clean_data_without_nan():
     schedule = BetaSchedule()
-    for sampler in (sample_ddim, sample_heun, sample_dpm_solver):
+    for sampler in (sample_ddim, sample_heun, sample_dpm_solver, sample_euler):
         x = sampler(GaussianDenoiser(schedule), start(), uniform_times(schedule, 100))
         assert x.isfinite().all()
         torch.testing.assert_close(x, exact_end(start(), schedule), atol=0.05, rtol=0)
@@ -144,9 +180,33 @@ def test_karras_grid_is_even_in_its_power():
     torch.testing.assert_close(steps, steps[:1].expand(8))
 
 
+def test_karras_levels_stay_inside_the_table():
+    table = BetaSchedule(spacing="scaled_linear", beta_start=0.00085, beta_end=0.012)  # Stable Diffusion's
+    times = karras_times(table, 9)
+    levels = (-0.5 * table.logsnr(times[:-1])).exp()
+    assert (times.diff() < 0).all()
+    assert times[[0, -2]].tolist() == pytest.approx([1, 1 / 1000])
+    assert levels[[0, -1]].tolist() == pytest.approx([14.6146, 0.02917], rel=1e-3)
+
+
+def test_timesteps_of_stable_diffusion():
+    table = BetaSchedule(spacing="scaled_linear")
+    leading = timestep_times(table, 4, "leading", last="first") * 1000 - 1
+    assert leading.tolist() == pytest.approx([751, 501, 251, 1, 0])
+    assert (timestep_times(table, 4) * 1000).tolist() == pytest.approx([1000, 750, 501, 251, 0])
+    assert (timestep_times(table, 4, "linspace") * 1000 - 1).tolist() == pytest.approx([999, 666, 333, 0, -1])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: unwrap(timestep_times)(SCHEDULE, 5), "for tables of timesteps .*another is uniform"),
+        (lambda: unwrap(timestep_times)(BetaSchedule(), 5, "even"), "'even' is unknown; allowed: leading, linspace"),
+        (lambda: unwrap(timestep_times)(BetaSchedule(), 5, last="none"), "'none' is unknown; allowed: clean, first"),
+        (lambda: timestep_times(BetaSchedule(), 2000), "steps=2000 .* do not fall"),
+        (lambda: timestep_times(BetaSchedule(), 5, "leading", steps_offset=300), "steps_offset=300 .* do not fall"),
+        (lambda: timestep_times(BetaSchedule(), 5, "linspace", last="first"), "last=first do not fall"),
+        (lambda: sample_euler_ancestral(GaussianDenoiser(), start(), uniform_times(SCHEDULE, 3)), "generator"),
         (lambda: uniform_times(SCHEDULE, 0), "steps=0"),
         (lambda: sample_ddim(GaussianDenoiser(), start(), uniform_times(SCHEDULE, 3), eta=1.0), "generator"),
         (

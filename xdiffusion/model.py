@@ -5,18 +5,22 @@ images = autoencoder.decode(sampler(denoiser(network, schedule, prediction), noi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from xdiffusion.diffusion.denoiser import Denoiser, GuidedDenoiser
 from xdiffusion.diffusion.predictions import Prediction
 from xdiffusion.diffusion.schedules import Schedule
-from xdiffusion.layers.attention import cached_context
+from xdiffusion.layers.once import computed_once
 from xdiffusion.samplers.contract import OnStep
+from xdiffusion.samplers.image_to_image import MaskedDenoiser, noised, times_from
 
 Sampler = Callable[..., Tensor]
 
@@ -28,11 +32,52 @@ class SamplingSettings:
     steps: of the sampler.
     cfg_scale: strength of classifier-free guidance; 1 is none.
     clip_x0: clamp each estimate of x0 to [-1, 1]; for pixel-space models.
+    negative_prompt: what guidance leads away from.
+    prompt_syntax: "plain", or "weighted" for (word:1.2) and prompts of any length, see `CLIPTextEncoder.encode`.
+    whole_steps: round what the network's time embedding sees, see `Denoiser`.
+    start_noise: "unit": x_T = eps. "sigma": x_T = sigma eps at the first time, as [KDiff]'s Euler starts.
     """
 
     steps: int = 50
     cfg_scale: float = 2.0
     clip_x0: bool = True
+    negative_prompt: str = ""
+    prompt_syntax: Literal["plain", "weighted"] = "plain"
+    whole_steps: bool = False
+    start_noise: Literal["unit", "sigma"] = "unit"
+
+
+@dataclass(frozen=True)
+class StartImage:
+    """What sampling starts from instead of noise alone.
+
+    images: (1 or B, C, H, W) in [-1, 1], of the model's image_shape.
+    strength: share of the steps that are taken, in [0, 1]: 0 gives the image back.
+    mask: (1 or B, 1, H, W), 1 where the image is drawn anew, 0 where it stays; None draws it anew everywhere.
+    """
+
+    images: Float[Tensor, "B C H W"]
+    strength: float = 0.8
+    mask: Float[Tensor, "N 1 H W"] | None = None
+
+    def check(self, image_shape: tuple[int, int, int]) -> None:
+        """See that the images and the mask are of a model's size.
+
+        Raises:
+            ValueError: if they are not.
+        """
+        channels, height, width = image_shape
+        if tuple(self.images.shape[1:]) != (channels, height, width):
+            raise ValueError(f"the start image has shape {tuple(self.images.shape[1:])}, the model {image_shape}")
+        if self.mask is not None and tuple(self.mask.shape[1:]) != (1, height, width):
+            raise ValueError(f"the mask is {tuple(self.mask.shape[2:])} pixels, the image {(height, width)}")
+
+    def rows(self, block: slice, count: int) -> StartImage:
+        """What belongs to a block of the `count` images that are drawn."""
+        images, mask = (
+            given if given is None else given.expand(count, -1, -1, -1)[block] for given in (self.images, self.mask)
+        )
+        return StartImage(images, self.strength, mask)
 
 
 class DiffusionModel(nn.Module):
@@ -45,6 +90,9 @@ class DiffusionModel(nn.Module):
         schedule, prediction: the diffusion process and what the network outputs.
         image_shape: (C, H, W) of the images.
         channels_last: keep the network's convolutions in NHWC memory; faster, the same mathematics.
+
+    Attributes:
+        offload_to: where a part goes only while it works, and the CPU otherwise; None: all stay where they are.
 
     Raises:
         ValueError: if the network's patches do not divide the image.
@@ -66,14 +114,39 @@ class DiffusionModel(nn.Module):
         self.autoencoder = autoencoder
         self.schedule = schedule
         self.prediction = prediction
+        self.offload_to: torch.device | None = None
         self.image_shape = tuple(image_shape)
         _, height, width = self.latent_shape
         if height % network.patch_size or width % network.patch_size:
             raise ValueError(f"patch_size={network.patch_size} does not divide the image size {height}x{width}")
 
+    def resize(self, height: int, width: int) -> None:
+        """Draw images of another size from now on.
+
+        Raises:
+            ValueError: if the sides are not multiples of what the autoencoder and the network's patches take.
+        """
+        unit = self.autoencoder.pixels_per_latent * self.network.patch_size
+        if height < unit or width < unit or height % unit or width % unit:
+            raise ValueError(f"height={height}, width={width}: the sides of an image must be multiples of {unit}")
+        self.image_shape = (self.image_shape[0], height, width)
+
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        """Where samples are computed."""
+        return self.offload_to or next(self.network.parameters()).device
+
+    @contextmanager
+    def at_work(self, part: nn.Module) -> Iterator[None]:
+        """Within this block `part` is on the device that computes."""
+        if self.offload_to is None:
+            yield
+            return
+        part.to(self.offload_to)
+        try:
+            yield
+        finally:
+            part.to("cpu")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -83,8 +156,9 @@ class DiffusionModel(nn.Module):
         return self.autoencoder.latent_channels, height // factor, width // factor
 
     def base_weights(self) -> dict[str, Tensor]:
-        """The model's own weights by name, without those of LoRA adapters; what the base hash is taken of."""
-        return {k: v for k, v in self.state_dict().items() if ".lora_" not in k}
+        """The model's own weights by name, without LoRA adapters and learned words; what the base hash is taken of."""
+        added = (".lora_", ".learned_embedding")
+        return {k: v for k, v in self.state_dict().items() if not any(name in k for name in added)}
 
 
 def best_device(force_cpu: bool = False) -> torch.device:
@@ -113,6 +187,10 @@ def generate(
     cfg_scale: float = 1.0,
     clip_x0: bool = False,
     negative_prompt: str = "",
+    prompt_syntax: Literal["plain", "weighted"] = "plain",
+    whole_steps: bool = False,
+    start_noise: Literal["unit", "sigma"] = "unit",
+    start_image: StartImage | None = None,
     batch_size: int = 100,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "B C H W"]:
@@ -120,23 +198,66 @@ def generate(
 
     Args:
         model: in evaluation mode.
-        prompts: one per image.
+        prompts: one per image; each different one is embedded once.
         generators: one per image; the source of its starting noise and of the sampler's.
         sampler: `(denoiser, x_T, times, *, generator, on_step) -> x0`.
         times: see `samplers.time_grids`.
         cfg_scale, clip_x0: see `GuidedDenoiser`.
-        negative_prompt: what guidance leads away from.
+        negative_prompt, prompt_syntax, whole_steps, start_noise: see `SamplingSettings`.
+        start_image: what to start from; None: noise.
         on_step: called as on_step(i, xt, x0) within each block.
+
+    Raises:
+        ValueError: if the start image's strength or size is wrong, or the prompts are not of the syntax.
     """
-    denoiser = Denoiser(model.network, model.schedule, model.prediction)
+    if start_image is not None:
+        start_image.check(model.image_shape)
+        times = times_from(times, start_image.strength)
+    context, null_context = _embedded(model, prompts, negative_prompt, prompt_syntax)
+    denoiser = Denoiser(model.network, model.schedule, model.prediction, whole_steps)
     images = []
     for start in range(0, len(prompts), batch_size):
         block = slice(start, start + batch_size)
-        context = model.text_encoder.encode(list(prompts[block]))
-        null_context = model.text_encoder.encode([negative_prompt])
-        guided = GuidedDenoiser(denoiser, context, null_context, cfg_scale, clip_x0)
-        x_T = initial_noise(model.latent_shape, generators[block]).to(model.device)
-        with cached_context(model.network):
+        guided = GuidedDenoiser(denoiser, context[block], null_context, cfg_scale, clip_x0)
+        if start_image is None:
+            x_T = initial_noise(model.latent_shape, generators[block]).to(model.device)
+            x_T = x_T * model.schedule.alpha_sigma(times[0])[1] if start_noise == "sigma" else x_T
+        else:
+            guided, x_T = _started(model, start_image.rows(block, len(prompts)), guided, generators[block], times)
+        with model.at_work(model.network), computed_once(model.network):
             x0 = sampler(guided, x_T, times, generator=generators[block], on_step=on_step)
-        images.append(model.autoencoder.decode(x0).clamp(-1, 1).float().cpu())
+        if isinstance(guided, MaskedDenoiser):
+            x0 = guided.kept(x0)  # a grid may end with a trace of noise
+        with model.at_work(model.autoencoder):
+            images.append(model.autoencoder.decode(x0).clamp(-1, 1).float().cpu())
     return torch.cat(images)
+
+
+def _embedded(
+    model: DiffusionModel, prompts: Sequence[str], negative_prompt: str, syntax: str
+) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "1 L D"]]:
+    """The contexts of the prompts and of the negative prompt, of one length, in the network's precision."""
+    different = list(dict.fromkeys([*prompts, negative_prompt]))
+    with model.at_work(model.text_encoder):
+        embedded = model.text_encoder.encode(different, syntax).to(next(model.network.parameters()).dtype)
+    embedded = embedded.to(model.device)
+    row = {prompt: i for i, prompt in enumerate(different)}
+    return embedded[[row[prompt] for prompt in prompts]], embedded[[row[negative_prompt]]]
+
+
+def _started(
+    model: DiffusionModel,
+    start_image: StartImage,
+    guided: GuidedDenoiser,
+    generators: Sequence[torch.Generator],
+    times: Float[Tensor, " n"],
+) -> tuple[GuidedDenoiser | MaskedDenoiser, Float[Tensor, "B C H W"]]:
+    """The denoiser that knows what a mask keeps, and xt at the first time."""
+    with model.at_work(model.autoencoder):  # what the encoder draws comes before the noise, as in diffusers
+        pairs = zip(start_image.images.to(model.device), generators)
+        x0 = torch.cat([model.autoencoder.encode(image[None], generator) for image, generator in pairs]).float()
+    eps = initial_noise(model.latent_shape, generators).to(model.device)
+    if start_image.mask is not None:
+        mask = F.interpolate(start_image.mask.float(), size=model.latent_shape[1:]).to(model.device)
+        guided = MaskedDenoiser(guided, x0, mask)
+    return guided, noised(x0, eps, model.schedule, times)

@@ -10,22 +10,26 @@ from xdiffusion.data.captions import PromptTable
 SLOT = "class"
 
 
-def expand_prompts(given: Sequence[str], table: PromptTable, count: int | None) -> list[str]:
+def expand_prompts(given: Sequence[str], table: PromptTable | None, count: int | None) -> list[str]:
     """The prompts of `count` images: {class} becomes every class in turn, and the list is repeated to length.
 
     Args:
         given: prompts; none means every class by its plainest caption.
-        table: of the model's data set.
+        table: of the model's data set; None for a model of images without classes.
         count: images; None means one per prompt.
 
     Raises:
-        ValueError: for a slot other than {class}.
+        ValueError: for a slot other than {class}; without classes for any slot and for no prompt.
     """
+    if table is None and not given:
+        raise ValueError('this model has no classes to draw: say what to draw with --prompt "TEXT"')
+    allowed = {SLOT} if table else set()
     expanded = []
     for prompt in given or ["{class}"]:
-        unknown = set(re.findall(r"\{(.*?)\}", prompt)) - {SLOT}
+        unknown = set(re.findall(r"\{(.*?)\}", prompt)) - allowed
         if unknown:
-            raise ValueError(f"--prompt {prompt!r} has the unknown slot {{{unknown.pop()}}}; allowed: {{{SLOT}}}")
+            known = f"allowed: {{{SLOT}}}" if table else "this model has no classes, so there are no slots"
+            raise ValueError(f"--prompt {prompt!r} has the unknown slot {{{unknown.pop()}}}; {known}")
         classes = [names[0] for names in table.names] if f"{{{SLOT}}}" in prompt else [""]
         expanded += [prompt.replace(f"{{{SLOT}}}", name) for name in classes]
     count = count or len(expanded)

@@ -2,9 +2,12 @@
 
     python sampling/image/sample.py --checkpoint output/image/digits/ddpm_24x24_v_continuous_clip/diffusion-1400.safetensors
     python sampling/image/sample.py --checkpoint ... --lora_path ...-lora.safetensors --prompt "a handwritten {class}"
+    python sampling/image/sample.py --checkpoint v1-5-pruned-emaonly.safetensors --prompt "a (red:1.2) fox" --num_samples 4
+    python sampling/image/sample.py --checkpoint ... --prompt "a fox" --init_image dog.png --mask_image head.png
 
 With --lora_path it writes the base's grid, the LoRA's grid, and one picture that pairs the base with several strengths of
-the LoRA on the same prompts and the same noise.
+the LoRA on the same prompts and the same noise. Models without classes, as Stable Diffusion, write one file per image too,
+and the pairs only with --paired. Every PNG holds the words that draw it again: --from_png FILE.
 """
 
 from __future__ import annotations
@@ -13,73 +16,143 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xdiffusion.cli import SAMPLING_FLAGS, add_model_flags, positive_int, run, sampling_overrides
+
+if TYPE_CHECKING:
+    import torch
+
+    from xdiffusion.model import DiffusionModel, StartImage
 
 PAIRED_SCALES = (0.5, 1.0)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add_model_flags(parser)
-    add = parser.add_argument
-    add(
-        "--lora_path",
-        action="append",
-        default=[],
-        metavar="FILE[:SCALE]",
-        help="a LoRA of this model and its strength (1); repeatable, strengths add up",
-    )
-    add("--lora_merge", action="store_true", help="fold the LoRAs into the weights to sample: as fast as the base")
-    add(
-        "--num_samples",
-        type=positive_int,
-        metavar="N",
-        help="images; prompts take turns (default: one per prompt, or 8)",
-    )
-    add(
-        "--prompt",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="what to draw; {class} stands for every class in turn; repeatable (default: the classes)",
-    )
-    add("--seed", type=int, default=0, metavar="N", help="image i is drawn from the noise of seed + i")
-    add("--output_path", metavar="DIR", help="default: output/<dataset>/sample/<config name>")
-    add("--save_trajectory", action="store_true", help="also write a film of the denoising (GIF)")
-    add(
-        "--allow_other_base",
-        action="store_true",
-        help="apply a LoRA although it was trained on another base of this shape",
-    )
-    args = parser.parse_args(argv)
+    add_flags(parser)
+    words, output_path = with_recipe(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words)
+    args.words, args.output_path = words, output_path
     if args.lora_merge and not args.lora_path:
         parser.error("--lora_merge folds what --lora_path names, and there is none")
+    if args.paired and not args.lora_path:
+        parser.error("--paired compares the base with what --lora_path names, and there is none")
+    if args.strength is not None and not args.init_image:
+        parser.error("--strength is that of --init_image, and there is none")
+    if args.mask_image and not args.init_image:
+        parser.error("--mask_image says what to draw anew of --init_image, and there is none")
     return args
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    def add(flag: str, metavar: str | None = None, help: str = "", **more) -> None:
+        parser.add_argument(flag, help=help, **({"metavar": metavar} if metavar else {}), **more)
+
+    several = {"action": "append", "default": []}
+    switch = {"action": "store_true"}
+    add(
+        "--lora_path",
+        "FILE[:SCALE]",
+        "a LoRA of this model and its strength (1); repeatable, strengths add up",
+        **several,
+    )
+    add("--lora_merge", help="fold the LoRAs into the weights to sample: as fast as the base", **switch)
+    add(
+        "--paired",
+        help="draw the base and half strengths too (default: for models with classes)",
+        action=argparse.BooleanOptionalAction,
+    )
+    add(
+        "--learned_tokens",
+        "FILE[=NAME]",
+        "words learned by textual inversion, for use in prompts; repeatable",
+        **several,
+    )
+    add("--num_samples", "N", "images; prompts take turns (default: one per prompt, or 8)", type=positive_int)
+    add("--batch_size", "N", "images drawn at a time (100; 4 for models without classes)", type=positive_int)
+    add(
+        "--prompt",
+        "TEXT",
+        "what to draw; {class} stands for every class in turn; repeatable (default: the classes)",
+        **several,
+    )
+    add(
+        "--clip_skip", "N", "the text encoder's layer from the end: 1 = last (default: the config's)", type=positive_int
+    )
+    add("--height", "N", "of the images, in pixels (default: the config's)", type=positive_int)
+    add("--width", "N", "of the images, in pixels (default: the config's)", type=positive_int)
+    add("--init_image", "FILE", "a picture to start from instead of noise, scaled and cut to the size")
+    add("--strength", "S", "how much of it is drawn anew: 0 = nothing, 1 = all (0.8)", type=float)
+    add("--mask_image", "FILE", "of the same size: bright where the picture is drawn anew, dark where it stays")
+    add("--seed", "N", "image i is drawn from the noise of seed + i", type=int, default=0)
+    add("--output_path", "DIR", "default: output/<dataset>/sample/<config name>")
+    add("--save_trajectory", help="also write a film of the denoising (GIF)", **switch)
+    add(
+        "--mixed_precision",
+        help="of the network and the text encoder (no); the autoencoder stays in float32",
+        choices=("no", "fp16", "bf16"),
+        default="no",
+    )
+    add("--offload", help="for small GPUs: only the part that works is there, the others are in main memory", **switch)
+    add("--tile_size", "N", "decode large images in tiles of N pixels, blended at their borders", type=positive_int)
+    add("--from_png", "FILE", "repeat the command that drew this picture; further flags come on top of it")
+    add("--allow_other_base", help="apply a LoRA although it was trained on another base of this shape", **switch)
+
+
+def with_recipe(argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """The words of a command line with those of --from_png's picture in front, and its own --output_path.
+
+    Raises:
+        ValueError: if the picture is none of ours.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--from_png", type=Path)
+    finder.add_argument("--output_path")
+    own, words = finder.parse_known_args(list(argv))
+    if own.from_png is None:
+        return words, own.output_path
+    from xdiffusion.pictures import read_metadata
+
+    texts = read_metadata(own.from_png)
+    try:
+        recipe = json.loads(texts["command"])
+        if not isinstance(recipe, list) or not all(isinstance(word, str) for word in recipe):
+            raise TypeError
+    except (KeyError, ValueError, TypeError, RecursionError):
+        raise ValueError(f"{own.from_png} does not say how it was drawn: it is no picture of this command") from None
+    _, recipe = finder.parse_known_args(recipe)  # a picture does not choose where files go
+    return [*recipe, *words], own.output_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     from omegaconf import OmegaConf
+    from tqdm import tqdm
 
-    from xdiffusion.build import build_sampling, load_model, override
+    from xdiffusion.build import build_sampling, override
     from xdiffusion.checkpoints.files import content_hash, ensure_writable, weights_file
     from xdiffusion.data.captions import PROMPT_TABLES
+    from xdiffusion.loading import load_model
     from xdiffusion.lora import load_lora_weights, merge_lora_weights, set_lora_scale, unmerge_lora_weights
     from xdiffusion.lora.weights import parse_lora_spec
     from xdiffusion.model import best_device, generate, generators_for
-    from xdiffusion.pictures import grid, labelled_rows, save_gif, save_png
     from xdiffusion.prompts import expand_prompts
 
     checkpoint = weights_file(args.checkpoint)
     model, config = load_model(checkpoint, args.config_path)
     config = override(config, sampling_overrides(args, SAMPLING_FLAGS), "command line")
     sampling = build_sampling(config, model.schedule)
-    table = PROMPT_TABLES[config.data.kind.removesuffix("_inverted")]
+    table = PROMPT_TABLES.get(config.data.kind.removesuffix("_inverted"))
     prompts = expand_prompts(args.prompt, table, args.num_samples)
-    name = Path(args.config_path).stem if args.config_path else checkpoint.parent.name
+    name = Path(args.config_path).stem if args.config_path else checkpoint.absolute().parent.name
     folder = Path(args.output_path) if args.output_path else Path("output") / config.data.kind / "sample" / name
+    start_image = set_up(model, args)
 
     base_hash = content_hash(model.base_weights()) if args.lora_path and not args.allow_other_base else None
     strengths = {}
@@ -88,47 +161,145 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = load_lora_weights(model, path, scale=scale, adapter_name=f"lora_{i}", base_hash=base_hash)
         strengths[f"lora_{i}"] = scale
         print(f"{path}: {report}")
-    model.to(best_device(args.force_cpu))
+    place(model, best_device(args.force_cpu), args)
     ensure_writable(folder)
 
-    def draw(share: float, on_step=None):
+    batch_size = args.batch_size or (100 if table else 4)
+    steps = len(sampling["times"]) - 1
+    steps = int(steps * start_image.strength) if start_image else steps
+
+    def draw(share: float, on_step=None) -> torch.Tensor:
         """Images with every LoRA at `share` of its strength; 0 is the base."""
         for adapter, scale in strengths.items():
             set_lora_scale(model, share * scale, adapter)
         if strengths and args.lora_merge:
             merge_lora_weights(model)
-        images = generate(model, prompts, generators_for(args.seed, len(prompts)), on_step=on_step, **sampling)
+        with tqdm(total=steps * -(-len(prompts) // batch_size), unit="step", leave=False, disable=None) as bar:
+
+            def each_step(i, xt, x0):
+                bar.update()
+                if on_step is not None:
+                    on_step(i, xt, x0)
+
+            images = generate(
+                model,
+                prompts,
+                generators_for(args.seed, len(prompts)),
+                start_image=start_image,
+                batch_size=batch_size,
+                on_step=each_step,
+                **sampling,
+            )
         if strengths and args.lora_merge:
             unmerge_lora_weights(model)  # the next picture is of another strength
         return images
 
+    frames: list = []
+    keep_frame = (lambda i, xt, x0: frames.append(xt.cpu())) if args.save_trajectory else None
+    paired = bool(strengths) and (args.paired if args.paired is not None else table is not None)
+    by_share = {share: draw(share) for share in ((0.0, *PAIRED_SCALES[:-1]) if paired else ())}
+    by_share[1.0] = draw(1.0, keep_frame)
     recipe = {
         "checkpoint": str(checkpoint),
         "loras": json.dumps(args.lora_path),
         "prompts": json.dumps(prompts),
         "seed": str(args.seed),
         "sampling": json.dumps(OmegaConf.to_container(config.sampling)),
+        "command": json.dumps(args.words),
     }
-    columns = min(len(prompts), 10)
-    frames: list = []
-    keep_frame = (lambda i, xt, x0: frames.append(xt.cpu())) if args.save_trajectory else None
-    if not strengths:
-        pictures = {"samples.png": grid(draw(1.0, keep_frame), prompts, columns=columns)}
+    write(folder, by_share, prompts, recipe, one_by_one=table is None, seed=args.seed)
+    if args.save_trajectory:
+        write_film(folder, frames, prompts)
+    return 0
+
+
+def set_up(model: DiffusionModel, args: argparse.Namespace) -> StartImage | None:
+    """Size, layer and words of the model, and the image to start from, as the flags say."""
+    from xdiffusion.checkpoints.learned_tokens import parse_tokens_spec, read_learned_tokens
+
+    _, height, width = model.image_shape
+    model.resize(args.height or height, args.width or width)
+    if args.tile_size and model.autoencoder.pixels_per_latent == 1:
+        raise ValueError(f"--tile_size {args.tile_size} is for models with an autoencoder; this one draws pixels")
+    if args.clip_skip:
+        model.text_encoder.clip_skip = args.clip_skip
+    for path, name in map(parse_tokens_spec, args.learned_tokens):
+        tokens = read_learned_tokens(path, name)
+        model.text_encoder.add_tokens(tokens)
+        print(f"{path}: {', '.join(f'{token} ({len(rows)} vectors)' for token, rows in tokens.items())}")
+    if not args.init_image:
+        return None
+    from xdiffusion.data.image_files import DamagedImage, Picture
+    from xdiffusion.model import StartImage
+    from xdiffusion.pictures import image_tensor, mask_tensor
+
+    def read(path: str):
+        try:
+            return Picture(path, None, partial(open, path, "rb")).pixels()
+        except DamagedImage as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    picture, mask = read(args.init_image), None
+    if args.mask_image:
+        painted = read(args.mask_image)
+        if painted.size != picture.size:
+            sizes = "{}x{}, {}x{}".format(*painted.size, *picture.size)
+            raise ValueError(f"the mask {args.mask_image} must be of the size of {args.init_image}, not {sizes}")
+        mask = mask_tensor(painted, *model.image_shape[1:])
+    strength = 0.8 if args.strength is None else args.strength
+    if not 0 <= strength <= 1:
+        raise ValueError(f"--strength {strength} must be in [0, 1]: 0 keeps the image, 1 draws it anew")
+    return StartImage(image_tensor(picture, model.image_shape), strength, mask)
+
+
+def place(model: DiffusionModel, device: torch.device, args: argparse.Namespace) -> None:
+    """Set the precision of the weights, and put the model where it works."""
+    import torch
+
+    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+    for part in (model.network, model.text_encoder):
+        part.to(dtype=dtype)  # the autoencoder's errors would be seen
+    if args.tile_size:
+        model.autoencoder.tile_size = args.tile_size
+    if args.offload:
+        model.offload_to = device
+        model.autoencoder.sliced = True
     else:
-        by_share = {share: draw(share) for share in (0.0, *PAIRED_SCALES[:-1])} | {1.0: draw(1.0, keep_frame)}
-        labels = ["base" if share == 0 else f"LoRA x {share:g}" for share in by_share]
+        model.to(device)
+
+
+def write(
+    folder: Path, by_share: dict, prompts: list[str], recipe: dict[str, str], one_by_one: bool, seed: int
+) -> None:
+    """The grids, and where one_by_one each image in a file of its own."""
+    from xdiffusion.pictures import as_picture, grid, labelled_rows, save_png
+
+    columns = min(len(prompts), 10)
+    images = by_share[1.0]
+    labels = ["base" if share == 0 else f"LoRA x {share:g}" for share in by_share]
+    if len(by_share) == 1:
+        pictures = {"samples.png": grid(images, prompts, columns=columns)}
+    else:
         pictures = {
             "base.png": grid(by_share[0.0], prompts, columns=columns, title=labels[0]),
-            "lora.png": grid(by_share[1.0], prompts, columns=columns, title=labels[-1]),
-            "paired.png": labelled_rows([images[:columns] for images in by_share.values()], labels, prompts[:columns]),
+            "lora.png": grid(images, prompts, columns=columns, title=labels[-1]),
+            "paired.png": labelled_rows([rows[:columns] for rows in by_share.values()], labels, prompts[:columns]),
         }
     for file_name, picture in pictures.items():
         save_png(picture, folder / file_name, recipe)
         print(folder / file_name)
-    if args.save_trajectory:
-        save_gif([grid(frame.clamp(-1, 1), prompts, columns=columns) for frame in frames], folder / "trajectory.gif")
-        print(folder / "trajectory.gif")
-    return 0
+    for i, image in enumerate(images if one_by_one else []):
+        path = folder / f"image-{seed + i}.png"
+        save_png(as_picture(image), path, recipe | {"prompt": prompts[i], "image": str(i)})
+        print(path)
+
+
+def write_film(folder: Path, frames: list, prompts: list[str]) -> None:
+    from xdiffusion.pictures import grid, save_gif
+
+    columns = min(len(prompts), 10)
+    save_gif([grid(frame.clamp(-1, 1), prompts, columns=columns) for frame in frames], folder / "trajectory.gif")
+    print(folder / "trajectory.gif")
 
 
 if __name__ == "__main__":

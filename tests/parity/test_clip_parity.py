@@ -1,9 +1,11 @@
-"""The text encoder beside open_clip's text tower, with its weights through the table of names."""
+"""The text encoder beside open_clip's text tower and transformers' CLIPTextModel, with weights through the name tables."""
 
 import pytest
 import torch
 from open_clip.model import CLIPTextCfg, _build_text_tower
+from transformers import CLIPTextConfig, CLIPTextModel
 
+from xdiffusion.checkpoints.diffusers import text_encoder_to_transformers
 from xdiffusion.checkpoints.open_clip import text_encoder_from_open_clip, text_encoder_to_open_clip
 from xdiffusion.text_encoders.clip import CLIPTextEncoder
 from xdiffusion.text_encoders.open_clip import download_open_clip_weights, open_clip_text_encoder
@@ -87,3 +89,40 @@ def test_without_a_network_the_download_fails_at_once_and_says_what_to_do(monkey
     with pytest.raises(ValueError, match=r"--set model.text_encoder.pretrained=null"):
         download_open_clip_weights("ViT-B-32-quickgelu", "openai")
     assert time.perf_counter() - started < 20
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("pad_with_end_token", [False, True])
+def test_transformers_hidden_states_of_every_layer(activation, pad_with_end_token):
+    torch.manual_seed(0)
+    ours = CLIPTextEncoder(**SIZES, activation=activation, pad_with_end_token=pad_with_end_token)
+    theirs = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, hidden_act=activation,
+            max_position_embeddings=12, eos_token_id=49407,
+        )
+    ).eval()  # fmt: skip
+    weights = text_encoder_to_transformers(ours.state_dict())
+    theirs.load_state_dict({name.removeprefix("text_model."): tensor for name, tensor in weights.items()})
+    tokens = ours.tokenize(["a handwritten 3", "", "the quick brown fox jumps over the lazy dog again and again"])
+    with torch.no_grad():
+        expected = theirs(tokens, output_hidden_states=True)
+        torch.testing.assert_close(ours(tokens), expected.last_hidden_state, rtol=1e-5, atol=1e-5)
+        pooled = ours.pooled(tokens)
+        torch.testing.assert_close(pooled, expected.pooler_output @ ours.text_projection.weight.T, rtol=1e-5, atol=1e-5)
+        for clip_skip in (1, 2, 3):  # as Stable Diffusion 2.x and A1111: an earlier state, with the final norm
+            ours.clip_skip = clip_skip
+            state = theirs.final_layer_norm(expected.hidden_states[-clip_skip])
+            torch.testing.assert_close(ours(tokens), state, rtol=1e-5, atol=1e-5)
+
+
+def test_open_clips_penultimate_layer(towers):
+    """What Stable Diffusion 2.x takes of OpenCLIP: the output of the last layer but one, with the final norm."""
+    ours, theirs = towers
+    tokens = ours.tokenize(["a handwritten 3", ""])
+    states = []
+    handle = theirs.transformer.resblocks[-2].register_forward_hook(lambda m, args, out: states.append(out))
+    theirs(tokens)
+    handle.remove()
+    ours.clip_skip = 2
+    torch.testing.assert_close(ours(tokens), theirs.ln_final(states[0]), rtol=1e-5, atol=1e-5)

@@ -2,14 +2,23 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
 
 from xdiffusion.diffusion.denoiser import Denoiser, GuidedDenoiser
 from xdiffusion.diffusion.schedules import BetaSchedule
 from xdiffusion.samplers.ancestral import sample_ancestral
 from xdiffusion.samplers.ddim import sample_ddim
 from xdiffusion.samplers.dpm_solver import sample_dpm_solver
+from xdiffusion.samplers.euler import sample_euler, sample_euler_ancestral
 from xdiffusion.samplers.heun import sample_heun
+from xdiffusion.samplers.time_grids import karras_times, timestep_times
 
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULE = BetaSchedule(spacing="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -109,3 +118,47 @@ def test_heun(prediction):
     expected = theirs(scheduler)
     actual = ours(sample_heun, prediction, timesteps)
     torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("name", ["euler", "euler_ancestral"])
+def test_euler(prediction, name):
+    """ "leading" starts from unit variance; the noise comes from the same generator."""
+    sampler, theirs_class = {
+        "euler": (sample_euler, EulerDiscreteScheduler),
+        "euler_ancestral": (sample_euler_ancestral, EulerAncestralDiscreteScheduler),
+    }[name]
+    scheduler = theirs_class(**BETAS, prediction_type=NAMES[prediction], timestep_spacing="leading")
+    scheduler.set_timesteps(STEPS)
+    expected = theirs(scheduler, generator=torch.Generator().manual_seed(1))
+    actual = ours(sampler, prediction, scheduler.timesteps, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("steps", [7, 20, 50])
+@pytest.mark.parametrize(
+    ("scheduler_class", "theirs_spacing", "spacing"),
+    [
+        (DDIMScheduler, "leading", "leading"),
+        (DDIMScheduler, "trailing", "trailing"),
+        (EulerDiscreteScheduler, "leading", "leading"),
+        (EulerDiscreteScheduler, "linspace", "linspace"),
+        (EulerDiscreteScheduler, "trailing", "trailing"),
+        (DPMSolverMultistepScheduler, "linspace", "half_open"),
+    ],
+)
+def test_timesteps(scheduler_class, theirs_spacing, spacing, steps):
+    scheduler = scheduler_class(**BETAS, timestep_spacing=theirs_spacing, steps_offset=1)
+    scheduler.set_timesteps(steps)
+    times = timestep_times(SCHEDULE, steps, spacing)
+    assert times[-1] == 0
+    torch.testing.assert_close(SCHEDULE.network_time(times[:-1]), scheduler.timesteps.double(), rtol=0, atol=1e-3)
+
+
+def test_karras_levels():
+    scheduler = DPMSolverMultistepScheduler(**BETAS, use_karras_sigmas=True)
+    scheduler.set_timesteps(STEPS)
+    times = karras_times(SCHEDULE, STEPS)
+    levels = (-0.5 * SCHEDULE.logsnr(times)).exp()
+    torch.testing.assert_close(levels, scheduler.sigmas.double(), rtol=1e-4, atol=1e-6)
+    assert torch.equal(SCHEDULE.network_time(times[:-1]).round(), scheduler.timesteps.double())

@@ -24,20 +24,24 @@ class Denoiser:
         network: `(xt, time, context) -> prediction`.
         schedule: maps t to alpha, sigma and the network's time.
         prediction: what the network outputs, "eps", "v" or "x0".
+        whole_steps: round the network's time, for a network that was trained at whole timesteps and a grid that visits
+            times in between; the noise level stays the exact one.
     """
 
-    def __init__(self, network: Network, schedule: Schedule, prediction: Prediction):
+    def __init__(self, network: Network, schedule: Schedule, prediction: Prediction, whole_steps: bool = False):
         self.network = network
         self.schedule = schedule
         self.prediction = prediction
+        self.whole_steps = whole_steps
 
     def __call__(
         self, xt: Float[Tensor, "B C H W"], t: Float[Tensor, ""], context: Float[Tensor, "B L D"]
     ) -> Float[Tensor, "B C H W"]:
         """The estimate of x0 at the common time t in (0, 1]; computed in float32 whatever the network's dtype."""
         alpha, sigma = self.schedule.alpha_sigma(t)
-        time = self.schedule.network_time(t).to(xt.device, torch.float32).expand(xt.shape[0])
-        output = self.network(xt, time, context).float()
+        time = self.schedule.network_time(t)
+        time = (time.round() if self.whole_steps else time).to(xt.device, torch.float32)
+        output = self.network(xt, time.expand(xt.shape[0]), context).float()
         return to_x0(self.prediction, output, xt, alpha, sigma)
 
 

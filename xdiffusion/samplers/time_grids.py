@@ -6,11 +6,15 @@ sampler step runs from times[i] to times[i + 1].
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from xdiffusion.diffusion.schedules import Schedule
+
+MAX_STEPS = 100_000
 
 
 def uniform_times(schedule: Schedule, steps: int, t_max: float = 1.0) -> Float[Tensor, " n"]:
@@ -36,13 +40,72 @@ def logsnr_times(
 def karras_times(
     schedule: Schedule, steps: int, sigma_max: float = 80.0, sigma_min: float = 0.02, rho: float = 7.0
 ) -> Float[Tensor, " n"]:
-    """Noise levels s_i = sigma / alpha spaced evenly in s^(1/rho) ([EDM] eq. 5), then 0."""
+    """Noise levels s_i = sigma / alpha spaced evenly in s^(1/rho) ([EDM] eq. 5), then 0.
+
+    The levels stay inside those that the schedule trains on: for Stable Diffusion 14.6 down to 0.029.
+    """
+    trained = schedule.training_time(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    highest, lowest = (-0.5 * schedule.logsnr(trained)).exp().tolist()
+    sigma_max, sigma_min = min(sigma_max, highest), max(sigma_min, lowest)
     ramp = torch.linspace(0, 1, _checked(steps), dtype=torch.float64)
     levels = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     return torch.cat([schedule.time_of_logsnr(-2 * levels.log()), torch.zeros(1, dtype=torch.float64)])
 
 
+def timestep_times(
+    schedule: Schedule,
+    steps: int,
+    spacing: Literal["leading", "linspace", "half_open", "trailing"] = "half_open",
+    steps_offset: int = 1,
+    last: Literal["clean", "first"] = "clean",
+) -> Float[Tensor, " n"]:
+    """The timesteps of a beta table, numbered from 0, that Stable Diffusion is sampled at ([ZTSNR] table 2), as times.
+
+    For the grids of diffusers' schedulers: DDIM "leading" with last="first", Euler "linspace", DPM-Solver++ "half_open".
+
+    Args:
+        schedule: a beta table of N timesteps; timestep n is t = (n + 1) / N.
+        steps: of the sampler.
+        spacing: "leading": multiples of N // steps from 0, plus steps_offset. "linspace": evenly from the
+            last timestep to 0, fractions kept. "half_open": the same without 0, rounded. "trailing": multiples from the
+            last timestep down, rounded.
+        steps_offset: see "leading".
+        last: where the last step ends: "clean" is t = 0, "first" the table's first noise level, where DDIM ends in Stable
+            Diffusion's own code.
+
+    Raises:
+        ValueError: if an argument is unknown, the schedule is no table, or the steps do not fit into it.
+    """
+    num_timesteps = getattr(schedule, "num_timesteps", None)
+    if num_timesteps is None:
+        raise ValueError(
+            "kind=timesteps is for tables of timesteps (diffusion.schedule.kind=betas); another is uniform"
+        )
+    if last not in ("clean", "first"):
+        raise ValueError(f"last={last!r} is unknown; allowed: clean, first")
+    _checked(steps)
+    top = num_timesteps - 1
+    if spacing == "leading":
+        index = torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (num_timesteps // steps) + steps_offset
+    elif spacing == "linspace":
+        index = torch.linspace(top, 0, steps, dtype=torch.float64)
+    elif spacing == "half_open":
+        index = torch.linspace(top, 0, steps + 1, dtype=torch.float64)[:-1].round()
+    elif spacing == "trailing":
+        index = torch.linspace(num_timesteps, 0, steps + 1, dtype=torch.float64)[:-1].round() - 1
+    else:
+        raise ValueError(f"spacing={spacing!r} is unknown; allowed: leading, linspace, half_open, trailing")
+    end = torch.tensor([1 / num_timesteps if last == "first" else 0.0], dtype=torch.float64)
+    times = torch.cat([(index + 1) / num_timesteps, end])
+    if times[0] > 1 or (times.diff() >= 0).any():
+        raise ValueError(
+            f"sampling steps={steps} with spacing={spacing}, steps_offset={steps_offset} and last={last} do not fall from "
+            f"timestep {top} to {'the first' if last == 'first' else 'clean data'}"
+        )
+    return times
+
+
 def _checked(steps: int) -> int:
-    if steps < 1:
-        raise ValueError(f"sampling steps={steps} must be at least 1")
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"sampling steps={steps} must be at least 1, and at most {MAX_STEPS:,}")
     return steps

@@ -3,11 +3,14 @@
     tokens -> token + position embedding -> causal pre-norm transformer -> final norm -> hidden states (B, L, D)
 
 The hidden states are the UNet's context; the projected state of the end token is what CLIP compares with images. The
-weights come from open_clip, from a Stable Diffusion file, or from our own contrastive training.
+weights come from open_clip, from a Stable Diffusion file, or from our own contrastive training. New words with embeddings
+of their own can be added ([TI]).
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -16,9 +19,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from xdiffusion.layers.attention import Attention
-from xdiffusion.text_encoders.tokenizer import VOCAB_SIZE, tokenize
+from xdiffusion.text_encoders.prompt_weights import parse_weights, weighted
+from xdiffusion.text_encoders.tokenizer import END_TOKEN, VOCAB_SIZE, framed, token_ids
 
-END_TOKEN = VOCAB_SIZE - 1
+PromptSyntax = Literal["plain", "weighted"]
 
 
 class CLIPTextEncoder(nn.Module):
@@ -30,6 +34,12 @@ class CLIPTextEncoder(nn.Module):
         context_length: tokens per prompt, start and end included; longer prompts are cut.
         embed_dim: width of the space shared with images; None means width.
         activation: "gelu", or "quick_gelu" (x * sigmoid(1.702 x)) of OpenAI's weights.
+        clip_skip: which layer's output is the context, counted from the end: 1 = the last, 2 = the one before it (Stable
+            Diffusion 2.x); the final norm is applied to it. May be set on a finished encoder.
+        pad_with_end_token: pad prompts with the end token (Stable Diffusion 1.x) instead of 0 (open_clip, 2.x).
+
+    Raises:
+        ValueError: for a clip_skip that is not in 1..layers.
     """
 
     def __init__(
@@ -41,8 +51,11 @@ class CLIPTextEncoder(nn.Module):
         context_length: int = 77,
         embed_dim: int | None = None,
         activation: Literal["gelu", "quick_gelu"] = "gelu",
+        clip_skip: int = 1,
+        pad_with_end_token: bool = False,
     ):
         super().__init__()
+        self.pad_token = END_TOKEN if pad_with_end_token else 0
         self.context_length = context_length
         self.width = width
         self.token_embedding = nn.Embedding(VOCAB_SIZE, width)
@@ -50,7 +63,20 @@ class CLIPTextEncoder(nn.Module):
         self.layers = nn.ModuleList(_EncoderLayer(width, heads, activation) for _ in range(layers))
         self.final_norm = nn.LayerNorm(width)
         self.text_projection = nn.Linear(width, embed_dim or width, bias=False)
+        self.clip_skip = clip_skip
+        self.learned_ids: dict[str, range] = {}  # token ids of learned words; VOCAB_SIZE + i is row i below
+        self.register_parameter("learned_embedding", None)
         self._init_weights()
+
+    @property
+    def clip_skip(self) -> int:
+        return self._clip_skip
+
+    @clip_skip.setter
+    def clip_skip(self, clip_skip: int) -> None:
+        if not 1 <= clip_skip <= max(1, len(self.layers)):
+            raise ValueError(f"clip_skip={clip_skip} must be in 1..{len(self.layers)}, the layers of the text encoder")
+        self._clip_skip = clip_skip
 
     def _init_weights(self) -> None:
         """[CLIP]'s reference initialisation: scaled by width and depth."""
@@ -67,23 +93,120 @@ class CLIPTextEncoder(nn.Module):
             nn.init.normal_(layer.mlp.fc2.weight, std=width**-0.5 * (2 * depth) ** -0.5)
 
     def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
-        """Hidden states after the final norm."""
-        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        for layer in self.layers:
+        """Hidden states of the layer that clip_skip names, after the final norm."""
+        return self._hidden(tokens, self.clip_skip)
+
+    def _hidden(self, tokens: Tensor, clip_skip: int) -> Tensor:
+        x = self._embedded(tokens) + self.positional_embedding[: tokens.shape[1]]
+        for layer in self.layers[: len(self.layers) + 1 - clip_skip]:
             x = layer(x)
         return self.final_norm(x)
 
-    def encode(self, prompts: list[str]) -> Float[Tensor, "B L D"]:
-        """The hidden states of B prompts, on the encoder's device."""
-        return self(self.tokenize(prompts))
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        if self.learned_embedding is None:
+            return self.token_embedding(tokens)
+        learned = self.learned_embedding[(tokens - VOCAB_SIZE).clamp(min=0)]
+        known = self.token_embedding(tokens.clamp(max=VOCAB_SIZE - 1))
+        return torch.where((tokens >= VOCAB_SIZE)[..., None], learned, known)
+
+    def encode(self, prompts: list[str], syntax: PromptSyntax = "plain") -> Float[Tensor, "B L D"]:
+        """The hidden states of B prompts, on the encoder's device.
+
+        Args:
+            prompts: of any length.
+            syntax: "plain": the text as it stands, cut to the context length; L is the context length. "weighted": with
+                the brackets of `prompt_weights`, and in as many chunks of context_length - 2 tokens as the longest of
+                the prompts needs, each between a start and an end of its own; L is that many context lengths.
+
+        Raises:
+            ValueError: for an unknown syntax or unbalanced brackets.
+        """
+        if syntax == "plain":
+            return self(self.tokenize(prompts))
+        if syntax != "weighted":
+            raise ValueError(f"prompt_syntax={syntax!r} is unknown; allowed: plain, weighted")
+        rows = [
+            [(token, weight) for text, weight in parse_weights(prompt) for token in self._token_ids(text)]
+            for prompt in prompts
+        ]
+        size = self.context_length - 2
+        starts = range(0, max(1, *map(len, rows)), size)
+        return torch.cat([self._encode_chunk([row[i : i + size] for row in rows]) for i in starts], dim=1)
+
+    def _encode_chunk(self, rows: list[list[tuple[int, float]]]) -> Tensor:
+        tokens = self._framed([[token for token, _ in row] for row in rows])
+        weights = torch.ones(tokens.shape, device=tokens.device)
+        for i, row in enumerate(rows):
+            weights[i, 1 : len(row) + 1] = torch.tensor([weight for _, weight in row], device=tokens.device)
+        return weighted(self(tokens), weights)
 
     def pooled(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B E"]:
-        """The projected hidden state of each end token: the text features of contrastive training."""
+        """The projected state of each end token in the last layer: the text features of contrastive training."""
         end = (tokens == END_TOKEN).int().argmax(dim=1)
-        return self.text_projection(self(tokens)[torch.arange(len(tokens), device=tokens.device), end])
+        return self.text_projection(self._hidden(tokens, 1)[torch.arange(len(tokens), device=tokens.device), end])
 
     def tokenize(self, prompts: list[str]) -> Int[Tensor, "B L"]:
-        return tokenize(prompts, self.context_length).to(self.positional_embedding.device)
+        """Start, the prompt cut to fit, end, padding; learned words are ids from VOCAB_SIZE on."""
+        return self._framed([self._token_ids(prompt) for prompt in prompts])
+
+    def _framed(self, rows: list[list[int]]) -> Tensor:
+        return framed(rows, self.context_length, self.pad_token).to(self.positional_embedding.device)
+
+    def _token_ids(self, text: str) -> list[int]:
+        if not self.learned_ids:
+            return token_ids(text)
+        names = "|".join(_whole_word(name) for name in sorted(self.learned_ids, key=len, reverse=True))
+        pieces = re.split(f"({names})", text, flags=re.IGNORECASE)
+        return [token for piece in pieces for token in self.learned_ids.get(piece.lower()) or token_ids(piece)]
+
+    def add_tokens(self, tokens: Mapping[str, Float[Tensor, "..."]]) -> None:
+        """Give the encoder new words with embeddings of their own ([TI]); each may then stand in any prompt.
+
+        The embeddings are the rows of `learned_embedding`, a parameter of its own: to train them (textual inversion)
+        optimise it alone, the table of the vocabulary stays as it is, and without learned words the state dict is that of
+        the plain encoder. Adding words replaces the parameter, so add all of them before building an optimizer.
+
+        Args:
+            tokens: (width,), or (n, width) for a word of n tokens, by name, such as "<cat>"; case does not matter.
+
+        Raises:
+            ValueError: if a name is empty or stands for other embeddings already, or an embedding is of another width;
+                nothing is added then.
+        """
+        table = self.token_embedding.weight
+        known, new = self.learned_tokens(), {}
+        for name, given in tokens.items():
+            name, rows = name.strip().lower(), given.detach().reshape(-1, given.shape[-1]).to(table)
+            if not name:
+                raise ValueError("a learned token needs a name, such as <cat>")
+            if rows.shape[1] != self.width:
+                raise ValueError(
+                    f"the learned token {name!r} has {rows.shape[1]} numbers, this text encoder's width is {self.width}: "
+                    "it is of another model"
+                )
+            if name not in known and name not in new:
+                new[name] = rows
+            elif not torch.equal((known | new)[name], rows):
+                raise ValueError(f"the learned token {name!r} stands for other embeddings already")
+        if not new:
+            return
+        before = [] if self.learned_embedding is None else [self.learned_embedding.detach()]
+        count = VOCAB_SIZE + sum(map(len, before))
+        for name, rows in new.items():
+            self.learned_ids[name] = range(count, count + len(rows))
+            count += len(rows)
+        self.learned_embedding = nn.Parameter(torch.cat([*before, *new.values()]), requires_grad=table.requires_grad)
+
+    def learned_tokens(self) -> dict[str, Float[Tensor, "n D"]]:
+        """The embeddings of the learned words by name, as `add_tokens` takes them."""
+        rows = {name: [i - VOCAB_SIZE for i in ids] for name, ids in self.learned_ids.items()}
+        return {name: self.learned_embedding.detach()[index].clone() for name, index in rows.items()}
+
+
+def _whole_word(name: str) -> str:
+    """A pattern for a name that does not find it inside a longer word; <name> stands out by itself."""
+    before, after = (r"(?<!\w)" * bool(re.match(r"\w", name)), r"(?!\w)" * bool(re.search(r"\w$", name)))
+    return before + re.escape(name) + after
 
 
 class _EncoderLayer(nn.Module):

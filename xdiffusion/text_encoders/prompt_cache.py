@@ -32,7 +32,8 @@ class PromptCache:
             if self.table is not None and self.table.nbytes > MAX_BYTES:
                 self.rows, self.table = {}, None
                 new = list(dict.fromkeys(prompts))
-            embedded = self.encoder.encode(new)
+            # one at a time: in a batch the last bits can depend on its other prompts, and those on when the run began
+            embedded = torch.cat([self.encoder.encode([prompt]) for prompt in new])
             self.rows |= {prompt: len(self.rows) + i for i, prompt in enumerate(new)}
             self.table = embedded if self.table is None else torch.cat([self.table, embedded])
         return self.table[torch.tensor([self.rows[p] for p in prompts], device=self.table.device)]

@@ -1,0 +1,64 @@
+"""Starting from data: which steps are left, what xt is there, and what a mask keeps through every sampler."""
+
+import pytest
+import torch
+
+from xdiffusion.diffusion.schedules import CosineSchedule
+from xdiffusion.samplers.ancestral import sample_ancestral
+from xdiffusion.samplers.ddim import sample_ddim
+from xdiffusion.samplers.dpm_solver import sample_dpm_solver
+from xdiffusion.samplers.euler import sample_euler, sample_euler_ancestral
+from xdiffusion.samplers.heun import sample_heun
+from xdiffusion.samplers.image_to_image import MaskedDenoiser, noised, times_from
+from xdiffusion.samplers.time_grids import uniform_times
+
+SCHEDULE = CosineSchedule(-10, 10)
+TIMES = uniform_times(SCHEDULE, 10)
+MASK = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4)
+
+
+class HalfDenoiser:
+    schedule = SCHEDULE
+
+    def __call__(self, xt, t):
+        return 0.5 * xt
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(0, 0), (0.05, 0), (0.3, 3), (0.77, 7), (1, 10)])
+def test_strength_is_the_share_of_steps_that_are_left(strength, steps):
+    times = times_from(TIMES, strength)
+    assert len(times) == steps + 1
+    assert torch.equal(times, TIMES[10 - steps :])
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan")])
+def test_another_strength_is_refused(strength):
+    with pytest.raises(ValueError, match=r"strength=.* must be in \[0, 1\]"):
+        times_from(TIMES, strength)
+
+
+def test_the_start_is_the_data_with_the_noise_of_its_time(generator):
+    x0, eps = torch.randn(2, 2, 1, 1, 4, generator=generator)
+    alpha, sigma = SCHEDULE.alpha_sigma(TIMES[4])
+    assert torch.equal(noised(x0, eps, SCHEDULE, TIMES[4:]), alpha * x0 + sigma * eps)
+    assert torch.equal(noised(x0, eps, SCHEDULE, TIMES[-1:]), x0)
+
+
+@pytest.mark.parametrize("sampler", [sample_ddim, sample_euler, sample_heun, sample_dpm_solver])
+def test_what_a_mask_keeps_passes_through_its_own_noisy_states(sampler, generator):
+    """Exactly what blending after each step with the first noise would give."""
+    x0, eps = torch.randn(2, 3, 1, 1, 4, generator=generator)
+    xt, seen = noised(x0, eps, SCHEDULE, TIMES[2:]), []
+    sampler(MaskedDenoiser(HalfDenoiser(), x0, MASK), xt, TIMES[2:], on_step=lambda i, xt, _: seen.append(xt))
+    for t, x in zip(TIMES[3:], seen):
+        alpha, sigma = SCHEDULE.alpha_sigma(t)
+        torch.testing.assert_close(x[..., 2:], (alpha * x0 + sigma * eps)[..., 2:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", [sample_ancestral, sample_euler_ancestral])
+def test_noisy_samplers_end_at_what_the_mask_keeps(sampler, generator):
+    x0, eps = torch.randn(2, 3, 1, 1, 4, generator=generator)
+    denoiser = MaskedDenoiser(HalfDenoiser(), x0, MASK)
+    end = denoiser.kept(sampler(denoiser, noised(x0, eps, SCHEDULE, TIMES), TIMES, generator=generator))
+    assert torch.equal(end[..., 2:], x0[..., 2:])
+    assert not torch.isclose(end[..., :2], x0[..., :2], atol=0.01).any()

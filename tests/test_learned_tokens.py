@@ -1,0 +1,72 @@
+"""Files of learned tokens: every form that is read, and what is refused."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.learned_tokens import parse_tokens_spec, read_learned_tokens, save_learned_tokens
+
+ROWS = torch.arange(8.0).view(2, 4)
+
+
+def write(path, content):
+    save_file(content, path) if path.suffix == ".safetensors" else torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("learned_embeds.safetensors", {"<cat>": ROWS[0].clone()}, {"<cat>": ROWS[:1]}),
+        ("learned_embeds.safetensors", {"<cat>": ROWS, "<dog>": ROWS + 1}, {"<cat>": ROWS, "<dog>": ROWS + 1}),
+        ("learned_embeds.bin", {"<cat>": ROWS[0]}, {"<cat>": ROWS[:1]}),
+        ("x.pt", {"string_to_token": {"*": 265}, "string_to_param": {"*": ROWS}, "name": "ink"}, {"ink": ROWS}),
+        ("ink.pt", {"string_to_param": {"*": torch.nn.Parameter(ROWS)}, "step": 3}, {"ink": ROWS}),
+        ("ink.safetensors", {"emb_params": ROWS}, {"ink": ROWS}),
+    ],
+)
+def test_forms(name, content, expected, tmp_path):
+    tokens = read_learned_tokens(write(tmp_path / name, content))
+    assert tokens.keys() == expected.keys()
+    assert all(torch.equal(tokens[token], rows) for token, rows in expected.items())
+    assert not any(rows.requires_grad for rows in tokens.values())
+
+
+def test_what_is_written_is_read_and_may_be_renamed(tmp_path):
+    save_learned_tokens(tmp_path / "a.safetensors", {"<cat>": ROWS})
+    assert torch.equal(read_learned_tokens(tmp_path / "a.safetensors")["<cat>"], ROWS)
+    assert list(read_learned_tokens(tmp_path / "a.safetensors", "<fox>")) == ["<fox>"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.pt", [1, 2], "holds no learned tokens"),
+        ("a.pt", {}, "holds no learned tokens"),
+        ("a.pt", {"step": 3}, "holds no learned tokens"),
+        ("a.safetensors", {"<a>": torch.zeros(2, 2, 2)}, "'<a>' is no learned token, it has shape"),
+        ("a.safetensors", {"<a>": torch.full((4,), torch.nan)}, "'<a>' is not finite"),
+        ("a.safetensors", {"<a>": torch.zeros(4, dtype=torch.int64)}, "'<a>' is no learned token"),
+        ("a.safetensors", {"clip_l": ROWS, "clip_g": ROWS + 1}, "Stable Diffusion XL"),
+    ],
+)
+def test_other_files_are_refused(name, content, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        read_learned_tokens(write(tmp_path / name, content))
+
+
+def test_a_name_is_for_a_file_of_one_token(tmp_path):
+    path = write(tmp_path / "a.safetensors", {"<a>": ROWS, "<b>": ROWS + 1})
+    with pytest.raises(CheckpointError, match=r"holds 2 tokens .*cannot be named '<c>'"):
+        read_learned_tokens(path, "<c>")
+    with pytest.raises(CheckpointError, match="no file at"):
+        read_learned_tokens(tmp_path / "b.safetensors")
+
+
+def test_names_on_a_command_line(tmp_path):
+    odd = tmp_path / "a=b.pt"
+    odd.touch()
+    for text, expected in [("e.pt", ("e.pt", None)), ("e.pt=<cat>", ("e.pt", "<cat>")), (str(odd), (str(odd), None))]:
+        path, name = parse_tokens_spec(text)
+        assert (str(path), name) == expected

@@ -1,0 +1,159 @@
+"""From prompts to images: what is computed once, where parts work, and starting from an image."""
+
+import pytest
+import torch
+from tiny import SIZE, tiny_config, tiny_model
+
+from xdiffusion.build import build_sampling
+from xdiffusion.model import StartImage, generate, generators_for
+from xdiffusion.text_encoders.clip import VOCAB_SIZE
+
+PROMPTS = ["1", "2", "1"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(tiny_config()).eval().requires_grad_(False)
+
+
+def draw(model, prompts=PROMPTS, *overrides, **more):
+    sampling = build_sampling(tiny_config("sampling.steps=3", *overrides), model.schedule)
+    return generate(model, prompts, generators_for(0, len(prompts)), **sampling, **more)
+
+
+def picture(count=1):
+    return torch.rand(count, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_each_different_prompt_is_embedded_once(model):
+    rows = []
+    handle = model.text_encoder.register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
+    draw(model, PROMPTS, batch_size=1)
+    draw(model, PROMPTS, "sampling.negative_prompt='2'")
+    handle.remove()
+    assert rows == [3, 2]  # "1", "2" and the empty prompt; "1" and "2"
+
+
+def test_blocks_change_nothing_but_rounding(model):
+    torch.testing.assert_close(draw(model, batch_size=2), draw(model), atol=1e-5, rtol=0)
+
+
+def test_the_negative_prompt_and_the_syntax_reach_the_images(model):
+    plain = draw(model)
+    assert not torch.allclose(draw(model, PROMPTS, "sampling.negative_prompt='7'"), plain, atol=1e-4)
+    assert torch.equal(draw(model, PROMPTS, "sampling.prompt_syntax=weighted"), plain)
+    bracketed = ["(1)", "(2:1.4)", "1"]
+    assert not torch.equal(draw(model, bracketed, "sampling.prompt_syntax=weighted"), plain)
+    with pytest.raises(ValueError, match=r"prompt '\(1': '\(' is never closed"):
+        draw(model, ["(1"], "sampling.prompt_syntax=weighted")
+
+
+def test_long_weighted_prompts_and_short_ones_go_together(model):
+    long = "one two three four five six seven eight nine"
+    images = draw(model, [long, "1"], "sampling.prompt_syntax=weighted")
+    assert images.isfinite().all()
+    assert not torch.allclose(images[:1], draw(model, [long]), atol=1e-4)  # plain prompts are cut
+
+
+def test_the_start_noise_may_be_the_share_of_xt(model):
+    first = []
+
+    def draw_first(start_noise):
+        sampling = build_sampling(tiny_config(f"sampling.start_noise={start_noise}"), model.schedule)
+        sampling["times"] = torch.tensor([0.5, 0.0], dtype=torch.float64)
+        sampling["sampler"] = lambda denoiser, x_T, times, **_: first.append(x_T) or x_T
+        generate(model, ["1"], generators_for(0, 1), **sampling)
+
+    draw_first("unit")
+    draw_first("sigma")
+    torch.testing.assert_close(first[1], first[0] * model.schedule.alpha_sigma(torch.tensor(0.5))[1])
+
+
+# --- starting from an image ---
+
+
+def test_strength_zero_gives_the_image_back_and_one_takes_every_step(model):
+    steps = []
+    images = draw(model, PROMPTS, start_image=StartImage(picture(), 0.0), on_step=lambda i, *_: steps.append(i))
+    torch.testing.assert_close(images, picture().expand(3, -1, -1, -1))
+    assert steps == []
+    draw(model, PROMPTS, start_image=StartImage(picture(), 1.0), on_step=lambda i, *_: steps.append(i))
+    assert steps == [0, 1, 2]
+
+
+def test_images_of_their_own_stay_with_their_rows(model):
+    images = draw(model, PROMPTS, start_image=StartImage(picture(3), 0.0), batch_size=2)
+    torch.testing.assert_close(images, picture(3))
+
+
+def test_a_mask_keeps_what_is_dark(model):
+    mask = torch.zeros(1, 1, SIZE, SIZE)
+    mask[..., :6] = 1
+    images = draw(model, PROMPTS, start_image=StartImage(picture(), 0.7, mask))
+    torch.testing.assert_close(images[..., 6:], picture()[..., 6:].expand(3, -1, -1, -1))
+    assert ((images - picture()).abs()[..., :6].mean(dim=(1, 2, 3)) > 0.05).all()
+
+
+@pytest.mark.parametrize(
+    ("start_image", "message"),
+    [
+        (StartImage(picture(), 1.5), r"strength=1.5 must be in \[0, 1\]"),
+        (StartImage(torch.zeros(1, 1, 8, 8)), r"the start image has shape \(1, 8, 8\), the model \(1, 12, 12\)"),
+        (StartImage(picture(), 0.5, torch.ones(1, 1, 8, 12)), r"the mask is \(8, 12\) pixels, the image \(12, 12\)"),
+    ],
+)
+def test_start_images_that_do_not_fit(model, start_image, message):
+    with pytest.raises(ValueError, match=message):
+        draw(model, PROMPTS, start_image=start_image)
+
+
+# --- size, place, names ---
+
+
+def test_another_size_is_drawn_after_a_resize():
+    model = tiny_model(tiny_config()).eval()
+    model.resize(16, 24)
+    assert draw(model, ["1"]).shape == (1, 1, 16, 24)
+    for height, width in [(0, 8), (-8, 8)]:
+        with pytest.raises(ValueError, match=f"height={height}, width={width}: .* multiples of 1"):
+            model.resize(height, width)
+
+
+def test_offloading_moves_each_part_for_its_work_alone(model, monkeypatch):
+    """On one device nothing moves, so the moves themselves are watched."""
+    moves = []
+    expected = draw(model, batch_size=2)
+    parts = {name: getattr(model, name) for name in ("text_encoder", "network", "autoencoder")}
+    for name, part in parts.items():
+        monkeypatch.setattr(part, "to", lambda device, name=name: moves.append((name, str(device))))
+    model.offload_to = torch.device("cpu", 0)
+    try:
+        images = draw(model, batch_size=2)
+        with pytest.raises(RuntimeError, match="stopped"), model.at_work(model.network):
+            raise RuntimeError("stopped")
+    finally:
+        model.offload_to = None
+    assert torch.equal(images, expected)
+    per_block = [("network", "cpu:0"), ("network", "cpu"), ("autoencoder", "cpu:0"), ("autoencoder", "cpu")]
+    assert moves == [
+        *[("text_encoder", "cpu:0"), ("text_encoder", "cpu")], *per_block, *per_block, *per_block[:2],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_of_the_network_and_the_text_encoder(dtype):
+    model = tiny_model(tiny_config()).eval()
+    expected = draw(model)
+    model.network.to(dtype)
+    model.text_encoder.to(dtype)
+    images = draw(model)
+    assert images.dtype == torch.float32
+    assert 0 < (images - expected).abs().mean() < 0.05
+
+
+def test_the_base_weights_are_without_learned_words():
+    model = tiny_model(tiny_config())
+    before = set(model.base_weights())
+    model.text_encoder.add_tokens({"<cat>": torch.ones(model.text_encoder.width)})
+    assert model.text_encoder.tokenize(["<cat>"])[0, 1] == VOCAB_SIZE
+    assert set(model.base_weights()) == before

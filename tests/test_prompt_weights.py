@@ -1,0 +1,74 @@
+"""Weights in prompts: the grammar, what is refused, and what a weight does to hidden states."""
+
+import pytest
+import torch
+
+from xdiffusion.text_encoders.prompt_weights import parse_weights, weighted
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("normal text", [("normal text", 1.0)]),
+        ("an (important) word", [("an ", 1.0), ("important", 1.1), (" word", 1.0)]),
+        ("an [unimportant] word", [("an ", 1.0), ("unimportant", 1 / 1.1), (" word", 1.0)]),
+        (r"\(literal\] \\ \[x\)", [(r"(literal] \ [x)", 1.0)]),
+        ("(unnecessary)(parens)", [("unnecessaryparens", 1.1)]),
+        ("(fox: 1.25 )", [("fox", 1.25)]),
+        ("(a: b, c:.5)", [("a: b, c", 0.5)]),
+        ("12:30 and 1:2", [("12:30 and 1:2", 1.0)]),
+        # the example of A1111's own documentation, with its last bracket closed
+        (
+            "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).)",
+            [("a ", 1.0), ("house", 1.573), (" ", 1.1), ("on", 1.0), (" a ", 1.1), ("hill", 0.55), (", sun, ", 1.1),
+             ("sky", 1.4641), (".", 1.1)],
+        ),
+        ("", []),
+        ("()", []),
+    ],
+)  # fmt: skip
+def test_the_grammar(prompt, expected):
+    parsed = parse_weights(prompt)
+    assert [text for text, _ in parsed] == [text for text, _ in expected]
+    assert [weight for _, weight in parsed] == pytest.approx([weight for _, weight in expected])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a (fox", r"'\(' is never closed; write \\\( for the character"),
+        ("a [fox", r"'\[' is never closed"),
+        ("a fox)", r"'\)' closes nothing; write \\\)"),
+        ("a (fox]", r"'\]' closes nothing"),
+        ("[fox:1.2)", r"':1.2\)' closes nothing"),
+        ("(fox:1.2.3)", "'1.2.3' must be a number"),
+    ],
+)
+def test_mistakes_are_named(prompt, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse_weights(prompt)
+    assert repr(prompt) in str(error.value)
+
+
+def test_weights_of_one_change_no_bit(generator):
+    hidden = torch.randn(2, 5, 8, generator=generator)
+    assert torch.equal(weighted(hidden, torch.ones(2, 5)), hidden)
+
+
+def test_a_weight_scales_its_token_against_the_others_and_keeps_each_mean(generator):
+    hidden = torch.randn(2, 5, 8, generator=generator) + 1
+    weights = torch.ones(2, 5)
+    weights[1, 2] = 1.5
+    result = weighted(hidden, weights)
+    assert torch.equal(result[0], hidden[0])
+    torch.testing.assert_close(result.mean(dim=(1, 2)), hidden.mean(dim=(1, 2)))
+    ratios = result[1] / hidden[1]
+    torch.testing.assert_close(ratios[2] / ratios[0], torch.full((8,), 1.5))
+
+
+def test_a_mean_of_nothing_is_no_measure(generator):
+    hidden = torch.randn(1, 5, 8, generator=generator)
+    weights = torch.tensor([[1.0, 1.2, 1.0, 1.0, 1.0]])
+    opposite = torch.cat([hidden, -hidden], dim=2)  # a mean of exactly zero
+    assert torch.equal(weighted(opposite, weights), opposite * weights[..., None])
+    assert torch.equal(weighted(opposite, torch.ones(1, 5)), opposite)

@@ -1,0 +1,181 @@
+"""The sampling command with a tiny Stable Diffusion: a file per image, start images, words, and pictures that repeat."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import ROOT, SAMPLE, files_in, run_script
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import save_file
+
+from xdiffusion.build import build_model, load_config
+from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
+from xdiffusion.checkpoints.lora_formats import write_lora
+from xdiffusion.checkpoints.native import save_model
+
+SIZE = 16
+ATTENTION = "network.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """Stable Diffusion's parts in small, with random weights."""
+    config = load_config(
+        ROOT / "configs/image/sd/sd15_tiny.yaml",
+        [f"data.image_size={SIZE}", "model.network.channels=[8,8]", "model.network.transformer_depth=[1,0]",
+         "model.network.num_res_blocks=1", "model.text_encoder.width=8", "model.text_encoder.layers=2",
+         "model.autoencoder.widths=[4,4]", "sampling.steps=2", "sampling.prompt_syntax=weighted"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = build_model(config)
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    path = tmp_path_factory.mktemp("tiny_sd") / "diffusion-0.safetensors"
+    plain = OmegaConf.to_container(config)
+    save_model(path, model.state_dict(), config=plain, image_shape=model.image_shape, step=0)
+    return path
+
+
+@pytest.fixture
+def sample(checkpoint, work_folder):
+    """sample(folder, *words): the exit status; the images are in `folder` of the current one."""
+    return lambda folder, *words: run_script(SAMPLE, "--checkpoint", checkpoint, "--output_path", folder, *words)
+
+
+def pixels(path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture).astype(int)
+
+
+def save_picture(path: str, size=(SIZE, SIZE), seed=0) -> str:
+    levels = np.random.default_rng(seed).integers(0, 256, (*reversed(size), 3), dtype=np.uint8)
+    Image.fromarray(levels).save(path)
+    return path
+
+
+def test_one_file_per_image_and_seed(sample, work_folder):
+    assert sample("a", "--prompt", "a (red:1.3) fox", "--num_samples", 3, "--seed", 7) == 0
+    assert files_in(work_folder / "a") == {"samples.png", "image-7.png", "image-8.png", "image-9.png"}
+    assert pixels("a/image-7.png").shape == (SIZE, SIZE, 3)
+    assert sample("b", "--prompt", "a (red:1.3) fox", "--seed", 8, "--height", 24, "--width", 32) == 0
+    assert pixels("b/image-8.png").shape == (24, 32, 3)
+    with Image.open("a/image-8.png") as picture:
+        assert (picture.text["prompt"], picture.text["image"], picture.text["seed"]) == ("a (red:1.3) fox", "1", "7")
+
+
+def test_a_picture_draws_itself_again(sample, work_folder):
+    save_picture("start.png")
+    words = ["--prompt", "a fox", "--prompt", "[two] houses", "--num_samples", 3, "--seed", 5, "--batch_size", 2]
+    more = ["--negative_prompt", "grey", "--init_image", "start.png", "--strength", 0.7, "--sampler", "euler_ancestral"]
+    assert sample("a", *words, *more, "--guidance", 3, "--sampling_steps", 3, "--clip_skip", 2) == 0
+    assert run_script(SAMPLE, "--from_png", "a/image-6.png", "--output_path", "b") == 0
+    assert files_in(work_folder / "b") == files_in(work_folder / "a")
+    for name in files_in(work_folder / "a"):
+        assert np.array_equal(pixels(f"a/{name}"), pixels(f"b/{name}"))
+    assert run_script(SAMPLE, "--from_png", "b/samples.png", "--output_path", "c", "--seed", 6) == 0
+    assert not np.array_equal(pixels("a/image-6.png"), pixels("c/image-6.png"))  # another prompt's turn
+    with Image.open("c/image-6.png") as picture:
+        assert "--output_path" not in json.loads(picture.text["command"])
+
+
+def test_start_image_and_mask(sample, work_folder):
+    save_picture("start.png", (2 * SIZE, 2 * SIZE))
+    mask = Image.new("L", (2 * SIZE, 2 * SIZE))
+    mask.paste(255, (0, 0, SIZE, 2 * SIZE))
+    mask.save("mask.png")
+    words = ["--prompt", "a fox", "--init_image", "start.png"]
+    assert sample("none", *words, "--strength", 0) == 0
+    assert sample("some", *words, "--strength", 0.5) == 0
+    assert sample("masked", *words, "--strength", 1, "--mask_image", "mask.png") == 0
+    none, some, masked = (pixels(f"{folder}/image-0.png") for folder in ("none", "some", "masked"))
+    assert not np.array_equal(none, some)
+    assert np.abs(none - masked)[:, : SIZE // 2].mean() > np.abs(none - masked)[:, -3:].mean()
+
+
+@pytest.mark.parametrize(
+    "words", ["--mixed_precision bf16", "--offload", "--clip_skip 2", "--times karras", "--tile_size 12"]
+)
+def test_flags_that_change_how_it_is_computed(sample, words, work_folder):
+    assert sample("plain", "--prompt", "a fox", "--set", "sampling.steps=3") == 0
+    assert sample("other", "--prompt", "a fox", "--set", "sampling.steps=3", *words.split()) == 0
+    difference = np.abs(pixels("plain/image-0.png") - pixels("other/image-0.png"))
+    assert (difference == 0).all() if words == "--offload" else 0 < difference.mean() < 60
+
+
+# --- learned words and LoRAs ---
+
+
+def factors(generator):
+    return LoRAFactors(torch.randn(2, 8, generator=generator), torch.randn(8, 2, generator=generator), 2.0)
+
+
+def test_learned_words(sample, work_folder, generator, capsys):
+    save_file({"<cat>": 3 * torch.randn(2, 8, generator=generator)}, "learned_embeds.safetensors")
+    assert sample("plain", "--prompt", "a <cat>") == 0
+    assert sample("cat", "--prompt", "a <cat>", "--learned_tokens", "learned_embeds.safetensors") == 0
+    assert "learned_embeds.safetensors: <cat> (2 vectors)" in capsys.readouterr().out
+    assert sample("fox", "--prompt", "a <fox>", "--learned_tokens", "learned_embeds.safetensors=<fox>") == 0
+    assert not np.array_equal(pixels("plain/image-0.png"), pixels("cat/image-0.png"))
+    assert np.array_equal(pixels("cat/image-0.png"), pixels("fox/image-0.png"))
+
+
+def test_words_in_a_lora_file_are_used(sample, work_folder, generator, capsys):
+    lora = LoRAFile({ATTENTION: factors(generator)}, tokens={"<s1>": 3 * torch.randn(8, generator=generator)})
+    write_lora(lora, Path("style.safetensors"), "native")
+    words = ["--prompt", "a <s1>", "--lora_path"]
+    assert sample("off", *words, "style.safetensors:0") == 0
+    assert "left out" not in capsys.readouterr().out
+    assert sample("on", *words, "style.safetensors:0.8") == 0
+    assert sample("plain", "--prompt", "a <s1>") == 0
+    assert not np.array_equal(pixels("off/image-0.png"), pixels("plain/image-0.png"))
+    assert not np.array_equal(pixels("off/image-0.png"), pixels("on/image-0.png"))
+    assert files_in(work_folder / "on") == {"samples.png", "image-0.png"}
+    assert sample("pairs", *words, "style.safetensors:0.8", "--paired") == 0
+    assert files_in(work_folder / "pairs") == {"base.png", "lora.png", "paired.png", "image-0.png"}
+    assert np.array_equal(pixels("on/image-0.png"), pixels("pairs/image-0.png"))
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", 'no classes to draw: say what to draw with --prompt "TEXT"'),
+        ("--prompt x{class}", "unknown slot {class}; this model has no classes"),
+        ("--prompt (fox", "prompt '(fox': '(' is never closed"),
+        ("--prompt x --negative_prompt fox]", "']' closes nothing"),
+        ("--prompt x --height 20 --width 17", "height=20, width=17: the sides of an image must be multiples of 2"),
+        ("--prompt x --clip_skip 3", "clip_skip=3 must be in 1..2"),
+        ("--prompt x --init_image none.png", "none.png: cannot be read (No such file or directory)"),
+        ("--prompt x --init_image text.txt", "text.txt: cannot be read ("),
+        ("--prompt x --init_image start.png --strength 1.5", "--strength 1.5 must be in [0, 1]"),
+        ("--prompt x --init_image start.png --strength nan", "--strength nan must be in [0, 1]"),
+        ("--prompt x --init_image start.png --mask_image wide.png",
+         "the mask wide.png must be of the size of start.png, not 32x16, 16x16"),
+        ("--prompt x --paired", "--paired compares the base with what --lora_path names"),
+        ("--prompt x --strength 0.5", "--strength is that of --init_image, and there is none"),
+        ("--prompt x --mask_image wide.png", "--mask_image says what to draw anew of --init_image"),
+        ("--prompt x --learned_tokens none.pt", "no file at none.pt"),
+        ("--prompt x --learned_tokens wide.safetensors", "'<a>' has 16 numbers, this text encoder's width is 8"),
+        ("--prompt x --mixed_precision fp8", "invalid choice: 'fp8'"),
+        ("--prompt x --times even", "sampling.times.kind='even' is unknown"),
+        ("--from_png none.png", "none.png cannot be read as a PNG"),
+        ("--from_png start.png", "start.png does not say how it was drawn"),
+    ],
+)  # fmt: skip
+def test_one_line_and_nothing_written(sample, words, message, work_folder, capsys):
+    save_picture("start.png")
+    save_picture("wide.png", (2 * SIZE, SIZE))
+    Path("text.txt").write_text("no picture")
+    save_file({"<a>": torch.ones(16)}, "wide.safetensors")
+    before = files_in(work_folder)
+    assert sample("out", *words.split()) == 2
+    *usage, line = capsys.readouterr().err.rstrip("\n").split("\n")
+    assert message in line
+    assert all(earlier.startswith(("usage: ", " ")) for earlier in usage)
+    assert files_in(work_folder) == before

@@ -1,0 +1,87 @@
+"""Euler's method on the probability-flow ODE in EDM coordinates ([EDM] eq. 1), plain and ancestral ([KDiff]).
+
+With y = xt / alpha and s = sigma / alpha the ODE is dy/ds = (y - x0(y, s)) / s. The ancestral form steps below the next
+noise level and climbs back to it with fresh noise, so that the sample's noise level is right and its noise is new:
+
+    s_up^2 = s_next^2 (s^2 - s_next^2) / s^2,    s_down^2 = s_next^2 - s_up^2 = s_next^4 / s^2
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from xdiffusion.samplers.contract import BoundDenoiser, Generators, OnStep, fresh_noise
+
+
+@torch.no_grad()
+def sample_euler(
+    denoiser: BoundDenoiser,
+    x_T: Float[Tensor, "B C H W"],
+    times: Float[Tensor, " n"],
+    *,
+    generator: Generators | None = None,
+    on_step: OnStep | None = None,
+) -> Float[Tensor, "B C H W"]:
+    """Follow `times` from noise to data with one denoiser call a step; in exact arithmetic DDIM at eta = 0.
+
+    Args:
+        denoiser: `(xt, t) -> x0`, with `.schedule`.
+        x_T: the starting noise, unit variance.
+        times: decreasing grid from 1 to 0 (see `time_grids`).
+        generator: unused, the method is deterministic.
+        on_step: called as on_step(i, xt, x0) after each step.
+    """
+    xt = x_T
+    for i, (t, u) in enumerate(zip(times[:-1], times[1:])):
+        alpha_t, sigma_t = denoiser.schedule.alpha_sigma(t)
+        alpha_u, sigma_u = denoiser.schedule.alpha_sigma(u)
+        level_t, level_u = sigma_t / alpha_t, sigma_u / alpha_u
+        x0 = denoiser(xt, t)
+        y = xt / alpha_t
+        slope = (y - x0) / level_t  # [EDM] algorithm 1, line 4
+        xt = alpha_u * (y + (level_u - level_t) * slope)  # line 5
+        if on_step is not None:
+            on_step(i, xt, x0)
+    return xt
+
+
+@torch.no_grad()
+def sample_euler_ancestral(
+    denoiser: BoundDenoiser,
+    x_T: Float[Tensor, "B C H W"],
+    times: Float[Tensor, " n"],
+    *,
+    generator: Generators | None = None,
+    on_step: OnStep | None = None,
+) -> Float[Tensor, "B C H W"]:
+    """Follow `times` from noise to data, with fresh noise at every step but one that ends at t = 0.
+
+    Args:
+        denoiser: `(xt, t) -> x0`, with `.schedule`.
+        x_T: the starting noise, unit variance.
+        times: decreasing grid from 1 to 0 (see `time_grids`).
+        generator: source of the noise.
+        on_step: called as on_step(i, xt, x0) after each step.
+
+    Raises:
+        ValueError: if the generator is missing.
+    """
+    xt = x_T
+    for i, (t, u) in enumerate(zip(times[:-1], times[1:])):
+        alpha_t, sigma_t = denoiser.schedule.alpha_sigma(t)
+        alpha_u, sigma_u = denoiser.schedule.alpha_sigma(u)
+        level_t, level_u = sigma_t / alpha_t, sigma_u / alpha_u
+        level_up = level_u * (1 - (level_u / level_t) ** 2).sqrt()
+        level_down = level_u**2 / level_t
+        x0 = denoiser(xt, t)
+        y = xt / alpha_t
+        slope = (y - x0) / level_t
+        y = y + (level_down - level_t) * slope
+        if level_up > 0:
+            y = y + level_up * fresh_noise(xt, generator)
+        xt = alpha_u * y
+        if on_step is not None:
+            on_step(i, xt, x0)
+    return xt

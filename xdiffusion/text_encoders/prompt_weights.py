@@ -1,0 +1,77 @@
+r"""Weights in prompts, as in A1111's web UI: how much of the text embedding each word contributes.
+
+    (word)      weight 1.1, ((word)) 1.1 * 1.1        [word]      weight 1 / 1.1
+    (word:1.3)  weight 1.3                            \( \) \[ \] \\   the characters themselves
+
+A weight multiplies the hidden states of its tokens; the whole is then scaled so that its mean stays what it was.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+EMPHASIS = 1.1
+SMALLEST_MEAN = 1e-3  # over the mean absolute value
+_PIECES = re.compile(r"\\.?|[()\[\]]|:\s*(?P<weight>[+-]?[\d.]+)\s*\)|[^\\()\[\]:]+|:", re.DOTALL)
+_CLOSES = {")": "(", "]": "["}
+
+
+def parse_weights(prompt: str) -> list[tuple[str, float]]:
+    """The texts of a prompt in order, each with its weight; neighbours of one weight are one text.
+
+    Raises:
+        ValueError: for a bracket without its partner, or a weight that is no number.
+    """
+    texts: list[tuple[str, float]] = []
+    opened: list[tuple[str, int]] = []  # the brackets around the current place, and how many texts stood before each
+    for piece in _PIECES.finditer(prompt):
+        text, given = piece[0], piece["weight"]
+        if text.startswith("\\"):
+            texts.append((text[1:], 1.0))
+        elif text in ("(", "["):
+            opened.append((text, len(texts)))
+        elif text in _CLOSES or given:
+            bracket, start = opened.pop() if opened else ("", 0)
+            if bracket != _CLOSES[text[-1]]:
+                raise ValueError(f"prompt {prompt!r}: {text!r} closes nothing; write \\{text[-1]} for the character")
+            factor = EMPHASIS if bracket == "(" else 1 / EMPHASIS
+            factor = _number(given, prompt) if given else factor
+            texts[start:] = [(inside, weight * factor) for inside, weight in texts[start:]]
+        else:
+            texts.append((text, 1.0))
+    if opened:
+        bracket = opened[-1][0]
+        raise ValueError(f"prompt {prompt!r}: {bracket!r} is never closed; write \\{bracket} for the character")
+    return _merged(texts)
+
+
+def weighted(hidden: Float[Tensor, "B L D"], weights: Float[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+    """weights * hidden, scaled per prompt to the mean it had; where all weights are 1, hidden itself, bit for bit.
+
+    A mean of nothing, as behind a norm that was never trained, is no measure, and that prompt is not scaled.
+    """
+    product = hidden * weights[..., None].to(hidden)
+    before, after, spread = (x.float().mean(dim=(1, 2), keepdim=True) for x in (hidden, product, product.abs()))
+    scale = torch.where(after.abs() > SMALLEST_MEAN * spread, before / after, torch.ones_like(after))
+    return product * scale.to(hidden)
+
+
+def _number(text: str, prompt: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"prompt {prompt!r}: the weight {text!r} must be a number, as in (word:1.2)") from None
+
+
+def _merged(texts: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    merged: list[tuple[str, float]] = []
+    for text, weight in texts:
+        if merged and merged[-1][1] == weight:
+            merged[-1] = (merged[-1][0] + text, weight)
+        else:
+            merged.append((text, weight))
+    return merged
