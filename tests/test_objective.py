@@ -82,3 +82,38 @@ def test_noise_is_standard_normal(generator):
     noise = draw_noise((1000, 1, 10, 10), generator)
     assert abs(noise.mean()) < 0.01
     assert abs(noise.std() - 1) < 0.01
+
+
+def test_offset_noise_adds_one_number_to_each_channel():
+    plain, offset = (draw_noise((500, 3, 4, 4), generator_of(1), strength) for strength in (0.0, 0.5))
+    added = offset - plain
+    assert torch.allclose(added, added[:, :, :1, :1].expand_as(added), atol=1e-6)
+    assert float(added[:, :, 0, 0].std()) == pytest.approx(0.5, rel=0.05)
+    assert torch.equal(draw_noise((500, 3, 4, 4), generator_of(1)), plain)
+
+
+def test_offset_noise_is_the_target_too(generator):
+    """A network that knows the noise, offset included, has no eps loss."""
+    x0 = torch.zeros(6, 1, 4, 4)
+    schedule = CosineSchedule(-8, 8)
+
+    def knows(xt, time, context):  # xt = sigma * eps
+        sigma = torch.sigmoid(-logsnr).sqrt().view(-1, 1, 1, 1)
+        return xt / sigma
+
+    logsnr = schedule.logsnr(draw_times(schedule, 6, generator_of(2)))
+    value = loss(knows, schedule, "eps", x0, CONTEXT, generator=generator_of(2), offset_noise=0.3)
+    torch.testing.assert_close(value, torch.zeros(()), atol=1e-8, rtol=0)
+
+
+def test_weights_weigh_the_samples(generator):
+    x0 = torch.randn(6, 1, 4, 4, generator=generator)
+    network = lambda xt, time, context: 0.3 * xt  # noqa: E731
+
+    def value(weights=None):
+        return loss(network, CosineSchedule(), "v", x0, CONTEXT, generator=generator_of(3), weights=weights)
+
+    one = [value(6.0 * torch.nn.functional.one_hot(torch.tensor(i), 6)) for i in range(6)]
+    torch.testing.assert_close(torch.stack(one).mean(), value())
+    torch.testing.assert_close(value(torch.tensor([3.0, 3, 0, 0, 0, 0])), (one[0] + one[1]) / 2)
+    assert torch.equal(value(torch.ones(6)), value())

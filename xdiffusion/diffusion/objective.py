@@ -28,6 +28,8 @@ def loss(
     *,
     generator: torch.Generator,
     min_snr_gamma: float | None = None,
+    offset_noise: float = 0.0,
+    weights: Float[Tensor, " B"] | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> Float[Tensor, ""]:
     """The whole training step up to the scalar to differentiate.
@@ -37,6 +39,9 @@ def loss(
         context: text embeddings.
         generator: source of the times and of the noise.
         min_snr_gamma: clips the weight in x0 space at this SNR ([MinSNR]); None leaves the prediction's own weight.
+        offset_noise: strength of a constant added to the noise of each channel, so that a picture's mean brightness is
+            learned too ([OffsetNoise]); 0.05 to 0.1 is usual.
+        weights: of the samples, with mean 1 over the batch; None is 1 for each.
         share: (k, n) where x0 is the k-th of n equal parts of a batch (accumulation, processes): times and noise are
             drawn for the whole batch, so that they do not depend on how it is divided.
 
@@ -46,11 +51,11 @@ def loss(
     part, parts = share
     rows = slice(part * x0.shape[0], (part + 1) * x0.shape[0])
     t = draw_times(schedule, parts * x0.shape[0], generator)[rows].to(x0.device)
-    eps = draw_noise((parts * x0.shape[0], *x0.shape[1:]), generator)[rows].to(x0.device)
+    eps = draw_noise((parts * x0.shape[0], *x0.shape[1:]), generator, offset_noise)[rows].to(x0.device)
     error = squared_error(network, schedule, prediction, x0, eps, t, context)
     if min_snr_gamma is not None:
         error = error * min_snr_weight(schedule.logsnr(t), prediction, min_snr_gamma)
-    return error.mean()
+    return error.mean() if weights is None else (weights * error).mean()
 
 
 def squared_error(
@@ -77,9 +82,14 @@ def draw_times(schedule: Schedule, batch: int, generator: torch.Generator) -> Fl
     return schedule.training_time((offset + strata) % 1)
 
 
-def draw_noise(shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "B C H W"]:
-    """Standard normal noise in float32 on the generator's device."""
-    return torch.randn(shape, generator=generator, device=generator.device)
+def draw_noise(
+    shape: tuple[int, ...], generator: torch.Generator, offset_noise: float = 0.0
+) -> Float[Tensor, "B C H W"]:
+    """Standard normal noise in float32 on the generator's device, plus offset_noise times one number per channel."""
+    eps = torch.randn(shape, generator=generator, device=generator.device)
+    if offset_noise:
+        eps = eps + offset_noise * torch.randn((*shape[:2], 1, 1), generator=generator, device=generator.device)
+    return eps
 
 
 def min_snr_weight(logsnr: Float[Tensor, " B"], prediction: Prediction, gamma: float) -> Float[Tensor, " B"]:

@@ -1,0 +1,263 @@
+"""`image/folder`: which caption a picture gets, what is skipped and said, and what a batch holds."""
+
+import io
+import json
+from functools import partial
+
+import pytest
+import torch
+from picture_folders import truncate, write_pictures
+from PIL import Image
+
+from xdiffusion.build import build_data, image_shape, load_config
+from xdiffusion.config import ConfigError
+from xdiffusion.data import image_files
+from xdiffusion.data.image_files import DamagedImage, Picture
+from xdiffusion.data.image_folder import load_image_folder
+
+SMALL = {"image_size": 16, "bucket_multiple": 4}
+CENTRE = torch.full((3, 1), 0.5)
+
+
+def load(folder, **settings):
+    return load_image_folder(data_dir=str(folder), **SMALL | settings)
+
+
+def captions(images):
+    return {p.name: c[0] for p, c in zip(images.pictures, images.captions)}
+
+
+def picture(image: Image.Image, format="PNG", **options) -> Picture:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return Picture("picture", "words", lambda: io.BytesIO(stream.getvalue()))
+
+
+# --- captions ---
+
+
+def test_captions_from_text_files_beside_the_pictures(tmp_path, capsys):
+    write_pictures(tmp_path, [(16, 16), (24, 12)], ["a cat", "a\ndog "])
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "picture_0.png", "text": "unused"}))
+    images = load(tmp_path)
+    assert captions(images) == {"picture_0.png": "a cat", "picture_1.png": "a dog"}
+    assert capsys.readouterr().out.strip() == images.summary
+    assert (
+        "2 pictures in 2 shapes (20x12: 1, 16x16: 1)" in images.summary and "captions from .txt files" in images.summary
+    )
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_captions_from_metadata(tmp_path, kind):
+    write_pictures(tmp_path / "below", [(16, 16)] * 3)
+    rows = [("below/picture_0.png", "one, two"), ("below/picture_2.png", "three"), ("below/gone.png", "four")]
+    if kind == "jsonl":
+        text = "\n".join(json.dumps({"file_name": n, "text": t}) for n, t in rows) + "\n\n"
+    else:
+        text = "file_name,text\n" + "".join(f'{n},"{t}"\n' for n, t in rows)
+    (tmp_path / f"metadata.{kind}").write_text(text)
+    images = load(tmp_path)
+    assert captions(images) == {"below/picture_0.png": "one, two", "below/picture_2.png": "three"}
+    assert set(images.skipped) == {"below/picture_1.png", "below/gone.png"}
+    assert images.skipped["below/picture_1.png"] == "no caption"
+    assert f"captions from metadata.{kind}" in images.summary
+
+
+def test_captions_from_file_names(tmp_path):
+    for name in ("a_red_circle_003", "a cat (2)", "42", "sks-dog-1"):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{name}.png")
+    assert set(captions(load(tmp_path)).values()) == {"a red circle", "a cat", "42", "sks-dog"}
+
+
+def test_captions_of_the_config_are_drawn_in_place_of_the_pictures_own(tmp_path):
+    write_pictures(tmp_path, [(16, 16)], ["own"])
+    images = load(tmp_path, captions=["a", "b"])
+    index = torch.zeros(2, dtype=torch.long)
+    batch = images.batch(index, torch.tensor([0.1, 0.9]), CENTRE.expand(3, 2))
+    assert batch.captions == ["a", "b"] and "captions from the config" in images.summary
+    assert images.prompts.captions == (("a",), ("b",))
+
+
+def test_a_caption_with_braces_is_no_template(tmp_path):
+    write_pictures(tmp_path, [(16, 16)], ["a {set} of {}"])
+    assert load(tmp_path).prompts.captions == (("a {set} of {}",),)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"file_name": "../secret.png", "text": "x"}', r"line 1: file_name '../secret.png' leads out of the folder"),
+        ('{"file_name": "/etc/passwd", "text": "x"}', "leads out of the folder"),
+        ("{broken", "line 1 is no JSON"),
+        ("[1]", "must be a JSON object"),
+        ('{"text": "x"}', "must have the texts file_name and text"),
+        ('{"file_name": "picture_0.png", "text": 3}', "must have the texts"),
+    ],
+)
+def test_wrong_metadata_is_an_error_that_names_the_line(tmp_path, line, complaint):
+    write_pictures(tmp_path / "set", [(16, 16)])
+    write_pictures(tmp_path, [(16, 16)])[0].rename(tmp_path / "secret.png")
+    (tmp_path / "set" / "metadata.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=complaint):
+        load(tmp_path / "set")
+
+
+def test_metadata_cannot_reach_out_through_a_link(tmp_path):
+    write_pictures(tmp_path / "set", [(16, 16)])
+    write_pictures(tmp_path / "other", [(16, 16)])
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "other")
+    row = {"file_name": "link/picture_0.png", "text": "x"}
+    (tmp_path / "set" / "metadata.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        load(tmp_path / "set")
+
+
+def test_a_csv_without_its_columns_is_an_error(tmp_path):
+    write_pictures(tmp_path, [(16, 16)])
+    (tmp_path / "metadata.csv").write_text("name,text\na,b\n")
+    with pytest.raises(ValueError, match=r"no column file_name; its columns are \['name', 'text'\]"):
+        load(tmp_path)
+
+
+# --- what is skipped ---
+
+
+def test_unusable_pictures_are_counted_and_named(tmp_path):
+    write_pictures(tmp_path, [(16, 16), (1, 1), (16, 16), (2, 16)], ["words"])
+    (tmp_path / "noise.jpg").write_bytes(b"no picture at all")
+    (tmp_path / "noise.txt").write_text("words")
+    (tmp_path / "empty.webp").touch()
+    (tmp_path / "picture_2.txt").write_text(" \n")
+    images = load(tmp_path)
+    assert [p.name for p in images.pictures] == ["picture_0.png"]
+    assert images.skipped["picture_1.png"] == "1x1 would be enlarged more than 4 times"
+    assert images.skipped["picture_2.png"] == images.skipped["empty.webp"] == "no caption"
+    assert "cannot be read" in images.skipped["noise.jpg"]
+    assert "skipped 5: " in images.summary and "picture_1.png (1x1" in images.summary
+
+
+def test_a_summary_names_the_first_skips_and_counts_the_rest(tmp_path):
+    write_pictures(tmp_path, [(16, 16)] + [(1, 1)] * 8, ["words"])
+    assert load(tmp_path).summary.count(" (1x1") == 5 and load(tmp_path).summary.endswith("and 3 more")
+
+
+def test_a_picture_above_the_limit_is_skipped_by_its_header_alone(tmp_path, monkeypatch):
+    write_pictures(tmp_path, [(16, 16)], ["words"])
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
+    (tmp_path / "huge.txt").write_text("words")
+    monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("decoded"))
+    assert load(tmp_path).skipped == {"huge.png": "10000x10000 is above 64 megapixels"}
+
+
+def test_pillow_s_own_limit_is_a_skip_too(tmp_path, monkeypatch):
+    write_pictures(tmp_path, [(16, 16), (64, 64)], ["words"])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert load(tmp_path).skipped == {"picture_1.png": "it is above 64 megapixels"}
+
+
+def test_nothing_left_is_an_error_that_says_why(tmp_path):
+    with pytest.raises(ValueError, match="is no folder"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"holds no picture; the endings looked for are \.png"):
+        load(tmp_path)
+    write_pictures(tmp_path, [(1, 1)], ["words"])
+    with pytest.raises(ValueError, match=r"no usable picture: .*skipped 1: picture_0.png \(1x1"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="--data_dir FOLDER"):
+        load_image_folder(16)
+
+
+def test_a_truncated_picture_is_replaced_by_the_next_of_its_bucket_and_named_once(tmp_path, capsys):
+    paths = write_pictures(tmp_path, [(16, 16), (20, 12), (16, 16)], ["a", "b", "c"])
+    truncate(paths[2])
+    images = load(tmp_path)
+    assert len(images) == 3  # its header is whole
+    for _ in range(2):
+        batch = images.batch(torch.tensor([2]), torch.zeros(1), CENTRE)
+        assert batch.captions == ["a"] and batch.labels.tolist() == [0]
+    assert capsys.readouterr().err.count("picture_2.png is replaced by the next picture: cannot be read") == 1
+    truncate(paths[0])
+    with pytest.raises(ValueError, match=r"none of the 2 pictures of picture_2.png's shape is whole"):
+        images.batch(torch.tensor([2]), torch.zeros(1), CENTRE)
+
+
+# --- pixels ---
+
+
+def test_a_turned_photograph_is_shown_upright(tmp_path):
+    image = Image.new("RGB", (20, 12))
+    image.paste("red", (0, 0, 20, 3))  # along the upper edge; orientation 6 turns it to the right edge
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = picture(image, "PNG", exif=exif)
+    assert turned.size() == turned.pixels().size == (12, 20)
+    assert turned.pixels().getpixel((11, 10)) == (255, 0, 0) and turned.pixels().getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_transparency_is_white_and_every_mode_is_rgb():
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    assert picture(clear).pixels().getpixel((0, 0)) == (255, 255, 255)
+    palette = clear.convert("P")
+    palette.info["transparency"] = 0
+    assert picture(palette, transparency=0).pixels().getpixel((0, 0)) == (255, 255, 255)
+    for mode in ("1", "L", "LA", "P", "CMYK", "I;16"):
+        stored = picture(Image.new(mode, (4, 4)), "TIFF" if mode == "CMYK" else "PNG")
+        assert stored.pixels().mode == "RGB", mode
+
+
+def test_sixteen_bits_are_scaled_rather_than_clipped():
+    deep = Image.new("I;16", (2, 1))
+    deep.putpixel((0, 0), 65535)
+    deep.putpixel((1, 0), 32768)
+    assert [picture(deep).pixels().getpixel((x, 0))[0] for x in (0, 1)] == [255, 127]
+
+
+def test_damage_is_named_whatever_it_is():
+    for content in (b"", b"GIF89a", b"\x89PNG\r\n\x1a\n" + bytes(50)):
+        with pytest.raises(DamagedImage, match="cannot be read"):
+            Picture("x", "y", partial(io.BytesIO, content)).size()
+
+    def gone():
+        raise FileNotFoundError(2, "No such file or directory")
+
+    with pytest.raises(DamagedImage, match="No such file"):
+        Picture("x", "y", gone).pixels()
+    assert image_files.MAX_MEGAPIXELS == 64
+
+
+# --- batches ---
+
+
+def test_a_batch_is_cropped_flipped_and_scaled(tmp_path):
+    write_pictures(tmp_path, [(24, 12)], ["words"])
+    index, wording = torch.zeros(1, dtype=torch.long), torch.zeros(1)
+    plain = load(tmp_path).batch(index, wording, torch.zeros(3, 1)).images
+    assert plain.shape == (1, 3, 12, 20) and plain.min() >= -1 and plain.max() <= 1
+    flipped = load(tmp_path, flip=True)
+    assert torch.equal(flipped.batch(index, wording, torch.tensor([[0.4], [0], [0]])).images, plain.flip(3))
+    assert torch.equal(flipped.batch(index, wording, torch.tensor([[0.6], [0], [0]])).images, plain)
+    moved = load(tmp_path, random_crop=True)
+    left, right = (moved.batch(index, wording, torch.tensor([[0.9], [0.5], [x]])).images for x in (0.0, 0.999))
+    assert not torch.equal(left, right) and torch.equal(left[..., 4:], right[..., :-4])
+
+
+def test_every_picture_is_in_the_bucket_of_its_shape(tmp_path):
+    write_pictures(tmp_path, [(16, 16), (30, 15), (16, 32), (17, 16)], ["words"])
+    images = load(tmp_path)
+    assert {size: index.tolist() for size, index in images.buckets.items()} == {
+        (12, 20): [1], (16, 16): [0, 3], (20, 12): [2],
+    }  # fmt: skip
+
+
+def test_the_config_names_a_folder(tmp_path):
+    write_pictures(tmp_path / "set", [(16, 16)], ["words"])
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "data: {kind: image/folder, image_size: 16, bucket_multiple: 4, flip: true}\ndiffusion: {prediction: eps}"
+    )
+    config = load_config(path, [f"data.data_dir={tmp_path / 'set'}"])
+    assert image_shape(config) == (3, 16, 16) and build_data(config).flip
+    with pytest.raises(ConfigError, match=r"data: image/folder needs .*--data_dir FOLDER"):
+        build_data(load_config(path))
+    with pytest.raises(ConfigError, match="only sets with classes have an inverted style"):
+        build_data(load_config(path, [f"data.data_dir={tmp_path / 'set'}", "data.kind=image/folder_inverted"]))

@@ -1,0 +1,91 @@
+"""DreamBooth's class images: drawn where they are missing, and weighed in the loss."""
+
+import pytest
+import torch
+from picture_folders import write_pictures
+from tiny_sd import tiny_sd_config, tiny_sd_model, tiny_sd_trainer
+
+from xdiffusion.build import build_sampling
+from xdiffusion.checkpoints.files import content_hash
+from xdiffusion.pictures import read_metadata
+from xdiffusion.training.prior_preservation import prepare_class_images
+
+
+@pytest.fixture
+def config_of(tmp_path):
+    write_pictures(tmp_path / "set", [(16, 16)] * 3, ["unused"])
+
+    def config(*overrides):
+        prior = [f"prior.data_dir={tmp_path / 'class'}", "prior.num_images=6", "training.cache_latents=false"]
+        return tiny_sd_config(tmp_path, *prior, *overrides, name="sd15_dreambooth_lora_tiny")
+
+    return config
+
+
+def prepare(config):
+    model = tiny_sd_model(config)
+    return prepare_class_images(model, config, build_sampling(config, model.schedule))
+
+
+def test_missing_class_images_are_drawn_by_the_base(config_of, tmp_path, capsys):
+    write_pictures(tmp_path / "class", [(16, 16)])
+    images = prepare(config_of())
+    assert len(images) == 6 and set(images.captions) == {("a photo of a dog",)}
+    assert "class images: 5 drawn of 'a photo of a dog'" in capsys.readouterr().out
+    drawn = sorted((tmp_path / "class").glob("class_*.png"))
+    assert [path.name for path in drawn] == [f"class_{i:04d}.png" for i in range(1, 6)]
+    assert len({path.read_bytes() for path in drawn}) == 5
+    assert read_metadata(drawn[0])["prompt"] == "a photo of a dog"
+
+
+def test_class_images_that_are_there_are_left_alone(config_of, tmp_path):
+    paths = write_pictures(tmp_path / "class", [(16, 16)] * 7)
+    before = [path.read_bytes() for path in paths]
+    assert len(prepare(config_of())) == 7
+    assert [path.read_bytes() for path in paths] == before
+
+
+def test_an_image_s_noise_does_not_depend_on_how_many_were_missing(config_of, tmp_path):
+    prepare(config_of())
+    last = tmp_path / "class/class_0005.png"
+    whole = last.read_bytes()
+    last.unlink()
+    prepare(config_of())
+    assert last.read_bytes() == whole
+
+
+@pytest.mark.parametrize("override", ["prior.num_images=0", "prior.weight=0"])
+def test_settings_that_cannot_be(config_of, override):
+    with pytest.raises(ValueError, match=override.replace(".", r"\.")):
+        prepare(config_of(override))
+
+
+def test_the_loss_is_the_weighted_mean_over_the_batch(config_of):
+    config = config_of("prior.weight=0.5")
+    trainer = tiny_sd_trainer(config, class_images=prepare(config))
+    part = trainer.batches.part(1, 0, 1)
+    assert part.captions == ["a photo of sks dog", "a photo of a dog"] * 2
+    assert part.weights.tolist() == pytest.approx([4 / 3, 2 / 3] * 2)
+    base = content_hash(trainer.model.base_weights())
+    assert all(torch.isfinite(torch.tensor(trainer.step(step).loss)) for step in (1, 2))
+    assert content_hash(trainer.model.base_weights()) == base
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_parts_are_the_whole_batch(config_of, parts):
+    class_images = prepare(config_of())
+
+    def loss(parts):
+        config = config_of(f"training.gradient_accumulation_steps={parts}", "prior.weight=0.3")
+        return tiny_sd_trainer(config, class_images=class_images).step(1)
+
+    whole, cut = loss(1), loss(parts)
+    assert cut.loss == pytest.approx(whole.loss, rel=1e-5) and cut.grad_norm == pytest.approx(whole.grad_norm, rel=1e-4)
+
+
+def test_class_images_are_cached_in_the_subject_s_shapes(config_of, tmp_path):
+    write_pictures(tmp_path / "set", [(16, 16), (24, 16)], ["unused"])
+    config = config_of("training.cache_latents=true", "data.max_aspect=2", "training.batch_size=2")
+    trainer = tiny_sd_trainer(config, class_images=prepare(config))
+    shapes = {tuple(trainer.batches.part(step, 0, 1).x0.shape[2:]) for step in range(1, 7)}
+    assert shapes == {(8, 8), (6, 10)}

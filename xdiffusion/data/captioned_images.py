@@ -1,0 +1,189 @@
+"""A collection of captioned pictures of any sizes, decoded when a step needs them, in aspect-ratio buckets."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from xdiffusion.data.buckets import MAX_ENLARGEMENT, Size, bucket_sizes, enlargement, fill, nearest_bucket
+from xdiffusion.data.captions import PromptTable
+from xdiffusion.data.image_files import DamagedImage, Picture
+from xdiffusion.data.image_set import Batch, to_unit_range
+
+NAMED = 5  # skipped pictures that a summary names; the others are counted
+PREVIEWED = 4
+
+
+@dataclass(frozen=True)
+class Crop:
+    """How a picture is cut to its bucket. flip: mirrored. top, left: see `buckets.fill`."""
+
+    flip: bool = False
+    top: float = 0.5
+    left: float = 0.5
+
+
+class CaptionedImages:
+    """The usable pictures of a collection.
+
+    Args:
+        name: as in `--dataset_name`.
+        pictures: all that were found; the unusable ones are skipped, counted and named in `summary`.
+        captions_from: where the captions come from, for the summary.
+        image_size, bucket_multiple, max_aspect: see `bucket_sizes`.
+        random_crop: crop somewhere, not at the centre.
+        flip: mirror every other picture at random.
+        captions: if given, the captions of every picture instead of its own; one is drawn each time.
+
+    Raises:
+        ValueError: if no picture is left, or the sizes do not go together.
+    """
+
+    channels = 3
+
+    def __init__(
+        self,
+        name: str,
+        pictures: Sequence[Picture],
+        captions_from: str,
+        *,
+        image_size: int,
+        bucket_multiple: int = 64,
+        max_aspect: float = 2.0,
+        random_crop: bool = False,
+        flip: bool = False,
+        captions: Sequence[str] | None = None,
+    ):
+        self.name = name
+        self.image_size = image_size
+        self.random_crop = random_crop
+        self.flip = flip
+        self.pictures: list[Picture] = []
+        self.sizes: list[Size] = []
+        self.captions: list[tuple[str, ...]] = []
+        self.skipped: dict[str, str] = {}
+        self._reported: set[int] = set()
+        sizes = bucket_sizes(image_size, bucket_multiple, max_aspect)
+        for picture in pictures:
+            try:
+                size = _usable_size(picture, sizes, needs_caption=not captions)
+            except DamagedImage as error:
+                self.skipped[picture.name] = str(error)
+                continue
+            self.pictures.append(picture)
+            self.sizes.append(size)
+            self.captions.append(tuple(captions) if captions else (picture.caption,))
+        self.captions_from = "the config" if captions else captions_from
+        if not self.pictures:
+            raise ValueError(f"no usable picture: {self.summary}")
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    @cached_property
+    def buckets(self) -> dict[Size, Int[Tensor, " n"]]:
+        """The indices of the pictures of each shape."""
+        members = defaultdict(list)
+        for index, size in enumerate(self.sizes):
+            members[size].append(index)
+        return {size: torch.tensor(members[size]) for size in sorted(members)}
+
+    @property
+    def prompts(self) -> PromptTable:
+        """The first few different captions, for previews."""
+        distinct = dict.fromkeys(caption for captions in self.captions for caption in captions)
+        return PromptTable(names=tuple((caption,) for caption in list(distinct)[:PREVIEWED]), templates=("{}",))
+
+    @property
+    def summary(self) -> str:
+        """One line: how many pictures, their shapes, where the captions come from, and what was skipped."""
+        shapes = ", ".join(f"{w}x{h}: {len(index)}" for (h, w), index in self.buckets.items())
+        line = f"{self.name}: {len(self)} pictures in {len(self.buckets)} shapes"
+        line += f" ({shapes}), captions from {self.captions_from}" if shapes else ""
+        if not self.skipped:
+            return line
+        named = [f"{name} ({reason})" for name, reason in list(self.skipped.items())[:NAMED]]
+        more = [f"and {len(self.skipped) - NAMED} more"] if len(self.skipped) > NAMED else []
+        return f"{line}; skipped {len(self.skipped)}: {', '.join(named + more)}"
+
+    def batch(
+        self,
+        index: Int[Tensor, " B"],
+        wording: Float[Tensor, " B"],
+        moves: Float[Tensor, "3 B"],
+        size: Size | None = None,
+    ) -> Batch:
+        """The indexed pictures, which are of one bucket; a label is a picture's index.
+
+        Args:
+            index: of the pictures. One that proves damaged is replaced by the next of its bucket.
+            wording: in [0, 1), picks the caption.
+            moves: in [0, 1): flip, top and left.
+            size: (height, width), where it is not the bucket's.
+        """
+        loaded = [self.load(i, crop, size) for i, crop in zip(index.tolist(), self.crops(moves))]
+        labels = [i for i, _ in loaded]
+        images = to_unit_range(torch.stack([image for _, image in loaded]))
+        return Batch(images, torch.tensor(labels), self.captions_of(labels, wording))
+
+    def crops(self, moves: Float[Tensor, "3 B"]) -> list[Crop]:
+        """What the draws mean under this collection's settings."""
+        flips, tops, lefts = moves.tolist()
+        return [
+            Crop(self.flip and f < 0.5, *((top, left) if self.random_crop else (0.5, 0.5)))
+            for f, top, left in zip(flips, tops, lefts)
+        ]
+
+    def captions_of(self, index: Sequence[int], wording: Float[Tensor, " B"]) -> list[str]:
+        """One caption for each indexed picture."""
+        tables = [self.captions[i] for i in index]
+        return [captions[int(u * len(captions))] for captions, u in zip(tables, wording.tolist())]
+
+    def load(self, index: int, crop: Crop, size: Size | None = None) -> tuple[int, UInt8[Tensor, "3 H W"]]:
+        """A picture's pixels, and its index; the next whole one of its bucket where it proves damaged.
+
+        Raises:
+            ValueError: if none of its bucket is whole.
+        """
+        members = self.buckets[self.sizes[index]]
+        place = int(torch.searchsorted(members, index))
+        for further in range(len(members)):
+            candidate = int(members[(place + further) % len(members)])
+            try:
+                image = fill(self.pictures[candidate].pixels(), size or self.sizes[index], crop.top, crop.left)
+            except DamagedImage as error:
+                self._report(candidate, error)
+                continue
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            return candidate, pixels.flip(2) if crop.flip else pixels
+        raise ValueError(
+            f"{self.name}: none of the {len(members)} pictures of {self.pictures[index].name}'s shape is whole"
+        )
+
+    def _report(self, index: int, error: DamagedImage) -> None:
+        if index not in self._reported:
+            self._reported.add(index)
+            print(f"warning: {self.pictures[index].name} is replaced by the next picture: {error}", file=sys.stderr)
+
+
+def _usable_size(picture: Picture, sizes: Sequence[Size], needs_caption: bool) -> Size:
+    """The bucket of a picture.
+
+    Raises:
+        DamagedImage: if it cannot be used.
+    """
+    if needs_caption and not (picture.caption or "").strip():
+        raise DamagedImage("no caption")
+    width, height = picture.size()
+    size = nearest_bucket(width, height, sizes)
+    if enlargement(width, height, size) > MAX_ENLARGEMENT:
+        raise DamagedImage(f"{width}x{height} would be enlarged more than {MAX_ENLARGEMENT} times")
+    return size

@@ -1,0 +1,146 @@
+"""`image/folder`: a folder of pictures with captions from `.txt` files, from metadata, or from the files' names."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from xdiffusion.data.captioned_images import CaptionedImages
+from xdiffusion.data.image_files import Picture
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+METADATA = ("metadata.jsonl", "metadata.csv")
+
+
+def load_image_folder(
+    image_size: int,
+    data_dir: str | None = None,
+    *,
+    bucket_multiple: int = 64,
+    max_aspect: float = 2.0,
+    random_crop: bool = False,
+    flip: bool = False,
+    captions: Sequence[str] | None = None,
+) -> CaptionedImages:
+    """The pictures of a folder and of the folders in it, and one printed line about them.
+
+    The captions are those of the first that there is: a `.txt` file beside any picture (then every picture needs one);
+    `metadata.jsonl` or `metadata.csv` with `file_name` and `text`; the files' names, with spaces for underscores and
+    without a number at the end.
+
+    Args:
+        data_dir: the folder.
+        image_size, bucket_multiple, max_aspect, random_crop, flip, captions: see `CaptionedImages`.
+
+    Raises:
+        ValueError: if there is no folder or no usable picture in it, or its metadata is wrong.
+    """
+    if data_dir is None:
+        raise ValueError("image/folder needs the folder of the pictures: --data_dir FOLDER")
+    folder = Path(data_dir)
+    if not folder.is_dir():
+        raise ValueError(f"--data_dir {folder} is no folder")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not _hidden(p, folder))
+    if not files:
+        raise ValueError(f"--data_dir {folder} holds no picture; the endings looked for are {', '.join(SUFFIXES)}")
+    captions_from, pictures = _captioned(folder, files)
+    images = CaptionedImages(
+        f"image/folder {folder}",
+        pictures,
+        captions_from,
+        image_size=image_size,
+        bucket_multiple=bucket_multiple,
+        max_aspect=max_aspect,
+        random_crop=random_crop,
+        flip=flip,
+        captions=captions,
+    )
+    print(images.summary)
+    return images
+
+
+def _captioned(folder: Path, files: Sequence[Path]) -> tuple[str, list[Picture]]:
+    names = [str(file.relative_to(folder)) for file in files]
+    if any(file.with_suffix(".txt").is_file() for file in files):
+        found = {name: _sidecar(file) for name, file in zip(names, files)}
+        return ".txt files", [_picture(folder, name, found[name]) for name in names]
+    metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    if metadata:
+        found = _read_metadata(metadata, folder)
+        listed = [_picture(folder, name, text) for name, text in found.items()]
+        return metadata.name, listed + [_picture(folder, name, None) for name in names if name not in found]
+    return "file names", [_picture(folder, name, _words(file)) for name, file in zip(names, files)]
+
+
+def _picture(folder: Path, name: str, caption: str | None) -> Picture:
+    return Picture(name, caption, partial((folder / name).open, "rb"))
+
+
+def _sidecar(file: Path) -> str | None:
+    beside = file.with_suffix(".txt")
+    if not beside.is_file():
+        return None
+    return " ".join(beside.read_text(encoding="utf-8-sig", errors="replace").split())
+
+
+def _words(file: Path) -> str:
+    """a_red_circle_003.png -> "a red circle"; a name that is only a number stays."""
+    words = " ".join(file.stem.replace("_", " ").split())
+    return re.sub(r"[\s-]*\(?\d+\)?$", "", words) or words
+
+
+def _read_metadata(path: Path, folder: Path) -> dict[str, str]:
+    """file_name -> text, by paths below the folder.
+
+    Raises:
+        ValueError: naming the line that is wrong.
+    """
+    found = {}
+    for number, row in _rows(path):
+        where = f"{path}, line {number}"
+        name, text = (row.get(key) for key in ("file_name", "text"))
+        if not isinstance(name, str) or not name or not isinstance(text, str | None):
+            raise ValueError(f"{where} must have the texts file_name and text, not {str(dict(row))[:100]}")
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{where}: file_name {name!r} leads out of the folder")
+        found[str((folder / name).relative_to(folder))] = " ".join((text or "").split())
+    return found
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    read: Callable = _jsonl_rows if path.suffix == ".jsonl" else _csv_rows
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from read(file, path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _jsonl_rows(file, path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            raise ValueError(f"{path}, line {number} is no JSON: {reason}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} must be a JSON object, not {line.strip()[:100]}")
+        yield number, row
+
+
+def _csv_rows(file, path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    reader = csv.DictReader(file)
+    if missing := {"file_name", "text"} - set(reader.fieldnames or ()):
+        raise ValueError(f"{path} has no column {' and '.join(sorted(missing))}; its columns are {reader.fieldnames}")
+    for row in reader:
+        yield reader.line_num, row
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)

@@ -1,0 +1,281 @@
+"""Image-text sets of any size in tar shards, as webdataset and img2dataset write them: read in order, mixed in a buffer.
+
+A shard is a tar file in which the members of one sample follow each other under one key: `000017.jpg`, `000017.txt` (or
+`000017.json` with a "caption"). Nothing is unpacked: a picture is read at its place in the tar when it is decoded, so that
+passing over samples, to resume or because they are another process', costs their headers alone. Memory holds one buffer
+of names and captions.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+
+from xdiffusion.data.buckets import Size, fill
+from xdiffusion.data.captions import PromptTable
+from xdiffusion.data.image_files import DamagedImage, Picture
+from xdiffusion.data.image_set import Batch, to_unit_range
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+TEXTS = ("txt", "json")
+MAX_IMAGE_BYTES = 64 * 2**20
+MAX_TEXT_BYTES = 2**20
+MAX_SHARDS = 100_000
+MAX_DAMAGED = 100  # pictures one after another
+PREVIEWED = 4
+HELD = 4096  # names and captions of the pictures asked for last: two batches, whose rows may come in any order
+
+
+class ShardError(ValueError):
+    """A shard that cannot be read, or a sample in it: which, and why."""
+
+
+def load_shards(
+    image_size: int,
+    seed: int,
+    data_dir: str | None = None,
+    *,
+    buffer: int = 1000,
+    random_crop: bool = False,
+    flip: bool = False,
+) -> Shards:
+    """The shards of a folder or a pattern, and one printed line about them.
+
+    Args:
+        image_size: side of the square that every picture is scaled and cropped to.
+        seed: of the order; a run's.
+        data_dir: a folder of .tar files, one such file, or a pattern of them such as "laion/{00000..00041}.tar".
+        buffer, random_crop, flip: see `Shards`.
+
+    Raises:
+        ShardError: if there are none, or the first cannot be read.
+    """
+    if data_dir is None:
+        raise ShardError("image/shards needs its tar files: --data_dir FOLDER, or 'FOLDER/{00000..00041}.tar'")
+    shards = Shards(shard_paths(data_dir), image_size, seed=seed, buffer=buffer, random_crop=random_crop, flip=flip)
+    size = sum(shard.stat().st_size for shard in shards.shards)
+    print(f"{shards.name} {data_dir}: {len(shards.shards)} shards of {size:,} bytes; the first: {shards.prompts.names}")
+    return shards
+
+
+def shard_paths(data_dir: str) -> list[Path]:
+    """The .tar files that a folder holds or a pattern stands for.
+
+    Raises:
+        ShardError: if there are none, or the pattern has no such numbers.
+    """
+    pattern = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", data_dir)
+    if pattern:
+        before, first, last, after = pattern.groups()
+        if not 0 <= int(last) - int(first) < MAX_SHARDS or "{" in before:
+            raise ShardError(
+                f"--data_dir {data_dir}: a pattern has one pair of numbers {{FIRST..LAST}}, rising, for up to "
+                f"{MAX_SHARDS:,} files"
+            )
+        return [Path(f"{before}{number:0{len(first)}}{after}") for number in range(int(first), int(last) + 1)]
+    path = Path(data_dir)
+    found = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    if not found:
+        raise ShardError(f"--data_dir {data_dir} holds no .tar file")
+    return found
+
+
+class Shards:
+    """A set in several shards, as one endless, mixed, repeatable sequence of pictures.
+
+    Args:
+        shards: tar files, uncompressed; each epoch reads them in another order.
+        image_size: side of the square that pictures are scaled and cropped to.
+        seed: of the order.
+        buffer: pictures among which the next is drawn.
+        random_crop: crop somewhere, not at the centre.
+        flip: mirror every other picture at random.
+
+    Raises:
+        ShardError: if there is none, one is missing, or the first cannot be read.
+    """
+
+    name = "image/shards"
+    channels = 3
+
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        image_size: int,
+        *,
+        seed: int = 0,
+        buffer: int = 1000,
+        random_crop: bool = False,
+        flip: bool = False,
+    ):
+        self.shards = sorted(shards)
+        self.image_size = image_size
+        self.seed = seed
+        self.buffer = buffer
+        self.random_crop = random_crop
+        self.flip = flip
+        self.damaged: dict[str, str] = {}
+        missing = [str(shard) for shard in self.shards if not shard.is_file()]
+        if missing or not self.shards:
+            raise ShardError(f"no shard at {', '.join(missing[:3])}" if missing else "no shards are named")
+        if buffer < 1:
+            raise ShardError(f"data.buffer={buffer} must be at least 1")
+        first = dict.fromkeys(picture.caption for picture in islice(read_shard(self.shards[0]), PREVIEWED))
+        self.prompts = PromptTable(names=tuple((caption,) for caption in first), templates=("{}",))
+        self._coming = self.pictures()
+        self._next = 0
+        self._held: dict[int, Picture] = {}
+
+    def pictures(self, first: int = 0) -> Iterator[Picture]:
+        """All pictures from number `first` of the sequence on, epoch after epoch, without an end."""
+        return islice(self._sequence(), first, None)
+
+    def batch(
+        self,
+        index: Int[Tensor, " B"],
+        wording: Float[Tensor, " B"],
+        moves: Float[Tensor, "3 B"],
+        size: Size | None = None,
+    ) -> Batch:
+        """The pictures of some numbers of the sequence; quick where they rise from call to call.
+
+        One that cannot be decoded is replaced by the next of the sequence that can; a label is a picture's number.
+
+        Args:
+            index: numbers, any.
+            wording: not used: a picture has one caption.
+            moves: in [0, 1): flip, top and left.
+            size: (height, width), where it is not image_size.
+
+        Raises:
+            ShardError: if MAX_DAMAGED pictures one after another cannot be decoded.
+        """
+        images, captions, labels = [], [], []
+        for number, flip, *place in zip(index.tolist(), *moves.tolist()):
+            label, picture, image = self._whole(number, size or (self.image_size,) * 2, place)
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            images.append(pixels.flip(2) if self.flip and flip < 0.5 else pixels)
+            captions.append(picture.caption)
+            labels.append(label)
+        return Batch(to_unit_range(torch.stack(images)), torch.tensor(labels), captions)
+
+    def _whole(self, first: int, size: Size, place: Sequence[float]) -> tuple[int, Picture, Image.Image]:
+        for number in range(first, first + MAX_DAMAGED):
+            picture = self._at(number)
+            try:
+                return number, picture, fill(picture.pixels(), size, *(place if self.random_crop else ()))
+            except DamagedImage as error:
+                if picture.name not in self.damaged:
+                    self.damaged[picture.name] = str(error)
+                    print(f"warning: {picture.name} is replaced by the next picture: {error}", file=sys.stderr)
+        raise ShardError(f"{self.name}: {MAX_DAMAGED} pictures in a row cannot be decoded, the last {picture.name}")
+
+    def _at(self, number: int) -> Picture:
+        if number not in self._held:
+            if number < self._next:  # of long before
+                self._coming, self._next, self._held = self.pictures(number), number, {}
+            if number >= self._next + HELD:  # a run that is resumed
+                self._coming, self._next, self._held = islice(self._coming, number - self._next, None), number, {}
+            while self._next <= number:
+                self._held[self._next] = next(self._coming)
+                self._held.pop(self._next - HELD, None)
+                self._next += 1
+        return self._held[number]
+
+    def _sequence(self) -> Iterator[Picture]:
+        epoch = 0
+        while True:
+            draw = random.Random(f"{self.seed}|shards|{epoch}")  # a str seed is hashed the same way everywhere
+            shards = draw.sample(self.shards, len(self.shards))
+            held: list[Picture] = []
+            for picture in (picture for shard in shards for picture in read_shard(shard)):
+                if len(held) < self.buffer:
+                    held.append(picture)
+                    continue
+                chosen = draw.randrange(self.buffer)
+                yield held[chosen]
+                held[chosen] = picture
+            draw.shuffle(held)
+            yield from held
+            epoch += 1
+
+
+def read_shard(shard: Path) -> Iterator[Picture]:
+    """The pictures of one shard with their captions, in its order; their bytes are read when they are opened.
+
+    Raises:
+        ShardError: if it is no tar file or a cut one, a member is a link or device, its name leads out of the shard or its
+            size is above MAX_IMAGE_BYTES or MAX_TEXT_BYTES, or a sample lacks its picture or its caption.
+    """
+    length = shard.stat().st_size
+    key, picture, caption = None, None, None
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                if member.isdir():
+                    continue
+                member_key, kind = _checked(shard, member, length)
+                if member_key != key:
+                    if key is not None:
+                        yield _sample(shard, key, picture, caption)
+                    key, picture, caption = member_key, None, None
+                if kind in IMAGES:
+                    picture = member
+                elif kind == "txt" or (kind == "json" and caption is None):
+                    text = tar.extractfile(member).read().decode()
+                    caption = text.strip() if kind == "txt" else _caption_of(text)
+    except (tarfile.TarError, OSError, UnicodeDecodeError, EOFError, RecursionError) as error:
+        raise ShardError(f"{shard} cannot be read: {error}") from error
+    if key is None:
+        raise ShardError(f"{shard} holds no sample")
+    yield _sample(shard, key, picture, caption)
+
+
+def _checked(shard: Path, member: tarfile.TarInfo, length: int) -> tuple[str, str]:
+    """The key and the kind of a member whose header can be trusted."""
+    path = PurePosixPath(member.name)
+    if not member.isreg() or path.is_absolute() or ".." in path.parts:
+        raise ShardError(f"{shard}: member {member.name!r} is no plain file inside the shard")
+    stem, _, kind = path.name.partition(".")
+    kind = kind.lower()
+    limit = MAX_TEXT_BYTES if kind in TEXTS else MAX_IMAGE_BYTES
+    if not 0 <= member.size <= limit or member.offset_data + member.size > length:
+        raise ShardError(
+            f"{shard}: member {member.name!r} says it has {member.size:,} bytes; allowed {limit:,}, within the file"
+        )
+    return str(path.with_name(stem)), kind
+
+
+def _sample(shard: Path, key: str, member: tarfile.TarInfo | None, caption: str | None) -> Picture:
+    if member is None or caption is None:
+        raise ShardError(f"{shard}: sample {key!r} has no {'picture' if member is None else 'caption'}")
+    offset, size = member.offset_data, member.size
+
+    def read() -> io.BytesIO:
+        with shard.open("rb") as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(size))
+
+    return Picture(f"{shard.name}/{key}", caption, read)
+
+
+def _caption_of(text: str) -> str | None:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return None
+    caption = content.get("caption") if isinstance(content, dict) else None
+    return caption if isinstance(caption, str) else None
