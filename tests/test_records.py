@@ -32,7 +32,10 @@ def test_a_run_leaves_its_record(tmp_path):
     record(tmp_path, 1, 25)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 26))
-    assert lines[3] == {"step": 4, "loss": 0.25, "grad_norm": 2.0, "learning_rate": 0.1, "images_per_second": 50.0}
+    assert lines[3] == {
+        "step": 4, "loss": 0.25, "grad_norm": 2.0, "learning_rate": 0.1, "images_per_second": 50.0,
+        "loss_scale": None, "skipped": False,
+    }  # fmt: skip
     assert scalars(tmp_path, "loss") == [(10, 0.1), (20, 0.05)]
     assert scalars(tmp_path, "learning_rate") == [(10, 0.1), (20, 0.1)]
     with Image.open(tmp_path / "loss.png") as picture:

@@ -9,7 +9,7 @@ from xdiffusion.checkpoints.lora_formats import read_lora
 from xdiffusion.checkpoints.native import load_model_file
 from xdiffusion.lora import load_lora_weights
 from xdiffusion.training.loop import fit
-from xdiffusion.training.state import RunCheckpoints, state_path
+from xdiffusion.training.state import RunCheckpoints, frozen_factors, state_path, write_state
 
 BASE_HASH = "0123456789abcdef"
 VARIANTS = {
@@ -42,6 +42,7 @@ def train(trainer, checkpoints, first_step=1, stop_after=5):
         fit(trainer, first_step=first_step, on_step=on_step, on_checkpoint=lambda n: checkpoints.save(trainer, n))
     except KeyboardInterrupt:
         losses.pop()
+    checkpoints.finish()
     return losses
 
 
@@ -112,40 +113,147 @@ def test_a_lora_run_leaves_the_base_untouched(tmp_path):
     assert content_hash(trainer.model.base_weights()) == before == content_hash(tiny_model(tiny_config()).state_dict())
 
 
-def test_newest_needs_weights_and_state(tmp_path):
+def test_a_checkpoint_is_weights_and_state(tmp_path):
     _, files = fresh(tmp_path)
-    assert files.newest() is None
     for name in ("diffusion-9.safetensors", "diffusion-9.state.pt", "diffusion-10.safetensors", "diffusion-10.state.pt",
                  "diffusion-20.safetensors", "diffusion-30.state.pt", "diffusion-x.state.pt",
                  "diffusion-40-lora.safetensors", "diffusion-40-lora.state.pt"):  # fmt: skip
         (tmp_path / name).touch()
-    assert files.newest() == tmp_path / "diffusion-10.safetensors"
+    assert files._steps() == [9, 10]
     _, lora_files = fresh(tmp_path, lora=True)
-    assert lora_files.newest() == tmp_path / "diffusion-40-lora.safetensors"
+    assert lora_files._steps() == [40]
 
 
-def test_resume_by_name_and_from_nothing(tmp_path):
+def test_resume_by_name_and_from_nothing(tmp_path, capsys):
     trainer, files = fresh(tmp_path)
     assert files.resume(trainer, "auto") == 0
     train(trainer, files)
-    for name in ("diffusion-2.safetensors", "diffusion-2.pt"):
+    for name, line in (
+        ("diffusion-2.safetensors", ""),
+        ("diffusion-2.pt", "reading diffusion-2.safetensors beside it"),
+    ):
         assert files.resume(trainer, str(tmp_path / name)) == 2
+        assert capsys.readouterr().err.rstrip().endswith(line)
     with pytest.raises(CheckpointError, match=r"no checkpoint at .*; there are: diffusion-2\.safetensors"):
         files.resume(trainer, str(tmp_path / "diffusion-3.safetensors"))
 
 
+def flipped(content: bytes, position: int) -> bytes:
+    return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+
+
+DAMAGE = {
+    "truncated": lambda content: content[:1000],
+    "empty": lambda content: b"",
+    "a bit in the middle": lambda content: flipped(content, len(content) // 2),
+    "a bit of the last tensor": lambda content: flipped(content, len(content) - 2000),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 @pytest.mark.parametrize("part", ["weights", "state"])
-def test_a_damaged_or_missing_file_is_named(part, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(part, damage, tmp_path, capsys):
     trainer, files = fresh(tmp_path)
     train(trainer, files)
     path = files.path(5) if part == "weights" else state_path(files.path(5))
-    path.write_bytes(path.read_bytes()[:1000])
+    path.write_bytes(damage(path.read_bytes()))
+    assert files.resume(trainer, "auto") == 4
+    assert path.name in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=path.name):
-        files.resume(trainer, "auto")
+        files.resume(trainer, str(files.path(5)))
     path.unlink()
     with pytest.raises(CheckpointError, match=path.name):
         files.resume(trainer, str(files.path(5)))
     assert files.resume(trainer, "auto") == 4
+    assert capsys.readouterr().err == ""
+
+
+def test_where_no_checkpoint_is_whole_the_run_does_not_start_afresh(tmp_path):
+    trainer, files = fresh(tmp_path)
+    train(trainer, files)
+    for step in (2, 4, 5):
+        files.path(step).write_bytes(files.path(step - step % 2 or 2).read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="is whole, of 3 that stand there"):
+        files.resume(trainer, "auto")
+
+
+def test_weights_of_a_later_write_do_not_belong_to_the_old_state(tmp_path, capsys):
+    """A run that went back and was killed between its two files of a step."""
+    trainer, files = fresh(tmp_path)
+    train(trainer, files)
+    files.path(5).write_bytes(files.path(4).read_bytes())
+    assert files.newest() == files.path(4)
+    assert "it is not the file that diffusion-5.state.pt was written for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [([], [1, 2, 3, 4, 5]), (["keep_last=2"], [4, 5]), (["keep_last=1", "keep_every=2"], [2, 4, 5])],
+)
+def test_old_checkpoints_are_rotated(overrides, kept, tmp_path):
+    words = [f"training.{word}" for word in ["save_and_sample_every_n=1", *overrides]]
+    trainer, files = fresh(tmp_path, words)
+    train(trainer, files)
+    assert files._steps() == kept
+    assert len(list(tmp_path.iterdir())) == 2 * len(kept)
+
+
+def test_the_rotation_keeps_what_is_whole_if_the_newest_is_not(tmp_path, monkeypatch):
+    trainer, files = fresh(tmp_path, ["training.keep_last=1"])
+    train(trainer, files, stop_after=3)
+
+    def damaged(path, state):
+        write_state(path, state)
+        path.write_bytes(flipped(path.read_bytes(), 5000))
+
+    monkeypatch.setattr("xdiffusion.training.state.write_state", damaged)
+    files.save(trainer, 4)
+    with pytest.raises(CheckpointError, match=r"diffusion-4\.safetensors is damaged"):
+        files.finish()
+    assert files.newest() == files.path(2)
+
+
+def test_a_failed_write_is_told_of_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    trainer, files = fresh(tmp_path)
+    train(trainer, files, stop_after=3)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    files.save(trainer, 3)
+    with pytest.raises(CheckpointError, match=r"cannot write .*diffusion-3\.state\.pt: .*No space left"):
+        files.finish()
+    assert files.newest() == files.path(2)
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_the_states_of_an_earlier_run_are_set_aside(tmp_path):
+    trainer, files = fresh(tmp_path)
+    train(trainer, files)
+    files.set_aside(after=2)
+    assert files._steps() == [2]
+    files.set_aside(after=0)
+    assert files.newest() is None
+    assert files.resume(trainer, "auto") == 0
+    assert files.path(5).is_file()
+    aside = tmp_path / "diffusion-4.state.pt.earlier"
+    aside.rename(tmp_path / "diffusion-4.state.pt")
+    assert files.newest() == files.path(4)
+
+
+def test_pissas_first_factors_come_from_the_file(tmp_path):
+    """Where they are computed anew, by another library or thread count, an SVD may round otherwise."""
+    overrides = ["lora.init=pissa"]
+    trainer, files = fresh(tmp_path, overrides, lora=True)
+    train(trainer, files)
+    again, files = fresh(tmp_path, overrides, lora=True)
+    expected = copies(frozen_factors(again))
+    assert expected
+    for factor in frozen_factors(again).values():
+        factor.mul_(-1)
+    files.resume(again, "auto")
+    assert equal_bits(frozen_factors(again), expected)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
@@ -178,7 +286,8 @@ def test_saving_changes_nothing(tmp_path):
     trainer.step(1)
     before = copies(trainer.model.state_dict())
     with trainer.ema.in_place():
-        assert files.save(trainer, 1) == tmp_path / "diffusion-1-lora.safetensors"
+        files.save(trainer, 1)
+    files.finish()
     assert equal_bits(trainer.model.state_dict(), before)
     file = read_lora(files.path(1))
     assert (file.step, file.config["lora"]["rank"]) == (1, 2)

@@ -9,7 +9,8 @@ from tiny import copies, equal_bits, tiny_config, tiny_images, tiny_model, tiny_
 
 from xdiffusion.diffusion.objective import loss
 from xdiffusion.lora.inject import apply_lora_to_model
-from xdiffusion.training.loop import Trainer, TrainingDiverged, fit, learning_rate_at
+from xdiffusion.training.divergence import TrainingDiverged
+from xdiffusion.training.loop import Trainer, fit, learning_rate_at
 from xdiffusion.training.randomness import generator_at
 from xdiffusion.training.run import describe_model, make_trainable
 from xdiffusion.training.settings import OptimizerSettings, TrainingSettings
@@ -291,6 +292,11 @@ def test_no_warm_up_and_a_warm_up_longer_than_the_run(schedule):
             "training.gradient_accumulation_steps=3 must divide training.batch_size=128",
         ),
         ({"caption_dropout": 1.5}, r"training.caption_dropout=1.5 must be in \[0, 1\]"),
+        ({"keep_last": 0}, "training.keep_last=0 must be at least 1, or null"),
+        ({"keep_last": 1, "keep_every": 0}, "training.keep_every=0 must be at least 1, or null"),
+        ({"keep_every": 5}, "training.keep_every=5 needs training.keep_last"),
+        ({"stop_above": 1.0}, "training.stop_above=1.0 must be above 1, or null"),
+        ({"rollbacks": -1}, "training.rollbacks=-1 must be at least 0"),
     ],
 )
 def test_settings_that_no_run_can_have(setting, message):

@@ -2,7 +2,9 @@
 
     python training/clip/train.py --config_path configs/image/digits/ddpm_24x24_v_continuous_clip.yaml
 
-training/image/train.py does the same by itself where a config says `pretrained: tiny` and there is no such file yet.
+The file is written at the end and at once: a run that is stopped, or diverges, leaves what was there. There is nothing to
+resume, for it takes seconds. training/image/train.py does the same by itself where a config says `pretrained: tiny` and
+there is no such file yet.
 """
 
 from __future__ import annotations
@@ -57,10 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tqdm import tqdm
 
     from xdiffusion.checkpoints.files import ensure_writable
+    from xdiffusion.training.divergence import TrainingDiverged
     from xdiffusion.training.run import OUTPUT_ROOT
     from xdiffusion.training.text_encoder import tiny_clip_path, train_tiny_clip
 
     path = Path(args.output_path) if args.output_path else tiny_clip_path(config, OUTPUT_ROOT)
+    if path.suffix != ".safetensors" or path.is_dir():
+        raise ValueError(f"--output_path {path} must name a .safetensors file")
     ensure_writable(path.parent)
     data = build_data(config)
     torch.manual_seed(config.training.seed)
@@ -71,7 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
 
-        train_tiny_clip(encoder, config, data, path, on_step=on_step, say=bar.write)
+        try:
+            train_tiny_clip(encoder, config, data, path, on_step=on_step, say=bar.write)
+        except TrainingDiverged as error:
+            bar.close()
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     print(path)
     return 0
 

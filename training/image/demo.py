@@ -110,7 +110,8 @@ def scale0_identical(base: Path, lora: Path) -> bool:
     """Whether the model with the LoRA at scale 0 draws bit for bit what the model without it draws."""
     import torch
 
-    from xdiffusion.build import build_sampling, load_model
+    from xdiffusion.build import build_sampling
+    from xdiffusion.loading import load_model
     from xdiffusion.lora import load_lora_weights
     from xdiffusion.model import generate, generators_for
 

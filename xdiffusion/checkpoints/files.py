@@ -2,6 +2,7 @@
 
 Every write goes to a temporary file beside the target, is flushed to the disk, and is renamed over the target, so a
 killed run leaves the last good file. Weights are safetensors; `.pt` and `.ckpt` files are read with weights_only=True.
+A file takes no more memory than its own size lets expect, whatever its header says (docs/security.md).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import os
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 SAFETENSORS = ".safetensors"
 PICKLED = (".pt", ".ckpt", ".bin", ".pth")
+MAX_HEADER_BYTES = 8 * 2**20  # of a safetensors file; that of Stable Diffusion 1.5 has 0.15 MB
+MAX_VALUES = 1_000_000  # in a pickled file, as often as they are named
+MAX_SHARING = 4  # what all tensors of a pickled file claim, over what it stores
 
 
 class CheckpointError(ValueError):
@@ -49,6 +54,12 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files that a killed process left in a folder; nothing else may be writing there."""
+    for temporary in folder.glob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
 
 
 def ensure_writable(folder: Path) -> Path:
@@ -83,7 +94,7 @@ def load_safetensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor]
         try:
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-        except SafetensorError as error:  # a dtype that torch does not have
+        except (SafetensorError, TypeError, RuntimeError) as error:  # a dtype or a size that torch does not have
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
@@ -92,13 +103,18 @@ def open_safetensors(path: Path, device: str = "cpu"):
     if not path.is_file():
         raise CheckpointError(f"no file at {path}")
     try:
+        _check_header_length(path)
         return safe_open(path, framework="pt", device=device)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def load_pickled(path: Path) -> Any:
+def load_pickled(path: Path, mmap: bool = False) -> Any:
     """The content of a `.pt` file, restricted to tensors and plain containers: nothing in it is executed.
+
+    Args:
+        path: of the file.
+        mmap: map the tensors instead of reading them; not possible with files of torch before 1.6.
 
     Raises:
         CheckpointError: if the file is missing, truncated, no torch file, or holds anything but weights.
@@ -106,21 +122,32 @@ def load_pickled(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"no file at {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        _check_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        _check_content(content, path.stat().st_size)
+        return content
     except Exception as error:  # the unpickler fails on damaged files with whatever its reading happens to hit
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path} is not a torch file of plain weights: {reason}") from error
 
 
+def is_archive(path: Path) -> bool:
+    """Whether a file is one of torch's zip files, as torch itself tells them from those of before 1.6."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\3\4"
+
+
 def existing_weights(path: Path) -> tuple[Path, str | None]:
-    """The file (of peft, the folder) that stands for `path`, and a line to print if it is not `path` itself.
+    """The file (of peft and diffusers, the folder) that stands for `path`, and a line to print if it is another one.
 
     Lessons and older commands name `diffusion-10000.pt` where this project writes `diffusion-10000.safetensors`.
 
     Raises:
         CheckpointError: if neither exists; the names of the checkpoints that do stand there are listed.
     """
-    if path.is_file() or is_adapter_folder(path):
+    if path.is_file() or is_adapter_folder(path) or is_pipeline_folder(path):
         return path, None
     if path.suffix in PICKLED and path.with_suffix(SAFETENSORS).is_file():
         twin = path.with_suffix(SAFETENSORS)
@@ -132,6 +159,11 @@ def existing_weights(path: Path) -> tuple[Path, str | None]:
 def is_adapter_folder(path: Path) -> bool:
     """Whether a folder holds an adapter of peft, or one for each component of a pipeline."""
     return any((folder / "adapter_config.json").is_file() for folder in (path, path / "unet", path / "text_encoder"))
+
+
+def is_pipeline_folder(path: Path) -> bool:
+    """Whether a folder holds a diffusers pipeline of a latent diffusion model."""
+    return (path / "unet" / "config.json").is_file() and (path / "vae").is_dir()
 
 
 def refuse_leftover(path: Path) -> None:
@@ -164,6 +196,88 @@ def content_hash(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """A hash of a file's bytes: 32 hex digits.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _check_header_length(path: Path) -> None:
+    """See that a safetensors file's header is of a size that a model's can have.
+
+    Raises:
+        OSError: if not.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER_BYTES:
+        raise OSError(f"its header has {length:,} bytes; allowed are {MAX_HEADER_BYTES:,}")
+
+
+def _check_archive(path: Path) -> None:
+    """See that a zip file's records are stored as they are, as torch writes them: a compressed one inflates to anything.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not is_archive(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise ValueError("its records are compressed, which torch never does")
+    # a directory that begins elsewhere than it says is another one to torch than to Python
+    if not records or min(record.header_offset for record in records) != 0:
+        raise ValueError("its directory is damaged")
+    if sum(record.file_size for record in records) > path.stat().st_size:
+        raise ValueError("its records overlap")
+
+
+def _check_content(content: Any, file_bytes: int) -> None:
+    """See that unpickled values are as many and as large as their file can hold.
+
+    A pickle can name one list any number of times, also inside itself, and one number as a tensor of any shape.
+
+    Raises:
+        ValueError: if not.
+    """
+    pending, count, claimed, stored = [content], 1, 0, {}
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Tensor):
+            if type(value) not in (Tensor, nn.Parameter) or not _is_plain(value):
+                raise ValueError(f"it holds a {type(value).__name__} of {value.dtype}, {value.layout}, {value.device}")
+            storage, claims = value.untyped_storage(), value.numel() * value.element_size()
+            if claims > storage.nbytes():
+                raise ValueError(f"a tensor claims the shape {tuple(value.shape)} without the data")
+            stored[storage.data_ptr()] = storage.nbytes()
+            claimed += claims
+        elif isinstance(value, (dict, list, tuple, set)):
+            members = [*value, *value.values()] if isinstance(value, dict) else value
+            count += len(members)
+            if count > MAX_VALUES:
+                raise ValueError(f"it names more than {MAX_VALUES:,} values")
+            pending += members
+    if sum(stored.values()) > file_bytes or claimed > MAX_SHARING * file_bytes:
+        raise ValueError(f"its tensors claim {max(claimed, *stored.values()):,} bytes, the file has {file_bytes:,}")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Dense numbers in this process's memory."""
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return dense and not (tensor.is_quantized or tensor.is_complex() or tensor.is_nested)
 
 
 def _umask() -> int:

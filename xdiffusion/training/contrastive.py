@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from xdiffusion.data.image_set import ImageSet
 from xdiffusion.text_encoders.clip import CLIPTextEncoder
+from xdiffusion.training.divergence import TrainingDiverged
 
 
 class ContrastiveModel(nn.Module):
@@ -86,6 +87,9 @@ def train_contrastive(
         groups: contrasts per step, each with one image of every class.
         seed: of the drawing.
         on_step: called as on_step(step, loss).
+
+    Raises:
+        TrainingDiverged: for a loss that is not finite.
     """
     from open_clip.loss import ClipLoss
 
@@ -105,12 +109,15 @@ def train_contrastive(
         texts = model.text_features(batch.captions).unflatten(0, (groups, -1))
         scale = model.logit_scale.exp().clamp(max=100)
         loss = torch.stack([contrast(i, t, scale) for i, t in zip(images, texts)]).mean()
+        if not math.isfinite(value := loss.item()):
+            report = {"step": step, "loss": value, "learning_rate": learning_rate, "batch_indices": index.tolist()}
+            raise TrainingDiverged(f"the tiny CLIP's loss is {value} at step {step}: lower clip.learning_rate", report)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         one_cycle.step()
         if on_step is not None:
-            on_step(step, loss.item())
+            on_step(step, value)
 
 
 def _one_of_each_class(by_class: list[Tensor], groups: int, generator: torch.Generator) -> Int[Tensor, "G K"]:

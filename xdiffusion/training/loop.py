@@ -1,15 +1,18 @@
 """The training loop: one for base models and for LoRA, which differ only in which weights are trainable.
 
 A step: pick the batch, embed its captions, differentiate the objective, clip, AdamW, moving average. Every draw is a
-function of the seed and the step (see `randomness`), so a resumed run repeats an uninterrupted one.
+function of the seed and the step (see `randomness`), so a resumed run repeats an uninterrupted one. Several processes
+take rows of the same global batch and of its draws, and add their gradients up (see `processes`).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from accelerate import Accelerator
@@ -17,28 +20,42 @@ from accelerate.state import AcceleratorState
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from xdiffusion.data.image_set import ImageSet
+from xdiffusion.data.captioned_images import CaptionedImages
 from xdiffusion.diffusion.objective import loss
 from xdiffusion.model import DiffusionModel
-from xdiffusion.text_encoders.prompt_cache import PromptCache
+from xdiffusion.training.batches import Data
+from xdiffusion.training.clipping import clip_gradients
+from xdiffusion.training.divergence import LossWatch, TrainingDiverged
 from xdiffusion.training.ema import EMA
-from xdiffusion.training.randomness import DataOrder, generator_at
+from xdiffusion.training.optimizer import build_optimizer
+from xdiffusion.training.processes import (
+    check_shares,
+    largest,
+    noticing_lost_processes,
+    only_add_up_last,
+    spread,
+    summed,
+)
+from xdiffusion.training.randomness import generator_at
+from xdiffusion.training.row_threads import RowThreads, shares_of_a_step
 from xdiffusion.training.settings import OptimizerSettings, TrainingSettings
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or its gradient is not finite."""
+from xdiffusion.training.sources import Sources
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What a step reports; grad_norm is before clipping."""
+    """What a step reports; grad_norm is before clipping.
+
+    loss_scale: of fp16's gradient scaler after the step, None without one. skipped: whether it skipped the step.
+    """
 
     step: int
     loss: float
     grad_norm: float
     learning_rate: float
     images_per_second: float
+    loss_scale: float | None = None
+    skipped: bool = False
 
 
 class Trainer:
@@ -48,122 +65,201 @@ class Trainer:
         model: its weights that require gradients are trained, all others are left alone.
         data: the images and captions.
         config: resolved; the sections `training`, `optimizer` and `diffusion` are read.
+        class_images: of prior preservation, half of every batch; None for none.
         force_cpu: do not use an accelerator that is there.
 
     Raises:
         ValueError: for settings that cannot work together or on this device.
     """
 
-    def __init__(self, model: DiffusionModel, data: ImageSet, config: DictConfig, *, force_cpu: bool = False):
+    def __init__(
+        self,
+        model: DiffusionModel,
+        data: Data,
+        config: DictConfig,
+        *,
+        class_images: CaptionedImages | None = None,
+        force_cpu: bool = False,
+    ):
         self.settings = TrainingSettings(**OmegaConf.to_container(config.training))
         self.optimizer_settings = OptimizerSettings(**OmegaConf.to_container(config.optimizer))
-        self.objective = {k: config.diffusion[k] for k in ("prediction", "min_snr_gamma")}
+        self.objective = {k: config.diffusion[k] for k in ("prediction", "min_snr_gamma", "offset_noise")}
         self.settings.check()
         self.optimizer_settings.check()
         AcceleratorState._reset_state()  # else a second run in this process must have the first one's precision
         self.accelerator = Accelerator(mixed_precision=self.settings.mixed_precision, cpu=force_cpu)
-        self.model = model.to(self.accelerator.device).train()
+        check_shares(self.accelerator, self.settings)
+        self.watch = LossWatch(self.settings.stop_above)
+        self.rollbacks = 0  # how often the run went back; each time with other noise
+        self.model = model.train()
         self.data = data
-        self.order = DataOrder(len(data.train), self.settings.batch_size, self.settings.seed)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        trains_text = any(p.requires_grad for p in model.text_encoder.parameters())
-        self.embed = model.text_encoder.encode if trains_text else PromptCache(model.text_encoder)
+        self.sources = Sources(model, data, class_images, config, self.settings, self.accelerator.device)
+        self.batches, self.embed = self.sources.batches, self.sources.embed
+        self.unwrapped = [p for name, p in self.trainable.items() if not name.startswith("network.")]
         self.ema = EMA(list(self.trainable.values()), self.settings.ema_decay)
         model.network.gradient_checkpointing = self.settings.gradient_checkpointing
         network = torch.compile(model.network) if self.settings.compile else model.network
         groups = by_relative_rate(self.trainable, config)
         self.relative_rates = list(groups)
-        optimizer = torch.optim.AdamW(
-            [{"params": parameters} for parameters in groups.values()],
-            lr=self.optimizer_settings.learning_rate,
-            betas=self.optimizer_settings.betas,
-            weight_decay=self.optimizer_settings.weight_decay,
-            fused=True,
-        )
-        self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
+        optimizer = build_optimizer(groups.values(), self.optimizer_settings)
+        self.network, self.optimizer = spread(self.accelerator, network), self.accelerator.prepare(optimizer)
+        shares = shares_of_a_step(model, self.settings, self.accelerator.device, self.accelerator.num_processes)
+        self.row_threads = RowThreads(self.trainable.values(), shares) if shares > 1 else None
+        self.sources_lock = Lock()  # caches of embeddings grow as they are asked
 
     def step(self, step: int) -> StepMetrics:
         """Take optimizer step number `step` (the first is 1).
 
         Raises:
-            TrainingDiverged: before any weight is changed by a loss or gradient that is not finite.
+            TrainingDiverged: before any weight is changed by a loss or gradient that is not finite, or by a loss above
+                `training.stop_above` times the median of those before.
         """
         started = time.perf_counter()
         learning_rate = learning_rate_at(step, self.settings.num_training_steps, self.optimizer_settings)
         for group, relative_rate in zip(self.optimizer.param_groups, self.relative_rates):
             group["lr"] = relative_rate * learning_rate
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         # LoRA's dropout draws from the global generator, which must not depend on the steps before either
-        torch.manual_seed(generator_at(self.settings.seed, "dropout", step).initial_seed())
-        parts = self.settings.gradient_accumulation_steps
-        total = sum(self._backward_part(step, part, parts) for part in range(parts))
-        grad_norm = self.accelerator.clip_grad_norm_(self.trainable.values(), self.optimizer_settings.max_grad_norm)
-        self._check_finite(step, float(total), float(grad_norm))
+        dropout = (
+            torch.default_generator if self.accelerator.device.type == "cpu" else torch
+        )  # torch seeds every device
+        stream = f"dropout {rank}" if rank else "dropout"
+        dropout.manual_seed(generator_at(self.settings.seed, stream, step).initial_seed())
+        parts, total = self.settings.gradient_accumulation_steps, 0.0
+        for part in range(parts):
+            with only_add_up_last(self.accelerator, self.network, part == parts - 1):
+                total = total + self._backward_part(step, part * processes + rank, parts * processes)
+        total = summed(self.accelerator, total, self.unwrapped)
+        max_norm = self.optimizer_settings.max_grad_norm
+        grad_norm = clip_gradients(self.accelerator, self.trainable.values(), max_norm)
+        self._check(step, float(total), float(grad_norm), learning_rate)
+        scaler = self.accelerator.scaler
+        scale = scaler.get_scale() if scaler is not None else None
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(step)
+        self.watch.losses.append(float(total))
         seconds = time.perf_counter() - started
-        return StepMetrics(step, float(total), float(grad_norm), learning_rate, self.settings.batch_size / seconds)
+        new_scale = scaler.get_scale() if scaler is not None else None
+        return StepMetrics(
+            step,
+            float(total),
+            float(grad_norm),
+            learning_rate,
+            self.settings.batch_size / seconds,
+            loss_scale=new_scale,
+            skipped=scaler is not None and new_scale < scale,  # accelerate does not see it where AdamW is fused
+        )
 
     def _backward_part(self, step: int, part: int, parts: int) -> torch.Tensor:
         """Add one accumulation part's gradient; returns its share of the batch's mean loss."""
-        device = self.accelerator.device
-        rows = slice(*(k * self.settings.batch_size // parts for k in (part, part + 1)))
-        draws = torch.rand(2, self.settings.batch_size, generator=generator_at(self.settings.seed, "captions", step))
-        wording, dropped = draws[:, rows]
-        batch = self.data.batch(self.order.indices(step - 1)[rows], wording)
-        captions = ["" if d < self.settings.caption_dropout else c for c, d in zip(batch.captions, dropped.tolist())]
-        with torch.no_grad():
-            x0 = self.model.autoencoder.encode(batch.images.to(device))
+        if self.row_threads is not None:
+            shares = self.row_threads.shares
+            return self.row_threads.backward(lambda i: self._part_loss(step, part * shares + i, parts * shares))
+        part_loss = self._part_loss(step, part, parts)
+        self.accelerator.backward(part_loss)
+        return part_loss.detach()
+
+    def _part_loss(self, step: int, part: int, parts: int) -> torch.Tensor:
+        """What one of `parts` equal parts adds to the batch's mean loss."""
+        with self.sources_lock:
+            batch = self.batches.part(step, part, parts)
+            context = self.embed(batch.captions)
         with self.accelerator.autocast():
             part_loss = loss(
                 self.network,
                 self.model.schedule,
-                x0=x0,
-                context=self.embed(captions),
-                generator=generator_at(self.settings.seed, "noise", step),
+                x0=batch.x0,
+                context=context,
+                weights=batch.weights,
+                generator=generator_at(self.settings.seed, self.noise_stream, step),
                 share=(part, parts),
                 **self.objective,
             )
-        self.accelerator.backward(part_loss / parts)
-        return part_loss.detach() / parts
+        return part_loss / parts
 
-    def _check_finite(self, step: int, value: float, grad_norm: float) -> None:
+    @property
+    def noise_stream(self) -> str:
+        return f"noise {self.rollbacks}" if self.rollbacks else "noise"
+
+    def _check(self, step: int, value: float, grad_norm: float, learning_rate: float) -> None:
+        limit = self.watch.limit()
         # with fp16 a gradient overflow is the scaler's business: it skips the step and lowers its scale
         scaled = self.accelerator.scaler is not None
-        if not math.isfinite(value) or not (scaled or math.isfinite(grad_norm)):
-            raise TrainingDiverged(f"loss {value}, gradient norm {grad_norm} at step {step}")
+        if math.isfinite(value) and value <= limit and (scaled or math.isfinite(grad_norm)):
+            return
+        self.optimizer.zero_grad()
+        if scaled:
+            self.accelerator.scaler.update()  # else it believes that the next step's gradients are unscaled already
+        above = f", above {limit:.4g} = training.stop_above times the median of the last" if value > limit else ""
+        report = {
+            "step": step,
+            "loss": value,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "noise_stream": self.noise_stream,
+            "losses_before": list(self.watch.losses),
+            "batch_indices": self.batches.indices(step).tolist(),
+        }
+        raise TrainingDiverged(f"loss {value}, gradient norm {grad_norm} at step {step}{above}", report)
 
 
+@noticing_lost_processes()
 def fit(
     trainer: Trainer,
     *,
     first_step: int,
     on_step: Callable[[StepMetrics], None],
     on_checkpoint: Callable[[int], None],
-) -> None:
-    """Train from first_step to the last; on_checkpoint runs with the averaged weights in place."""
+    on_sample: Callable[[int], None] = lambda step: None,
+    signal: Callable[[], int] = lambda: 0,
+) -> int:
+    """Train from first_step to the last, or until a signal; returns its number, or 0 at the end.
+
+    signal() is the number of the signal that this process has got, or 0; one to any process stops all after the same step.
+
+    on_checkpoint, and after it on_sample, run with the averaged weights in place; where the run is stopped between two
+    checkpoints, on_checkpoint alone.
+    """
     settings = trainer.settings
     for step in range(first_step, settings.num_training_steps + 1):
         on_step(trainer.step(step))
-        if step % settings.save_and_sample_every_n == 0 or step == settings.num_training_steps:
-            trainer.model.eval()
-            with trainer.ema.in_place():
+        stop = largest(trainer.accelerator, signal())
+        if settings.is_due(step) or stop:
+            with averaged(trainer):
                 on_checkpoint(step)
-            trainer.model.train()
+                if settings.is_due(step):
+                    on_sample(step)
+        if stop:
+            return stop
+    return 0
+
+
+@contextmanager
+def averaged(trainer: Trainer) -> Iterator[None]:
+    """Within this block the model is whole, holds the averaged weights and is in evaluation mode."""
+    trainer.model.eval()
+    with trainer.ema.in_place(), trainer.sources.whole_model():
+        yield
+    trainer.model.train()
 
 
 def by_relative_rate(trainable: Mapping[str, nn.Parameter], config: DictConfig) -> dict[float, list[nn.Parameter]]:
     """The parameters by their learning rate over optimizer.learning_rate.
 
     That is `optimizer.lora_plus_ratio` for a lora_B ([LoRA+] section 4), `text_encoder_lora.learning_rate` over the rate
-    of the others for the text encoder, the product of both for a lora_B there, and 1 for all the rest.
+    of the others for the text encoder, the product of both for a lora_B there, `textual_inversion.learning_rate` over it
+    for learned words, and 1 for all the rest.
     """
     of_b = config.optimizer.lora_plus_ratio or 1.0
-    text_rate = OmegaConf.select(config, "text_encoder_lora.learning_rate")
-    of_text = 1.0 if text_rate is None else text_rate / config.optimizer.learning_rate
+    sections = {"text_encoder.": "text_encoder_lora", "text_encoder.learned_embedding": "textual_inversion"}
+    rates = {prefix: OmegaConf.select(config, f"{name}.learning_rate") for prefix, name in sections.items()}
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in trainable.items():
-        relative = (of_text if name.startswith("text_encoder.") else 1.0) * (of_b if ".lora_B." in name else 1.0)
+        rate = next((rates[prefix] for prefix in reversed(rates) if name.startswith(prefix)), None)
+        relative = 1.0 if rate is None else rate / config.optimizer.learning_rate
+        relative *= of_b if ".lora_B." in name else 1.0
         groups.setdefault(relative, []).append(parameter)
     return groups
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from xdiffusion.checkpoints.files import write_atomically
 from xdiffusion.data.captions import PromptTable
 from xdiffusion.model import DiffusionModel, generate, generators_for
 from xdiffusion.pictures import grid, save_png
@@ -25,7 +26,9 @@ def draw_preview(
 ) -> Image.Image:
     """Sample every class twice, from the same noise each time, and write the captioned grid to `path`."""
     prompts = preview_prompts(table)
-    images = generate(model, prompts, generators_for(seed, len(prompts)), **sampling)
+    as_captions = {**sampling, "prompt_syntax": "plain"}  # a bracket in a caption is no weight
+    images = generate(model, prompts, generators_for(seed, len(prompts)), **as_captions)
     page = grid(images, prompts, columns=table.num_classes, title=title)
-    save_png(page, path, {"prompts": "\n".join(prompts), "title": title})
+    metadata = {"prompts": "\n".join(prompts), "title": title}
+    write_atomically(path, lambda temporary: save_png(page, temporary, metadata))  # a run resumed takes it for whole
     return page

@@ -48,3 +48,14 @@ class DataOrder:
             self._epochs = {e: order for e, order in self._epochs.items() if e == epoch - 1}
             self._epochs[epoch] = torch.randperm(self.size, generator=generator_at(self.seed, "order", epoch))
         return self._epochs[epoch]
+
+
+class Consecutive:
+    """As `DataOrder`, of a set that mixes its pictures itself: each step sees the next ones, without an end."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+
+    def indices(self, step: int) -> Int[Tensor, " B"]:
+        """The numbers of a step (from 0) within the set's sequence."""
+        return torch.arange(step * self.batch_size, (step + 1) * self.batch_size)

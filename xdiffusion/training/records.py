@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from xdiffusion.checkpoints.files import write_atomically
+from xdiffusion.checkpoints.files import CheckpointError, write_atomically
 from xdiffusion.training.loop import StepMetrics
 
 SMOOTHING = 50
@@ -27,16 +28,28 @@ class Records:
     """
 
     def __init__(self, folder: Path, first_step: int, last_step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
         self.folder = folder
         self.metrics_path = folder / "metrics.jsonl"
+        self._open(first_step)
+        self.bar = tqdm(total=last_step, initial=first_step - 1, unit="step", dynamic_ncols=True, desc=folder.name)
+
+    def _open(self, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         kept = [m for m in read_metrics(self.metrics_path) if m["step"] < first_step]
         text = "".join(json.dumps(m) + "\n" for m in kept)
         write_atomically(self.metrics_path, lambda path: path.write_text(text))
         self.metrics = self.metrics_path.open("a", buffering=1)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        self.bar = tqdm(total=last_step, initial=first_step - 1, unit="step", dynamic_ncols=True, desc=folder.name)
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
+
+    def go_back(self, first_step: int, line: str) -> None:
+        """Forget the steps from first_step on, which the run will repeat; print why."""
+        self.metrics.close()
+        self.board.close()
+        self._open(first_step)
+        self.say(line)
+        self.bar.n = first_step - 1
+        self.bar.refresh()
 
     def step(self, metrics: StepMetrics) -> None:
         """Record one step."""
@@ -44,8 +57,9 @@ class Records:
         self.bar.update()
         self.bar.set_postfix(loss=f"{metrics.loss:.4f}", images_per_s=f"{metrics.images_per_second:.0f}", refresh=False)
         if metrics.step % 10 == 0:
-            for name in ("loss", "grad_norm", "learning_rate", "images_per_second"):
-                self.board.add_scalar(name, getattr(metrics, name), metrics.step)
+            for name in ("loss", "grad_norm", "learning_rate", "images_per_second", "loss_scale"):
+                if getattr(metrics, name) is not None:
+                    self.board.add_scalar(name, getattr(metrics, name), metrics.step)
 
     def image(self, name: str, page: Image.Image, step: int) -> None:
         """Record a picture."""
@@ -60,8 +74,11 @@ class Records:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.close()
-        self.metrics.close()
-        self.board.close()
+        for close in (self.metrics.close, self.board.close, self._draw):
+            with suppress(OSError, CheckpointError) if error else nullcontext():  # a full disk hides no first error
+                close()
+
+    def _draw(self) -> None:
         draw_loss_curve(self.metrics_path, self.folder / "loss.png")
 
 
@@ -94,4 +111,4 @@ def draw_loss_curve(metrics_path: Path, picture: Path) -> None:
     axes.set(xlabel="step", ylabel="loss", yscale="log", title=str(metrics_path.parent.name))
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(picture, dpi=120)
+    write_atomically(picture, lambda path: figure.savefig(path, dpi=120, format="png"))

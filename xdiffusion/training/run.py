@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from xdiffusion.checkpoints.files import ensure_writable, write_atomically
+from xdiffusion.checkpoints.files import ensure_writable, remove_leftovers, write_atomically
 from xdiffusion.lora.adapters import get_lora_parameters
 from xdiffusion.lora.inject import apply_lora_to_model, lora_layers
 from xdiffusion.model import DiffusionModel
+from xdiffusion.training.divergence import TrainingDiverged, write_report
+from xdiffusion.training.loop import Trainer
+from xdiffusion.training.run_record import RunRecord
+from xdiffusion.training.state import RunCheckpoints
+from xdiffusion.training.textual_inversion import TextualInversionSettings, learn_token
 
 OUTPUT_ROOT = Path("output")
 
@@ -29,13 +35,54 @@ def run_folder(config: DictConfig, config_path: str, output_path: str | None, *,
     return ensure_writable(folder)
 
 
-def save_config(folder: Path, config: DictConfig) -> None:
-    """Write the resolved config of a run that is about to take its first step."""
-    write_atomically(folder / "config.yaml", lambda path: path.write_text(OmegaConf.to_yaml(config)))
+def begin(
+    trainer: Trainer, checkpoints: RunCheckpoints, config: DictConfig, command: list[str], first_step: int
+) -> RunRecord:
+    """Prepare the folder of a run that is about to take its first step: clean up, config.yaml, run.json.
+
+    The first process alone writes; the record of another one is kept nowhere.
+    """
+    folder = checkpoints.folder
+    writes = trainer.accelerator.is_main_process
+    if writes:
+        for place in (folder, folder / "samples"):
+            remove_leftovers(place)
+        checkpoints.set_aside(after=first_step - 1)
+        if checkpoints.path(first_step - 1).is_file():
+            checkpoints.rotate()  # what a run that was killed had not come to
+    device, processes = trainer.accelerator.device, trainer.accelerator.num_processes
+    record = RunRecord(folder if writes else None, config, command, trainer.data, device, processes, first_step)
+    for change in record.changes:
+        print(f"resumed under other conditions: {change}", file=sys.stderr)
+    if writes:
+        write_atomically(folder / "config.yaml", lambda path: path.write_text(OmegaConf.to_yaml(config)))
+    return record
+
+
+def go_back(trainer: Trainer, checkpoints: RunCheckpoints, error: TrainingDiverged) -> int:
+    """After a divergence, put the last good checkpoint back and choose other noise; returns the next step.
+
+    Raises:
+        TrainingDiverged: the same, with diverged.json written, if there is no checkpoint or training.rollbacks are used up.
+    """
+    checkpoints.finish()
+    if trainer.accelerator.is_main_process:
+        write_report(checkpoints.folder, error)
+    trainer.accelerator.wait_for_everyone()  # for what the first process was writing
+    rollbacks = trainer.rollbacks + 1
+    if rollbacks > trainer.settings.rollbacks or checkpoints.newest() is None:
+        raise error
+    first_step = 1 + checkpoints.resume(trainer, "auto")
+    trainer.rollbacks = rollbacks
+    return first_step
 
 
 def make_trainable(model: DiffusionModel, config: DictConfig, *, lora: bool) -> None:
-    """Freeze everything but the network, or but fresh LoRAs: `lora:` of it, `text_encoder_lora:` of the text encoder."""
+    """Freeze everything but what is trained.
+
+    That is the network; or fresh LoRAs, `lora:` of it and `text_encoder_lora:` of the text encoder; or, where there is a
+    section `textual_inversion:`, the learned word instead of the network, or beside the LoRAs (pivotal tuning).
+    """
     model.requires_grad_(False)
     if lora:
         for part, section in ((model.network, "lora"), (model.text_encoder, "text_encoder_lora")):
@@ -43,8 +90,10 @@ def make_trainable(model: DiffusionModel, config: DictConfig, *, lora: bool) -> 
                 given = OmegaConf.to_container(config[section])
                 not_its_own = ("training", "optimizer", "learning_rate")
                 apply_lora_to_model(part, **{k: v for k, v in given.items() if k not in not_its_own})
-    else:
+    elif "textual_inversion" not in config:
         model.network.requires_grad_(True)
+    if "textual_inversion" in config:
+        learn_token(model.text_encoder, TextualInversionSettings(**OmegaConf.to_container(config.textual_inversion)))
 
 
 def describe_model(model: DiffusionModel, config: DictConfig | None = None) -> str:
@@ -61,6 +110,8 @@ def describe_model(model: DiffusionModel, config: DictConfig | None = None) -> s
                 f"LoRA: {trained:,} trainable parameters in {layers} layers, "
                 f"{trained / _count(part):.2%} of the {name}'s {_count(part):,}"
             )
+    for word, ids in model.text_encoder.learned_ids.items():
+        lines.append(f"learned word {word}: {len(ids)} trainable embeddings of {model.text_encoder.width} numbers")
     return "\n".join(lines)
 
 

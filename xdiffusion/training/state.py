@@ -2,21 +2,40 @@
 
 `diffusion-N.safetensors` (a LoRA run: `diffusion-N-lora.safetensors`) holds what is sampled; `....state.pt` holds the
 trained weights without averaging, the optimizer and the gradient scaler. All draws follow from the seed and the step.
+
+A checkpoint is whole if its state says so: it carries a hash of all it holds, and one of the weights file's bytes. It is
+written after the weights, so a run that is killed in between leaves no state, or one that does not agree with them.
 """
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
-from xdiffusion.checkpoints.files import CheckpointError, existing_weights, load_pickled, write_atomically
+from xdiffusion.checkpoints.files import (
+    CheckpointError,
+    content_hash,
+    file_hash,
+    load_pickled,
+    weights_file,
+    write_atomically,
+)
+from xdiffusion.checkpoints.learned_tokens import read_learned_tokens, save_learned_tokens
 from xdiffusion.checkpoints.lora_formats import read_lora
 from xdiffusion.checkpoints.native import load_model_file, save_model
 from xdiffusion.lora.weights import save_lora_weights
+from xdiffusion.training.exports import export_lora, export_paths
 from xdiffusion.training.loop import Trainer
+
+SET_ASIDE = ".earlier"
 
 
 class RunCheckpoints:
@@ -25,94 +44,261 @@ class RunCheckpoints:
     Args:
         folder: of the run (a LoRA run: its `lora` folder).
         config: resolved; saved in every file.
-        base_hash: of the frozen base in a LoRA run; None in a base run.
+        base_hash: of the frozen base in a run of a LoRA or a learned word; None in a base run.
+        tokens_only: a learned word is all that is trained.
     """
 
-    def __init__(self, folder: Path, config: DictConfig, base_hash: str | None = None):
+    def __init__(self, folder: Path, config: DictConfig, base_hash: str | None = None, *, tokens_only: bool = False):
         self.folder = folder
+        self.kind = "-tokens" if tokens_only else "-lora" if base_hash else ""
         self.config: dict[str, Any] = OmegaConf.to_container(config)
         self.base_hash = base_hash
+        self._writing: Thread | None = None
+        self._error: Exception | None = None
 
     def path(self, step: int) -> Path:
         """The weights file of a step."""
-        return self.folder / f"diffusion-{step}{'-lora' if self.base_hash else ''}.safetensors"
+        return self.folder / f"diffusion-{step}{self.kind}.safetensors"
 
-    def save(self, trainer: Trainer, step: int) -> Path:
-        """Write weights (the moving average must be in place) and state of a step; returns the weights' path."""
-        path = self.path(step)
-        if self.base_hash:
-            save_lora_weights(trainer.model, path, base_hash=self.base_hash, config=self.config, step=step)
+    def save(self, trainer: Trainer, step: int, on_saved: Callable[[Path], None] | None = None) -> None:
+        """Copy weights (the moving average must be in place) and state of a step; a thread writes them meanwhile.
+
+        Args:
+            on_saved: called by that thread with the weights' path once both files are on the disk.
+
+        Raises:
+            CheckpointError: if the write before this one failed.
+        """
+        self.finish()
+        path, state = self.path(step), host_copy(self._state(trainer, step))
+        image_shape = trainer.model.image_shape
+        if self.base_hash:  # small: written here and now
+            self._save_adapter(trainer, path, step)
+            tensors = None
         else:
-            save_model(
-                path,
-                trainer.model.state_dict(),
-                config=self.config,
-                image_shape=trainer.model.image_shape,
-                step=step,
-            )
-        write_atomically(state_path(path), lambda temporary: torch.save(self._state(trainer, step), temporary))
-        return path
+            tensors = host_copy(trainer.model.state_dict())
+
+        def write() -> None:
+            try:
+                if tensors is not None:
+                    save_model(path, tensors, config=self.config, image_shape=image_shape, step=step)
+                write_state(path, state)
+                self.rotate()
+                if on_saved is not None:
+                    on_saved(path)
+            except Exception as error:  # raised again where the run will see it
+                self._error = error
+
+        self._writing = Thread(target=write, name=f"checkpoint-{step}")
+        self._writing.start()
+
+    def _save_adapter(self, trainer: Trainer, path: Path, step: int) -> None:
+        """The LoRA, the learned words, or both; of a latent diffusion model also in the forms that other tools read."""
+        tokens = trainer.model.text_encoder.learned_tokens()
+        if self.kind == "-tokens":
+            save_learned_tokens(path, tokens)
+            return
+        save_lora_weights(trainer.model, path, base_hash=self.base_hash, config=self.config, step=step, tokens=tokens)
+        if self.config["model"]["autoencoder"]["kind"] == "kl":
+            export_lora(path)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on the disk.
+
+        Raises:
+            CheckpointError: if it could not be written.
+        """
+        if self._writing is not None:
+            self._writing.join()
+        self.raise_failure()
+
+    def raise_failure(self) -> None:
+        """Raise what a write met that has failed meanwhile."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def resume(self, trainer: Trainer, resume_from: str) -> int:
         """Put a saved run back into the trainer; returns its step.
 
         Args:
-            trainer: fresh, of the same config.
-            resume_from: a weights file, or "auto" for the newest of this folder (step 0 where there is none).
+            trainer: fresh, of the same config, or one that is to go back.
+            resume_from: a weights file, or "auto" for the newest whole one of this folder (step 0 where there is none).
 
         Raises:
             CheckpointError: if either file is missing or damaged, or belongs to other weights.
         """
-        if resume_from == "auto" and self.newest() is None:
-            return 0
-        path = self.newest() if resume_from == "auto" else existing_weights(Path(resume_from))[0]
-        averaged = self._averaged(path)
-        state = load_pickled(state_path(path))
+        if resume_from == "auto":
+            found = self._newest_whole()
+            if found is None:
+                return 0
+            path, state = found
+            averaged = self._averaged(path)
+        else:
+            path = weights_file(resume_from)
+            averaged = self._averaged(path)
+            state = whole_state(path)
         try:
             average = {name: _trained_part(averaged[_file_name(name)], p) for name, p in trainer.trainable.items()}
             _copy_into(dict(zip(trainer.trainable, trainer.ema.average)), average)
             _copy_into(trainer.trainable, state["trained"])
+            _copy_into(frozen_factors(trainer), state["frozen"])
             trainer.optimizer.load_state_dict(state["optimizer"])
             if trainer.accelerator.scaler is not None and state["scaler"]:
                 trainer.accelerator.scaler.load_state_dict(state["scaler"])
+            trainer.watch.restore(state["losses"])
+            trainer.rollbacks = int(state["rollbacks"])
             return int(state["step"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} does not belong to this run: {error}") from error
 
-    def _averaged(self, path: Path) -> dict[str, torch.Tensor]:
+    def newest(self) -> Path | None:
+        """The weights file of the newest whole checkpoint."""
+        found = self._newest_whole()
+        return found[0] if found else None
+
+    def set_aside(self, after: int) -> None:
+        """Rename the states of later steps, of another run: `auto` and the rotation see the checkpoints of this one alone.
+
+        Weights stay, and renaming a state back makes it whole again, as long as no new weights have its name.
+        """
+        for step in self._states():
+            if step > after:
+                state = state_path(self.path(step))
+                state.replace(state.with_name(state.name + SET_ASIDE))
+
+    def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
+        """Weights and state of the highest step that is whole; damaged ones above it are named on stderr."""
+        steps = self._steps()
+        for step in reversed(steps):
+            try:
+                return self.path(step), whole_state(self.path(step))
+            except CheckpointError as error:
+                print(f"damaged checkpoint: {error}; trying the one before", file=sys.stderr)
+        if steps:
+            raise CheckpointError(f"no checkpoint in {self.folder} is whole, of {len(steps)} that stand there")
+        return None
+
+    def rotate(self) -> None:
+        """Delete what training.keep_last and training.keep_every do not keep, if the newest is seen to be whole.
+
+        Raises:
+            CheckpointError: if it is not.
+        """
+        last, every = (self.config["training"][key] for key in ("keep_last", "keep_every"))
+        steps = self._steps()
+        if not last or not steps:
+            return
+        kept = {step for step in steps if step in steps[-last:] or (every and step % every == 0)}
+        doomed = [step for step in self._states() if step not in kept]  # those without weights too, which a kill leaves
+        if doomed:
+            whole_state(self.path(steps[-1]))
+        for weights in map(self.path, doomed):
+            for path in (*export_paths(weights), weights, state_path(weights)):
+                path.unlink(missing_ok=True)
+
+    def _states(self) -> list[int]:
+        """The steps that have a state."""
+        names = (state.name.split("-")[1].split(".")[0] for state in self.folder.glob("diffusion-*.state.pt"))
+        steps = {int(name) for name in names if name.isdigit()}
+        return sorted(s for s in steps if state_path(self.path(s)).is_file())
+
+    def _steps(self) -> list[int]:
+        """The steps that have a state and weights, whole or not."""
+        return [step for step in self._states() if self.path(step).is_file()]
+
+    def _averaged(self, path: Path) -> dict[str, Tensor]:
         if not self.base_hash:
             return load_model_file(path).tensors
+        if self.kind == "-tokens":
+            return _learned_embedding(read_learned_tokens(path))
         lora = read_lora(path)
         if lora.base_hash != self.base_hash:
             raise CheckpointError(f"{path} is of another base: {lora.base_hash}, this run's is {self.base_hash}")
-        return {
+        return _learned_embedding(lora.tokens) | {
             f"{name}.{part}": tensor
             for name, f in lora.modules.items()
             for part, tensor in (("lora_A", f.lora_A), ("lora_B", f.lora_B), ("lora_magnitude", f.magnitude))
         }
-
-    def newest(self) -> Path | None:
-        """The weights file of the highest step that has its state beside it."""
-        steps = {}
-        for state in self.folder.glob("diffusion-*.state.pt"):
-            step = state.name.split("-")[1].split(".")[0]
-            if step.isdigit() and self.path(int(step)).is_file():
-                steps[int(step)] = self.path(int(step))
-        return steps[max(steps)] if steps else None
 
     def _state(self, trainer: Trainer, step: int) -> dict[str, Any]:
         scaler = trainer.accelerator.scaler
         return {
             "step": step,
             "trained": dict(zip(trainer.trainable, trainer.ema.trained())),
+            "frozen": frozen_factors(trainer),
             "optimizer": trainer.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
+            "losses": list(trainer.watch.losses),
+            "rollbacks": trainer.rollbacks,
         }
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write the state that belongs to the weights file at `path`, with both hashes."""
+    state = state | {"weights_hash": file_hash(path)}
+    state["hash"] = _hash_of(state)
+    write_atomically(state_path(path), lambda temporary: torch.save(state, temporary))
+
+
+def whole_state(path: Path) -> dict[str, Any]:
+    """The state beside a weights file, both seen to be as they were written.
+
+    Raises:
+        CheckpointError: naming the file that is missing or damaged.
+    """
+    beside = state_path(path)
+    state = load_pickled(beside)
+    if not isinstance(state, dict) or state.pop("hash", None) != _hash_of(state):
+        raise CheckpointError(f"{beside} is damaged: its content does not have the hash that it carries")
+    if file_hash(path) != state.get("weights_hash"):
+        raise CheckpointError(f"{path} is damaged: it is not the file that {beside.name} was written for")
+    return state
+
+
+def _learned_embedding(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Learned words as the parameter that holds them."""
+    return {"text_encoder.learned_embedding": torch.cat(list(tokens.values()))} if tokens else {}
 
 
 def state_path(weights: Path) -> Path:
     """diffusion-N.safetensors -> diffusion-N.state.pt."""
     return weights.with_suffix(".state.pt")
+
+
+def frozen_factors(trainer: Trainer) -> dict[str, Tensor]:
+    """What a LoRA keeps frozen beside the base: PiSSA's first factors, which an SVD elsewhere would round otherwise."""
+    return {n: p.data for n, p in trainer.model.named_parameters() if ".lora_" in n and not p.requires_grad}
+
+
+def host_copy(tree: Any) -> Any:
+    """Dicts and lists of tensors, copied to host memory."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: host_copy(value) for key, value in tree.items()}
+    return type(tree)(map(host_copy, tree)) if isinstance(tree, (list, tuple)) else tree
+
+
+def plain_and_tensors(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The plain values and the tensors of nested dicts and lists, by path."""
+    leaves = dict(_leaves(state, ""))
+    tensors = {name: value for name, value in leaves.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in leaves.items() if name not in tensors}, tensors
+
+
+def _hash_of(state: dict[str, Any]) -> str:
+    plain, tensors = plain_and_tensors(state)
+    text = torch.frombuffer(bytearray(json.dumps(plain, default=str).encode()), dtype=torch.uint8)
+    return content_hash(tensors | {"plain": text})
+
+
+def _leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, (dict, list, tuple)):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _leaves(value, f"{name}/{key}")
+    else:
+        yield name, tree
 
 
 def _file_name(parameter: str) -> str:
@@ -121,13 +307,13 @@ def _file_name(parameter: str) -> str:
     return module if module.endswith((".lora_A", ".lora_B", ".lora_magnitude")) else parameter
 
 
-def _trained_part(stored: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def _trained_part(stored: Tensor, parameter: Tensor) -> Tensor:
     """All of it, but for PiSSA, in whose file the frozen first factors follow the trained ones."""
     return stored[tuple(map(slice, parameter.shape))]
 
 
 @torch.no_grad()
-def _copy_into(target: dict[str, torch.Tensor], source: dict[str, torch.Tensor]) -> None:
+def _copy_into(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
     for name, tensor in target.items():
         if tensor.shape != source[name].shape:
             raise ValueError(f"{name} has shape {tuple(source[name].shape)}, not {tuple(tensor.shape)}")

@@ -61,7 +61,16 @@ def train_tiny_clip(
     on_step: Callable[[int, float], None] | None = None,
     say: Callable[[str], None] = print,
 ) -> float:
-    """Train both towers on the data's pairs, write the text tower, and return the zero-shot accuracy on held-out images."""
+    """Train both towers on the data's pairs, write the text tower, and return the zero-shot accuracy on held-out images.
+
+    Raises:
+        ValueError: for data without classes.
+    """
+    if not isinstance(data, ImageSet):
+        raise ValueError(
+            f"pretrained=tiny is trained on a set with classes, which {data.name} is not: load a trained model with "
+            "--load_model_weights_from_checkpoint"
+        )
     model = ContrastiveModel(encoder, image_size=data.image_size, channels=data.channels)
     settings = OmegaConf.to_container(config.clip)
     train_contrastive(model, data, seed=config.training.seed, on_step=on_step, **settings)

@@ -1,0 +1,142 @@
+"""What a run costs beside its forward pass, backward pass and optimizer step, and how long a checkpoint holds it up.
+
+    python bench/overhead.py
+
+overhead: the digits' config, steps of `Trainer.step` with their record in metrics.jsonl and TensorBoard, saving and
+sampling off. The time within the network's call, the backward pass and the optimizer's step is "theirs", the whole step
+"ours": the ratio less 1 is everything else (batch, captions, noise, loss, clipping, moving average, records). Where threads
+share the rows of a batch (training/row_threads.py), forward and backward count once, by the thread that is longest in
+them: adding the gradients up, and waiting for a batch or for another thread, is everything else. All captions have been
+embedded before, which a run does once.
+
+checkpoint: a state of so many MB (weights, two moments) besides its weights file: the seconds until `save` returns and
+training goes on are "ours", until both files are on the disk "theirs".
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import get_ident
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from measure import Goal, Report, parser, prepare
+from torch import nn
+
+from xdiffusion.build import build_data, build_model, load_config
+from xdiffusion.cli import REPOSITORY, positive_int, run
+from xdiffusion.training.divergence import LossWatch
+from xdiffusion.training.ema import EMA
+from xdiffusion.training.loop import Trainer
+from xdiffusion.training.records import Records
+from xdiffusion.training.run import make_trainable
+from xdiffusion.training.state import RunCheckpoints
+
+CONFIG = REPOSITORY / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    flags = parser(__doc__, rounds=60)
+    flags.add_argument("--megabytes", type=positive_int, default=100, metavar="N", help="of the state (100)")
+    flags.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="of the digits' config; repeatable"
+    )
+    args = flags.parse_args(argv)
+    device = prepare(args)
+    report = Report(args)
+    config = load_config(CONFIG, ["model.text_encoder.pretrained=null", *args.set])
+    for kind in ("base", "lora"):
+        whole, needed = steps(config, kind == "lora", args.rounds, device)
+        report.add(f"overhead_{kind}", whole, needed, goal=Goal(1.03))
+    blocked, written = writes(args.megabytes, max(1, args.rounds // 10))
+    report.add("checkpoint", blocked, written, goal=Goal(0.5, of="ours"), megabytes=args.megabytes)
+    report.finish()
+    return 0
+
+
+def steps(config: Any, lora: bool, rounds: int, device: torch.device) -> tuple[list[float], list[float]]:
+    """Seconds of whole steps, and of their forward pass, backward pass and optimizer step."""
+    torch.manual_seed(0)
+    model = build_model(config)
+    make_trainable(model, config, lora=lora)
+    trainer = Trainer(model, build_data(config), config, force_cpu=device.type == "cpu")
+    trainer.embed([caption for captions in trainer.data.prompts.captions for caption in captions])
+    needed: dict[int, float] = defaultdict(float)  # seconds by thread
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            synchronize(device)
+            started = time.perf_counter()
+            result = function(*arguments, **keywords)
+            synchronize(device)
+            needed[get_ident()] += time.perf_counter() - started
+            return result
+
+        return call
+
+    trainer.network = timed(trainer.network)
+    trainer.optimizer.step = timed(trainer.optimizer.step)
+    if trainer.row_threads is None:
+        trainer.accelerator.backward = timed(trainer.accelerator.backward)
+    else:
+        trainer.row_threads.differentiate = timed(trainer.row_threads.differentiate)
+    whole, parts = [], []
+    with tempfile.TemporaryDirectory() as folder, Records(Path(folder), 1, rounds + 3) as records:
+        for step in range(1, rounds + 4):
+            needed.clear()
+            started = time.perf_counter()
+            records.step(trainer.step(step))
+            synchronize(device)
+            if step > 3:  # the first ones warm up
+                whole.append(time.perf_counter() - started)
+                parts.append(needed.pop(get_ident()) + max(needed.values(), default=0.0))
+    return whole, parts
+
+
+def writes(megabytes: int, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds until a checkpoint's save returns, and until it is on the disk."""
+    size = 1024
+    layers = max(1, megabytes * 2**20 // (3 * 4 * size * size))  # weights and two moments in float32
+    model = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(layers))
+    model.image_shape = (1, size, size)
+    trainable = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for parameter in trainable.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    trainer = SimpleNamespace(
+        model=model,
+        trainable=trainable,
+        optimizer=optimizer,
+        ema=EMA(list(trainable.values()), 0.9),
+        accelerator=SimpleNamespace(scaler=None),
+        watch=LossWatch(None),
+        rollbacks=0,
+    )
+    blocked, written = [], []
+    with tempfile.TemporaryDirectory(dir=REPOSITORY) as folder:  # /tmp may be memory
+        checkpoints = RunCheckpoints(Path(folder), load_config(CONFIG))
+        for step in range(1, rounds + 1):
+            started = time.perf_counter()
+            with trainer.ema.in_place():
+                checkpoints.save(trainer, step)
+            blocked.append(time.perf_counter() - started)
+            checkpoints.finish()
+            written.append(time.perf_counter() - started)
+    return blocked, written
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the GPU, if there is one in use."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

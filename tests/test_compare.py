@@ -1,0 +1,128 @@
+"""Runs side by side: the table, the picture, and what is no run."""
+
+import json
+import math
+import re
+
+import pytest
+from commands import run_process, run_script
+from PIL import Image
+
+from xdiffusion.training.comparison import as_text, outcome, read_runs, smoothed
+
+COMPARE = "training/image/compare.py"
+
+
+def write_run(folder, rate, segments, losses):
+    folder.mkdir(parents=True)
+    config = {"optimizer": {"learning_rate": rate, "betas": [0.9, 0.99]}, "training": {"seed": 0}}
+    run = {"config": config, "data": {"fingerprint": "0123456789abcdef"}, "segments": segments}
+    (folder / "run.json").write_text(json.dumps(run))
+    lines = [json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in enumerate(losses, 1)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    git = {"commit": "a" * 40, "dirty": True}
+    whole = {
+        "status": "finished",
+        "first_step": 1,
+        "last_step": 60,
+        "seconds": 30.0,
+        "peak_memory_bytes": 3 * 2**20,
+        "git": git,
+    }
+    killed = {"status": "running", "first_step": 1}
+    rest = {
+        "status": "finished",
+        "first_step": 11,
+        "last_step": 60,
+        "seconds": 10.0,
+        "peak_memory_bytes": 2**20,
+        "git": None,
+    }
+    first = write_run(tmp_path / "x/a", 1e-3, [whole], [2.0] * 10 + [1.0] * 50)
+    second = write_run(tmp_path / "x/b", 2e-3, [killed, rest], [2.0] * 60)
+    return first, second
+
+
+def cells(text):
+    """{first cell: the others}, for cells without double spaces."""
+    rows = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in text.splitlines()]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_the_table_says_what_differs_and_what_came_of_it(runs, tmp_path, capsys):
+    picture = tmp_path / "compare.png"
+    assert run_script(COMPARE, *runs, "--output_path", picture) == 0
+    printed = capsys.readouterr().out
+    found = cells(printed)
+    assert printed.splitlines()[0].split() == ["a", "b"]
+    assert found["optimizer.learning_rate"] == ["0.001", "0.002"]
+    assert not {"training.seed", "optimizer.betas"} & found.keys()
+    assert found["loss, mean of last 50"] == ["1.0000", "2.0000"]
+    assert found["steps/s"] == ["2", "5"]  # of the segments that were not killed
+    assert found["seconds"] == ["30.0", "10.0"]
+    assert found["peak memory, MB"] == ["3", "1"]
+    assert found["starts"] == ["1", "2"]
+    assert found["commit"] == ["aaaaaaaaa + changes", "-"]
+    with Image.open(picture) as page:
+        assert len(page.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_one_run_may_be_looked_at_alone(runs, tmp_path, capsys):
+    assert run_script(COMPARE, runs[0], "--output_path", tmp_path / "c.png") == 0
+    assert "optimizer" not in capsys.readouterr().out
+
+
+def test_runs_are_read_and_smoothed(runs):
+    a, b = read_runs(list(runs))
+    assert (a.name, b.name) == ("a", "b")
+    assert outcome(b)["smallest smoothed loss"] == "2.0000"
+    assert smoothed([1.0, 3.0]).tolist() == [2.0]
+    assert len(smoothed([1.0] * 60)) == 11
+    assert as_text([("a", "bb"), ("ccc", "d")]) == "a    bb\nccc  d"
+
+
+def test_losses_that_are_not_finite(tmp_path):
+    segment = {"status": "diverged", "first_step": 1, "last_step": 2, "seconds": 1.0}
+    folder = write_run(tmp_path / "a", 1.0, [segment], [1.0, math.nan])
+    assert run_script(COMPARE, folder, "--output_path", tmp_path / "c.png") == 0
+
+
+@pytest.mark.parametrize("wrong", ["missing", "no run", "damaged", "no step", "twice", "unwritable"])
+def test_what_cannot_be_compared(wrong, runs, tmp_path, capsys):
+    first, second = runs
+    picture = tmp_path / "c.png"
+    expected = {
+        "missing": "no run in .*nowhere: it has no run.json",
+        "no run": "no run in .*: it has no run.json",
+        "damaged": "run.json is damaged",
+        "no step": "its metrics.jsonl has no step",
+        "twice": "a run is named twice",
+        "unwritable": "cannot write .*c.png",
+    }[wrong]
+    if wrong == "missing":
+        second = tmp_path / "nowhere"
+    elif wrong == "no run":
+        (second / "run.json").unlink()
+    elif wrong == "damaged":
+        (second / "run.json").write_text('{"config": 3}')
+    elif wrong == "no step":
+        (second / "metrics.jsonl").write_text("")
+    elif wrong == "twice":
+        second = first
+    else:
+        (tmp_path / "file").touch()
+        picture = tmp_path / "file" / "c.png"
+    assert run_script(COMPARE, first, second, "--output_path", picture) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: .*{expected}", line)
+
+
+def test_help_loads_nothing_heavy():
+    done = run_process(COMPARE, "--help", python=("-X", "importtime"))
+    assert done.returncode == 0
+    assert not {"torch", "numpy", "matplotlib"} & {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}

@@ -1,0 +1,84 @@
+"""Runs that diverge: what is let through, what is written, and the way back."""
+
+import json
+import math
+
+import pytest
+import torch
+from commands import TRAIN, run_script
+from test_resume import COMMON, STEPS
+from tiny import tiny_config, tiny_trainer
+
+from xdiffusion.training.divergence import LossWatch, TrainingDiverged
+from xdiffusion.training.loop import Trainer
+from xdiffusion.training.records import read_metrics
+
+
+def test_the_limit_follows_the_median_of_the_last_losses():
+    watch = LossWatch(stop_above=3.0)
+    for loss in [*[1.0] * 18, 100.0]:
+        assert watch.limit() == math.inf  # too few to compare with
+        watch.losses.append(loss)
+    watch.losses.append(1.0)
+    assert watch.limit() == 3.0
+    watch.restore([2.0] * 300)
+    assert (len(watch.losses), watch.limit()) == (100, 6.0)
+    never = LossWatch(None)
+    never.restore([1.0] * 100)
+    assert never.limit() == math.inf
+
+
+def test_a_loss_far_above_those_before_stops_the_run_before_any_weight_changes():
+    trainer = tiny_trainer(tiny_config("training.stop_above=1.5"))
+    trainer.watch.restore([0.01] * 50)
+    before = [p.clone() for p in trainer.trainable.values()]
+    with pytest.raises(
+        TrainingDiverged, match=r"at step 1, above 0\.015 = training\.stop_above times the median"
+    ) as info:
+        trainer.step(1)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.trainable.values()))
+    assert all(p.grad is None for p in trainer.trainable.values())
+    assert info.value.report["batch_indices"] == trainer.batches.indices(1).tolist()
+
+
+@pytest.fixture
+def bad_noise(monkeypatch):
+    """Step 4 is not finite with the run's first noise."""
+    backward = Trainer._backward_part
+
+    def part(self, step, *arguments):
+        loss = backward(self, step, *arguments)
+        return loss * torch.nan if step == 4 and self.noise_stream in bad else loss
+
+    bad = {"noise"}
+    monkeypatch.setattr(Trainer, "_backward_part", part)
+    return bad
+
+
+def test_a_diverged_run_leaves_a_report(tmp_path, bad_noise, capfd):
+    assert run_script(TRAIN, *COMMON, "--output_path", tmp_path) == 1
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: training stopped after step 3, loss nan, gradient norm")
+    assert f"last good checkpoint: {tmp_path}/diffusion-2.safetensors" in line
+    report = json.loads((tmp_path / "diverged.json").read_text())
+    assert (report["step"], len(report["losses_before"]), len(report["batch_indices"])) == (4, 3, 4)
+    assert report["losses_before"] == [m["loss"] for m in read_metrics(tmp_path / "metrics.jsonl")]
+    assert math.isnan(report["loss"])
+
+
+def test_a_diverged_run_goes_back_and_on_with_other_noise(tmp_path, bad_noise):
+    words = [*COMMON, "--set", "training.rollbacks=1", "--output_path"]
+    assert run_script(TRAIN, *words, tmp_path / "run") == 0
+    steps = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [m["step"] for m in steps] == list(range(1, STEPS + 1))
+    bad_noise.clear()
+    assert run_script(TRAIN, *words, tmp_path / "straight") == 0
+    straight = [m["loss"] for m in read_metrics(tmp_path / "straight" / "metrics.jsonl")]
+    assert [m["loss"] for m in steps][:2] == straight[:2]
+    assert [m["loss"] for m in steps][2] != straight[2]
+
+
+def test_a_run_that_diverges_more_often_than_it_may_stops(tmp_path, bad_noise):
+    bad_noise |= {"noise 1"}
+    assert run_script(TRAIN, *COMMON, "--set", "training.rollbacks=1", "--output_path", tmp_path / "once") == 1
+    assert run_script(TRAIN, *COMMON, "--set", "training.rollbacks=2", "--output_path", tmp_path / "twice") == 0

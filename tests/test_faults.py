@@ -1,0 +1,193 @@
+"""What can go wrong during a run: kills, signals, full disks, lost files. The last good checkpoint is found and named."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from commands import ROOT, TRAIN, TRAIN_CLIP, run_script, set_words
+from PIL import Image
+from test_resume import COMMON, CONFIG, STEPS
+
+from xdiffusion import build
+from xdiffusion.data import digits
+from xdiffusion.data.image_set import ImageSet
+from xdiffusion.training.records import Records
+from xdiffusion.training.run_record import read_run
+from xdiffusion.training.state import state_path
+
+
+def test_killed_runs_lose_nothing_but_the_steps_since(monkeypatch, capfd):
+    """The full figure: python bench/kill_runs.py --kills 200."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import kill_runs
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert kill_runs.main(["--kills", "2", "--steps", "4", "--seed", "1", "--json"]) == 0
+    figures = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert figures["kills"] == 2
+    assert (figures["lost_checkpoints"], figures["differing"], figures["failed"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("script", [TRAIN, TRAIN_CLIP])
+def test_a_signal_before_the_first_step_is_one_line(script, tmp_path, monkeypatch, capfd):
+    """Within the data's loading, as a key that is pressed there would be."""
+    monkeypatch.setattr(digits, "_draw", lambda *_: signal.raise_signal(signal.SIGINT), raising=True)
+    file = tmp_path / "clip.safetensors"
+    words = ["--config_path", CONFIG, *set_words(["model.text_encoder.pretrained=tiny", "data.image_size=12"])]
+    assert run_script(script, *words, "--output_path", file if script == TRAIN_CLIP else tmp_path / "run") == 130
+    assert capfd.readouterr().err.splitlines() == ["stopped by SIGINT"]
+    assert not file.exists()
+
+
+def test_a_process_lost_before_the_first_step(tmp_path, monkeypatch, capfd):
+    def load(config):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer")
+
+    monkeypatch.setattr(build, "build_data", load)
+    assert run_script(TRAIN, *COMMON, "--output_path", tmp_path) == 1
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: before the first step, another process of this run is gone or cannot be reached")
+
+
+def test_a_tiny_clip_that_diverges_writes_nothing(tmp_path, capfd):
+    file = tmp_path / "clip.safetensors"
+    tiny = ["clip.learning_rate=1e30", "clip.groups=1", "data.image_size=8", "model.text_encoder.width=8"]
+    words = ["--config_path", CONFIG, *set_words([*tiny, "model.text_encoder.layers=1", "clip.steps=9"])]
+    assert run_script(TRAIN_CLIP, *words, "--output_path", file) == 1
+    assert re.search(
+        r"^error: the tiny CLIP's loss is nan at step \d: lower clip.learning_rate$",
+        capfd.readouterr().err,
+        re.MULTILINE,
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["folder", "clip.pt", "closed/clip.safetensors"])
+def test_a_place_where_no_tiny_clip_can_be_written(name, tmp_path, capfd):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "closed").write_text("a file")
+    assert run_script(TRAIN_CLIP, "--config_path", CONFIG, "--output_path", tmp_path / name) == 2
+    assert str(tmp_path / name).removesuffix("/clip.safetensors") in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("signals", "status"), [(["SIGINT", "SIGINT"], 130), (["SIGINT", "SIGTERM"], 143), (["SIGTERM"], 7)]
+)
+def test_the_second_signal_quits_at_once(signals, status):
+    code = """
+import os, sys
+from xdiffusion.training.interruption import Interruption
+with Interruption() as interruption:
+    for name in sys.argv[1:]:
+        os.kill(os.getpid(), getattr(__import__("signal"), name))
+    assert interruption.signal
+    sys.exit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", code, *signals], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == status
+    assert "stopping after this step; again to quit at once" in done.stderr
+
+
+FULL = OSError(28, "No space left on device")
+LOST = FileNotFoundError(2, "No such file", "a.png")
+FAULTS = {  # which call fails from which one on, with what; the last good checkpoint, and what is said
+    "metrics on a full disk": (Records, "step", 4, FULL, 2, "after step 4, .*No space left"),
+    "data that vanished": (ImageSet, "batch", 4, LOST, 2, "after step 3, .*a.png"),
+    "a checkpoint on a full disk": (
+        torch,
+        "save",
+        3,
+        FULL,
+        4,
+        "after step 5, cannot write .*diffusion-5.state.pt: .*No space",
+    ),
+}
+
+
+@pytest.mark.parametrize(("target", "name", "first", "error", "good", "reason"), FAULTS.values(), ids=FAULTS)
+def test_a_run_goes_on_from_its_last_good_checkpoint(
+    target, name, first, error, good, reason, tmp_path, monkeypatch, capfd
+):
+    calls, original = [], getattr(target, name)
+
+    def failing(*arguments, **keywords):
+        calls.append(name)
+        if len(calls) >= first:
+            raise error
+        return original(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, failing)
+        assert run_script(TRAIN, *COMMON, "--output_path", tmp_path) == 1
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert re.search(f"error: training stopped {reason}", line)
+    assert f"last good checkpoint: {tmp_path}/diffusion-{good}.safetensors; to go on from it: python " in line
+    assert read_run(tmp_path)["segments"][-1]["status"] == "failed"
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert run_script(TRAIN, *COMMON, "--output_path", tmp_path, "--resume_from", "auto") == 0
+    segment = read_run(tmp_path)["segments"][-1]
+    assert (segment["first_step"], segment["last_step"]) == (good + 1, STEPS)
+
+
+def test_damage_is_named_by_the_command(tmp_path, capfd):
+    words = [*COMMON, "--output_path", tmp_path]
+    assert run_script(TRAIN, *words) == 0
+    for step, damaged in ((5, state_path), (4, lambda path: path)):
+        path = damaged(tmp_path / f"diffusion-{step}.safetensors")
+        path.write_bytes(path.read_bytes()[:-100])
+    assert run_script(TRAIN, *words, "--resume_from", "auto") == 0
+    err = capfd.readouterr().err
+    assert re.search(r"damaged checkpoint: .*diffusion-5\.state\.pt .*; trying the one before", err)
+    assert re.search(r"damaged checkpoint: .*diffusion-4\.safetensors .*; trying the one before", err)
+    assert read_run(tmp_path)["segments"][-1]["first_step"] == 3
+
+
+def test_a_picture_is_whole_or_not_there(tmp_path, monkeypatch):
+    """A kill in the middle of its writing leaves what was written of it; the resumed run draws it."""
+
+    class Killed(BaseException):
+        pass
+
+    def save(self, file, *_, **__):
+        Path(file).write_bytes(b"half of it")
+        raise Killed
+
+    words = [*COMMON, "--output_path", tmp_path, "--resume_from", "auto"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Image.Image, "save", save)
+        run_script(TRAIN, *words)
+    picture = tmp_path / "samples" / "sample-2.png"
+    assert not picture.exists()
+    assert run_script(TRAIN, *words) == 0
+    assert Image.open(picture).text["title"] == "step 2"
+
+
+def test_temporary_files_of_a_killed_run_are_cleaned_away(tmp_path):
+    (tmp_path / "samples").mkdir()
+    left = [tmp_path / ".diffusion-2.safetensors.ab12.tmp", tmp_path / "samples" / ".sample-2.png.cd34.tmp"]
+    other = [tmp_path / "notes.tmp", tmp_path / ".hidden"]
+    for path in (*left, *other):
+        path.touch()
+    assert run_script(TRAIN, *COMMON, "--num_training_steps", 1, "--output_path", tmp_path) == 0
+    assert not any(map(Path.exists, left))
+    assert all(map(Path.exists, other))
+
+
+def test_a_killed_process_leaves_a_segment_that_says_running(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def step(self, metrics):
+        raise Killed
+
+    monkeypatch.setattr(Records, "step", step)
+    with pytest.raises(Killed):
+        run_script(TRAIN, *COMMON, "--output_path", tmp_path)
+    assert read_run(tmp_path)["segments"][-1]["status"] == "running"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -1,0 +1,58 @@
+"""fp16's gradient scaler in a run: what is logged, skipped and resumed. A scaler on the CPU stands for that of a GPU."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from test_state import fresh, train
+from tiny import copies, equal_bits
+
+from xdiffusion.training.divergence import TrainingDiverged
+
+
+def scaled(folder, monkeypatch, scale=2.0**10):
+    trainer, files = fresh(folder)
+    monkeypatch.setattr(Accelerator, "mixed_precision", property(lambda self: "fp16"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+    trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, device_placement=False, scaler=scaler)
+    trainer.accelerator.native_amp, trainer.accelerator.scaler = True, scaler
+    trainer.accelerator._optimizers = [trainer.optimizer]
+    monkeypatch.setattr(trainer.accelerator, "autocast", lambda: torch.autocast("cpu", torch.bfloat16))
+    return trainer, files
+
+
+def test_an_overflow_is_skipped_and_logged(tmp_path, monkeypatch):
+    trainer, _ = scaled(tmp_path, monkeypatch)
+    hook = trainer.model.network.conv_in.weight.register_hook(lambda gradient: gradient * torch.inf)
+    before = copies(trainer.trainable)
+    metrics = trainer.step(1)
+    assert (metrics.skipped, metrics.loss_scale) == (True, 2.0**9)
+    assert equal_bits(trainer.trainable, before)
+    hook.remove()
+    assert [(m.skipped, m.loss_scale) for m in map(trainer.step, (2, 3))] == [(False, 2.0**9), (False, 2.0**10)]
+    assert not equal_bits(trainer.trainable, before)
+
+
+def test_the_scaler_is_resumed(tmp_path, monkeypatch):
+    whole, files = scaled(tmp_path / "whole", monkeypatch)
+    expected = train(whole, files)
+    first, files = scaled(tmp_path / "cut", monkeypatch)
+    losses = train(first, files, stop_after=3)
+    second, files = scaled(tmp_path / "cut", monkeypatch, scale=3.0)
+    assert files.resume(second, "auto") == 2
+    assert losses[:2] + train(second, files, first_step=3) == expected
+    assert second.accelerator.scaler.state_dict() == whole.accelerator.scaler.state_dict()
+    assert equal_bits(second.trainable, whole.trainable)
+
+
+def test_a_run_that_diverged_can_step_again(tmp_path, monkeypatch):
+    """The step that was given up had unscaled its gradients already."""
+    trainer, files = scaled(tmp_path, monkeypatch)
+    train(trainer, files, stop_after=3)
+    with monkeypatch.context() as patch:
+        backward = trainer._backward_part
+        patch.setattr(trainer, "_backward_part", lambda *step: backward(*step) * torch.nan)
+        with pytest.raises(TrainingDiverged):
+            trainer.step(4)
+    files.resume(trainer, "auto")
+    assert trainer.step(3).step == 3

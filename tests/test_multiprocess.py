@@ -1,0 +1,169 @@
+"""Two real processes (gloo, this machine) share a batch: the same losses, one writer, and no survivor that hangs."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from commands import ROOT, TRAIN, run_script, set_words
+from test_resume import COMMON, STEPS
+
+from xdiffusion.checkpoints.files import load_safetensors
+from xdiffusion.training.interruption import resuming_command
+from xdiffusion.training.processes import check_shares, spread
+from xdiffusion.training.records import read_metrics
+from xdiffusion.training.run_record import read_run
+from xdiffusion.training.settings import TrainingSettings
+
+LORA = ["--use_lora_training", *set_words(["text_encoder_lora.rank=1", "lora.target_modules=attention"])]
+BOUND = 60  # seconds, of a machine that is busy
+
+
+def start(words, processes=2):
+    """The processes of one run, as torchrun starts them but without its watch over them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        "PYTHONPATH": str(ROOT),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+    }
+    command = [sys.executable, str(ROOT / TRAIN), *map(str, words)]
+    return [
+        subprocess.Popen(
+            command,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+
+
+def finish(process):
+    """(status, stdout, stderr) of a process that ends in time."""
+    try:
+        out, err = process.communicate(timeout=BOUND)
+        return process.returncode, out, err
+    finally:
+        process.kill()
+
+
+def wait_for_steps(folder, count):
+    until = time.monotonic() + BOUND
+    while len(read_metrics(folder / "metrics.jsonl")) < count:
+        assert time.monotonic() < until, "no step was taken"
+        time.sleep(0.05)
+
+
+def curve(folder):
+    return [m["loss"] for m in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_two_processes_have_the_losses_of_one_and_one_goes_on_where_two_stopped(tmp_path):
+    words = [*COMMON, "--batch_size", 8, "--set", "training.gradient_accumulation_steps=2"]
+    assert run_script(TRAIN, *words, "--output_path", tmp_path / "one") == 0
+    two = start([*words, "--output_path", tmp_path / "two"])
+    statuses, outputs, errors = zip(*map(finish, two))
+    assert statuses == (0, 0), errors
+    assert "parameters: network" in outputs[0]
+    assert outputs[1] == ""  # the first alone speaks and writes
+    assert read_run(tmp_path / "two")["segments"][0]["processes"] == 2
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-5)
+    name = f"diffusion-{STEPS}.safetensors"
+    one, other = (load_safetensors(tmp_path / folder / name)[0] for folder in ("one", "two"))
+    assert all(torch.allclose(one[key], other[key], atol=1e-4) for key in one)
+
+    for kind in ("safetensors", "state.pt"):
+        (tmp_path / "two" / f"diffusion-{STEPS}.{kind}").unlink()
+    assert run_script(TRAIN, *words, "--output_path", tmp_path / "two", "--resume_from", "auto") == 0
+    assert [s["first_step"] for s in read_run(tmp_path / "two")["segments"]] == [1, STEPS]
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-5)
+
+
+def test_a_killed_process_ends_the_other_and_one_goes_on(tmp_path):
+    base = tmp_path / "base"
+    assert run_script(TRAIN, *COMMON, "--num_training_steps", 1, "--output_path", base) == 0
+    words = [*COMMON, *LORA, "--load_model_weights_from_checkpoint", base / "diffusion-1.safetensors"]
+    words += ["--set", "optimizer.schedule=constant"]
+    assert run_script(TRAIN, *words, "--output_path", tmp_path / "one") == 0
+    first, second = start([*words, "--num_training_steps", 10**6, "--output_path", tmp_path / "two"])
+    wait_for_steps(tmp_path / "two", STEPS)
+    second.kill()
+    killed = time.monotonic()
+    status, _, err = finish(first)
+    second.communicate()
+    assert time.monotonic() - killed < 30
+    assert status == 1
+    line = err.splitlines()[-1]
+    assert re.search(
+        "error: training stopped after step .* another process of this run is gone or cannot be reached", line
+    )
+    assert "last good checkpoint: " in line
+    assert "to go on from it: torchrun --nproc_per_node 2 " in line
+    assert curve(tmp_path / "two")[:STEPS] == pytest.approx(curve(tmp_path / "one"), rel=1e-4)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    processes = start([*COMMON, "--num_training_steps", 10**6, "--output_path", tmp_path])
+    wait_for_steps(tmp_path, 2)
+    processes[1].send_signal(signal.SIGTERM)
+    results = [finish(process) for process in processes]
+    steps = {int(re.search("after step ([0-9]+)", err)[1]) for _, _, err in results}
+    assert len(steps) == 1
+    assert [status for status, _, _ in results] == [143, 143]
+    assert (tmp_path / f"diffusion-{steps.pop()}.state.pt").is_file()
+
+
+def test_the_command_to_go_on_with(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = ["--config_path", "a b.yaml", "--resume_from", "x.pt", "--seed", "1", "--resume_from=y"]
+    command = resuming_command(str(ROOT / TRAIN), words, 1)
+    assert command == "python training/image/train.py --config_path 'a b.yaml' --seed 1 --resume_from auto"
+    assert (
+        resuming_command(str(ROOT / TRAIN), [], 4)
+        == "torchrun --nproc_per_node 4 training/image/train.py --resume_from auto"
+    )
+
+
+@pytest.mark.parametrize(("processes", "batch_size"), [(2, 6), (3, 4)])
+def test_a_batch_that_cannot_be_shared(processes, batch_size):
+    accelerator = SimpleNamespace(num_processes=processes, distributed_type=DistributedType.MULTI_GPU)
+    settings = TrainingSettings(batch_size=batch_size, gradient_accumulation_steps=2)
+    with pytest.raises(
+        ValueError, match=f"batch_size={batch_size} cannot be shared by {processes} processes .* must divide"
+    ):
+        check_shares(accelerator, settings)
+    check_shares(accelerator, replace(settings, batch_size=2 * processes))
+
+
+def test_a_network_with_nothing_to_train_is_not_wrapped():
+    """Of learned words alone, whose gradients are added up after the backward pass."""
+    network = torch.nn.Linear(2, 2).requires_grad_(False)
+    accelerator = SimpleNamespace(num_processes=2)
+    assert spread(accelerator, network) is network
+
+
+def test_weights_that_are_shared_out_are_refused():
+    accelerator = SimpleNamespace(num_processes=2, distributed_type=DistributedType.FSDP)
+    with pytest.raises(ValueError, match="distributed type FSDP: the trainer keeps whole weights"):
+        check_shares(accelerator, TrainingSettings())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_launch_files_are_accelerates(path):
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == DistributedType.MULTI_GPU
+    assert config.num_processes == 8 * config.num_machines

@@ -1,0 +1,31 @@
+"""The benchmark of a run's overhead, at its smallest settings."""
+
+import importlib.util
+import json
+import sys
+
+from commands import ROOT
+
+
+def test_overhead(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    spec = importlib.util.spec_from_file_location("bench_overhead", ROOT / "bench/overhead.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tiny = [
+        "data.image_size=8",
+        "model.network.channels=[8,8]",
+        "model.network.head_dim=8",
+        "model.network.norm_groups=4",
+    ]
+    tiny += ["model.network.patch_size=1", "model.text_encoder.layers=1", "model.text_encoder.width=8"]
+    tiny += ["training.batch_size=4", "lora.target_modules=attention"]
+    words = [word for setting in tiny for word in ("--set", setting)]
+    assert module.main(["--rounds", "2", "--threads", "1", "--json", "--megabytes", "13", *words]) == 0
+    sys.modules.pop("measure", None)
+    lines = {line["figure"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert lines.keys() == {"overhead_base", "overhead_lora", "checkpoint"}
+    for line in lines.values():
+        assert line["ours"]["median"] > 0
+    assert lines["overhead_base"]["ratio"] > 1  # a part is less than the whole
+    assert lines["checkpoint"]["ratio"] < 1

@@ -1,0 +1,127 @@
+"""The training command, stopped and resumed: every file is, bit for bit, that of the run which nobody stopped."""
+
+import os
+import signal
+
+import pytest
+import torch
+from commands import ROOT, TRAIN, run_script, set_words
+
+from xdiffusion.checkpoints.files import load_safetensors
+from xdiffusion.training.records import Records, read_metrics
+from xdiffusion.training.run_record import read_run
+
+CONFIG = ROOT / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
+STEPS = 5
+TINY = [
+    "data.image_size=12", "model.network.channels=[16,16]", "model.network.head_dim=8", "model.network.norm_groups=4",
+    "model.network.patch_size=1", "model.text_encoder.width=8", "model.text_encoder.layers=1",
+    "model.text_encoder.pretrained=null", "optimizer.warmup_steps=2", "sampling.steps=1", "training.batch_size=4",
+]  # fmt: skip
+COMMON = ["--config_path", CONFIG, "--force_cpu", "--num_training_steps", STEPS, "--save_and_sample_every_n", 2]
+COMMON += set_words(TINY)
+VARIANTS = {
+    "base": [],
+    "base, accumulated, bf16": ["--mixed_precision", "bf16", *set_words(["training.gradient_accumulation_steps=2"])],
+    "lora": ["--use_lora_training", *set_words(["lora.dropout=0.2", "lora.target_modules=attention"])],
+    "pissa": ["--use_lora_training", *set_words(["lora.init=pissa", "lora.target_modules=attention"])],
+}
+
+
+@pytest.fixture
+def evidence(monkeypatch):
+    """The function of bench/kill_runs.py: what two runs must have in common."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import kill_runs
+
+    return kill_runs.evidence
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    """A mapping of steps to the signal that this process sends itself within them."""
+    sent = {}
+    record = Records.step
+
+    def step(self, metrics):
+        record(self, metrics)
+        if metrics.step in sent:
+            os.kill(os.getpid(), sent.pop(metrics.step))
+
+    monkeypatch.setattr(Records, "step", step)
+    return sent
+
+
+@pytest.mark.parametrize("words", VARIANTS.values(), ids=VARIANTS)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(words, tmp_path, evidence, signals, capfd):
+    base = tmp_path / "base"
+    if "--use_lora_training" in words:
+        assert run_script(TRAIN, *COMMON, "--num_training_steps", 1, "--output_path", base) == 0
+        words = [*words, "--load_model_weights_from_checkpoint", base / "diffusion-1.safetensors"]
+    whole, cut = ([*COMMON, *words, "--output_path", tmp_path / name] for name in ("whole", "cut"))
+    assert run_script(TRAIN, *whole) == 0
+
+    signals[3] = signal.SIGINT
+    assert run_script(TRAIN, *cut, "--resume_from", "auto") == 130
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("stopped by SIGINT after step 3; to go on: python ")
+    assert line.endswith(" --resume_from auto")
+    assert line.count("--resume_from") == 1
+    assert [m["step"] for m in read_metrics(tmp_path / "cut" / "metrics.jsonl")] == [1, 2, 3]
+    signals[4] = signal.SIGTERM
+    assert run_script(TRAIN, *cut, "--resume_from", "auto") == 143
+    assert run_script(TRAIN, *cut, "--resume_from", "auto") == 0
+
+    expected, found = evidence(tmp_path / "whole"), evidence(tmp_path / "cut")
+    extra = found.keys() - expected.keys()
+    assert {name.split(".")[0].removesuffix("-lora") for name in extra} == {"diffusion-3"}
+    assert {name: found[name] for name in expected} == expected
+    statuses = [(s["status"], s["first_step"], s["last_step"]) for s in read_run(tmp_path / "cut")["segments"]]
+    assert statuses == [("interrupted", 1, 3), ("interrupted", 4, 4), ("finished", 5, 5)]
+
+
+def test_a_signal_in_the_last_step_leaves_a_whole_run(tmp_path, signals):
+    signals[STEPS] = signal.SIGINT
+    assert run_script(TRAIN, *COMMON, "--output_path", tmp_path) == 130
+    assert (tmp_path / f"samples/sample-{STEPS}.png").is_file()
+    assert run_script(TRAIN, *COMMON, "--output_path", tmp_path, "--resume_from", "auto") == 0
+
+
+def test_handlers_are_put_back(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert run_script(TRAIN, *COMMON, "--num_training_steps", 1, "--output_path", tmp_path) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_fresh_run_in_an_old_folder_does_not_resume_the_old_one(tmp_path, signals):
+    """Nor do its checkpoints, of later steps, count as the newest of the new one."""
+    words = [*COMMON, "--output_path", tmp_path, "--set", "training.keep_last=1"]
+    assert run_script(TRAIN, *words) == 0
+    signals[3] = signal.SIGINT
+    assert run_script(TRAIN, *words, "--seed", 1) == 130
+    assert run_script(TRAIN, *words, "--seed", 1, "--resume_from", "auto") == 0
+    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    assert read_run(tmp_path)["segments"][-1]["first_step"] == 4
+
+
+def test_resuming_under_other_conditions_is_said(tmp_path, signals, capfd):
+    signals[3] = signal.SIGINT
+    words = [*COMMON, "--output_path", tmp_path, "--resume_from", "auto"]
+    run_script(TRAIN, *words)
+    capfd.readouterr()
+    assert run_script(TRAIN, *words, "--set", "optimizer.learning_rate=1e-5") == 0
+    assert "resumed under other conditions: optimizer.learning_rate=0.004 before, 1e-05 now" in capfd.readouterr().err
+
+
+def test_training_on_from_a_files_weights_leaves_the_file(tmp_path):
+    """They are mapped from it, and changed in memory alone."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run_script(TRAIN, *COMMON, "--num_training_steps", 1, "--output_path", first) == 0
+    file = first / "diffusion-1.safetensors"
+    before = file.read_bytes()
+    words = ["--load_model_weights_from_checkpoint", file, "--output_path", second]
+    assert run_script(TRAIN, *COMMON, *words) == 0
+    assert file.read_bytes() == before
+    old, new = (load_safetensors(path)[0] for path in (file, second / f"diffusion-{STEPS}.safetensors"))
+    changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"network"}

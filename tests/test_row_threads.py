@@ -1,0 +1,101 @@
+"""Rows of a batch on threads: the same gradient as in one piece, the same bits every time, and only where rows are apart."""
+
+import pytest
+import torch
+from tiny import copies, equal_bits, tiny_config, tiny_images, tiny_model, tiny_trainer
+
+from xdiffusion.lora.inject import apply_lora_to_model
+from xdiffusion.training.loop import Trainer
+from xdiffusion.training.row_threads import RowThreads, shares_of_a_step
+from xdiffusion.training.settings import TrainingSettings
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def gradients_of_a_step(trainer: Trainer) -> dict[str, torch.Tensor]:
+    trainer._backward_part(1, 0, 1)
+    return copies({name: p.grad for name, p in trainer.trainable.items() if p.grad is not None})
+
+
+def test_the_shares_add_up_to_the_whole_gradient():
+    torch.manual_seed(0)
+    x, weight, unused = torch.randn(6, 3), torch.nn.Parameter(torch.randn(3)), torch.nn.Parameter(torch.ones(2))
+    threads = RowThreads([weight, unused], 3)
+    weight.grad = torch.ones(3)  # of an earlier accumulation part
+    total = threads.backward(lambda i: (x[2 * i : 2 * i + 2] @ weight).square().sum() / 6)
+    assert torch.allclose(total, (x @ weight).square().mean())
+    assert torch.allclose(weight.grad, 1 + 2 * x.T @ (x @ weight.detach()) / 6)
+    assert unused.grad is None and not total.requires_grad
+
+
+def test_a_share_that_fails_fails_the_step():
+    threads = RowThreads([torch.nn.Parameter(torch.ones(1))], 2)
+    with pytest.raises(ZeroDivisionError):
+        threads.backward(lambda i: torch.ones(1) / (1 // i))
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_training_step_on_threads_is_that_in_one_piece(two_threads, lora, accumulated):
+    config = tiny_config(f"training.gradient_accumulation_steps={accumulated}", "training.caption_dropout=0.5")
+    trainers = [tiny_trainer(config, lora=lora) for _ in range(3)]
+    assert trainers[0].row_threads.shares == 2
+    trainers[2].row_threads = None
+    gradients = [gradients_of_a_step(trainer) for trainer in trainers]
+    assert equal_bits(gradients[0], gradients[1])
+    assert gradients[0].keys() == gradients[2].keys()
+    for name, whole in gradients[2].items():
+        assert torch.allclose(gradients[0][name], whole, rtol=1e-3, atol=1e-6), name
+    losses = [[trainer.step(step).loss for step in (1, 2, 3)] for trainer in trainers]
+    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[2], rel=1e-3)
+    assert torch.get_num_threads() == 2  # those of the threads are their own
+
+
+def test_a_trained_text_encoder_gets_its_gradient_from_all_rows(two_threads):
+    config = tiny_config()
+    gradients = []
+    for threaded in (True, False):
+        model = tiny_model(config).requires_grad_(False)
+        apply_lora_to_model(model.text_encoder, rank=2)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.data.fill_(0.1)
+        trainer = Trainer(model, tiny_images(), config, force_cpu=True)
+        assert trainer.row_threads is not None
+        if not threaded:
+            trainer.row_threads = None
+        gradients.append(gradients_of_a_step(trainer))
+    assert all(torch.allclose(gradients[0][n], g, rtol=1e-3, atol=1e-6) for n, g in gradients[1].items())
+    assert any(g.abs().max() > 0 for g in gradients[1].values())
+
+
+@pytest.mark.parametrize(
+    "settings, processes, device, shares",
+    [
+        ({}, 1, CPU, 2),
+        ({"batch_size": 7}, 1, CPU, 1),
+        ({"batch_size": 6, "gradient_accumulation_steps": 2}, 1, CPU, 1),
+        ({"gradient_checkpointing": True}, 1, CPU, 1),
+        ({"compile": True}, 1, CPU, 1),
+        ({}, 2, CPU, 1),
+        ({}, 1, torch.device("cuda"), 1),
+    ],
+)
+def test_only_rows_that_are_apart_are_dealt_out(two_threads, settings, processes, device, shares):
+    model = tiny_model(tiny_config())
+    assert shares_of_a_step(model, TrainingSettings(**{"batch_size": 8} | settings), device, processes) == shares
+
+
+def test_dropout_keeps_the_rows_together(two_threads):
+    model = tiny_model(tiny_config())
+    apply_lora_to_model(model.network, rank=2, dropout=0.1)
+    assert shares_of_a_step(model, TrainingSettings(batch_size=8), CPU, 1) == 1

@@ -1,0 +1,119 @@
+"""run.json: enough to repeat a run and to judge its figures."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_images
+
+from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.data.image_set import invert
+from xdiffusion.training.run_record import (
+    RunRecord,
+    data_fingerprint,
+    differences,
+    flat,
+    git_state,
+    package_versions,
+    peak_memory,
+    read_run,
+)
+
+CPU = torch.device("cpu")
+
+
+def record(folder, first_step=1, config=None, data=None):
+    return RunRecord(
+        folder, config or tiny_config(), ["train.py", "--seed", "0"], data or tiny_images(), CPU, 1, first_step
+    )
+
+
+def test_a_record_is_there_from_the_start_and_complete_at_the_end(tmp_path):
+    run = record(tmp_path)
+    begun = read_run(tmp_path)
+    assert begun["segments"][0]["status"] == "running"
+    assert "seconds" not in begun["segments"][0]
+    run.last_step = 4
+    run.finish("finished")
+    done = read_run(tmp_path)
+    assert done["config"] == json.loads(json.dumps(done["config"]))
+    assert done["config"]["training"]["batch_size"] == 8
+    assert done["seeds"] == {"training": 0}
+    assert done["data"] == {"name": "image/digits", "fingerprint": data_fingerprint(tiny_images())}
+    (segment,) = done["segments"]
+    assert (segment["status"], segment["first_step"], segment["last_step"]) == ("finished", 1, 4)
+    assert segment["command"] == ["train.py", "--seed", "0"]
+    assert segment["device"].startswith("cpu: ")
+    assert segment["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert segment["steps_per_second"] == pytest.approx(4 / segment["seconds"], rel=0.2)
+    assert segment["peak_memory_bytes"] > 10**7
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_resumed_run_appends_a_segment_and_a_fresh_one_begins_anew(tmp_path):
+    record(tmp_path).finish("interrupted")
+    again = record(tmp_path, first_step=3)
+    assert again.changes == []
+    again.finish("finished")
+    assert [s["status"] for s in read_run(tmp_path)["segments"]] == ["interrupted", "finished"]
+    changed = record(tmp_path, 5, tiny_config("training.seed=1"), invert(tiny_images()))
+    assert changed.changes[:2] == [
+        "training.seed=0 before, 1 now",
+        "data.name=image/digits before, image/digits_inverted now",
+    ]
+    assert changed.changes[2].startswith("data.fingerprint=")
+    record(tmp_path)
+    assert len(read_run(tmp_path)["segments"]) == 1
+
+
+def test_a_record_without_a_folder_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record(None).finish("finished")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"config": {}}', '{"config": {}, "segments": [1]}', '{"config": 1, "segments": []}']
+)
+def test_damaged_records_are_named(text, tmp_path):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
+        read_run(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no run in .*: it has no run\.json"):
+        read_run(tmp_path / "nowhere")
+
+
+def test_the_commit_and_whether_files_differ_from_it(tmp_path):
+    def git(*words):
+        settings = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *settings, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    assert git_state(tmp_path / "nowhere") is None
+    git("init")
+    assert git_state(tmp_path) is None  # no commit yet
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-m", "first")
+    state = git_state(tmp_path)
+    assert (len(state["commit"]), state["dirty"]) == (40, False)
+    (tmp_path / "a").write_text("2")
+    assert git_state(tmp_path) == state | {"dirty": True}
+
+
+def test_a_fingerprint_is_of_pixels_and_labels():
+    data = tiny_images()
+    assert data_fingerprint(data) == data_fingerprint(tiny_images()) != data_fingerprint(tiny_images(seed=1))
+    data.train.labels[0] += 1
+    assert data_fingerprint(data) != data_fingerprint(tiny_images())
+
+
+def test_small_parts():
+    assert flat({"a": {"b": 1, "c": [2]}, "d": None}) == {"a.b": 1, "a.c": [2], "d": None}
+    assert package_versions()["python"].startswith("3.")
+    assert peak_memory(CPU) > 10**7
+    before = {"config": {"a": 1, "b": 2}, "segments": [{"packages": {"torch": "1"}}]}
+    now = {"config": {"a": 1, "c": 3}, "data": {}, "segments": [{"packages": {"torch": "2"}}]}
+    assert differences(before, now) == [
+        "b=2 before, None now", "c=None before, 3 now", "version of torch=1 before, 2 now",
+    ]  # fmt: skip

@@ -1,0 +1,38 @@
+"""Compare runs: a table of what differs and what came of it, and their loss curves over each other.
+
+python training/image/compare.py output/image/digits/a output/image/digits/b --output_path output/compare.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from xdiffusion.cli import run
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folders that training/image/train.py wrote")
+    add(
+        "--output_path", type=Path, default=Path("output/compare.png"), metavar="PNG", help="default output/compare.png"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    from xdiffusion.training.comparison import as_text, draw_curves, read_runs, table
+
+    runs = read_runs(args.runs)
+    print(as_text(table(runs)))
+    draw_curves(runs, args.output_path)
+    print(args.output_path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

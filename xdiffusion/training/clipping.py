@@ -1,0 +1,24 @@
+"""Clipping of gradients by their common norm: torch's, without its pass over gradients that need none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def clip_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients down to a norm of max_norm if they are above it; returns their norm before, after unscaling (fp16).
+
+    Bit for bit what torch.nn.utils.clip_grad_norm_ does.
+    """
+    accelerator.unscale_gradients()
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    factor = max_norm / (norm + 1e-6)
+    if factor < 1:
+        torch._foreach_mul_(gradients, factor)
+    return norm

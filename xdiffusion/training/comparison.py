@@ -1,0 +1,111 @@
+"""Runs side by side: what differs in their configs, how far they came and how fast, and their curves over each other."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xdiffusion.checkpoints.files import CheckpointError, write_atomically
+from xdiffusion.training.records import SMOOTHING, read_metrics
+from xdiffusion.training.run_record import flat, read_run
+
+ABSENT = "-"  # a key that another run's config has
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its files tell it; name: its folder's, as short as the runs compared allow."""
+
+    name: str
+    record: dict[str, Any]
+    metrics: list[dict[str, Any]]
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs in some folders.
+
+    Raises:
+        CheckpointError: if one holds no run, or one that has not taken a step.
+        ValueError: if one is named twice.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    if len(set(resolved)) < len(resolved):
+        raise ValueError(f"a run is named twice: {', '.join(map(str, folders))}")
+    shared = os.path.commonpath(resolved) if len(resolved) > 1 else resolved[0].parent
+    runs = []
+    for folder, path in zip(folders, resolved):
+        record, metrics = read_run(folder), read_metrics(folder / "metrics.jsonl")
+        if not metrics:
+            raise CheckpointError(f"{folder}: its metrics.jsonl has no step")
+        runs.append(Run(os.path.relpath(path, shared), record, metrics))
+    return runs
+
+
+def table(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """Rows of text: a heading, the config keys in which the runs differ, then what came of each."""
+    configs = [flat(run.record["config"]) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    differing = [key for key in keys if any(c.get(key, ABSENT) != configs[0].get(key, ABSENT) for c in configs)]
+    rows = [("", *(run.name for run in runs))]
+    rows += [(key, *(str(config.get(key, ABSENT)) for config in configs)) for key in differing]
+    outcomes = [outcome(run) for run in runs]
+    return rows + [(name, *(o[name] for o in outcomes)) for name in outcomes[0]]
+
+
+def outcome(run: Run) -> dict[str, str]:
+    """How far a run came and at what cost, over all its segments; a segment that was killed has no times."""
+    losses = [m["loss"] for m in run.metrics]
+    segments = run.record["segments"]
+    seconds = sum(segment.get("seconds", 0) for segment in segments)
+    timed = sum(s["last_step"] - s["first_step"] + 1 for s in segments if "seconds" in s)
+    last = segments[-1]
+    peak = max(segment.get("peak_memory_bytes", 0) for segment in segments)
+    git = last.get("git") or {}
+    return {
+        "status": last["status"],
+        "steps": str(run.metrics[-1]["step"]),
+        f"loss, mean of last {SMOOTHING}": f"{math.fsum(losses[-SMOOTHING:]) / len(losses[-SMOOTHING:]):.4f}",
+        "smallest smoothed loss": f"{smoothed(losses).min():.4f}",
+        "steps/s": f"{timed / seconds:.3g}" if seconds else "-",
+        "seconds": f"{seconds:.1f}" if seconds else "-",
+        "peak memory, MB": f"{peak / 2**20:.0f}" if peak else "-",
+        "starts": str(len(segments)),
+        "device": last.get("device", "-"),
+        "commit": git.get("commit", "-")[:9] + (" + changes" if git.get("dirty") else ""),
+        "data": run.record.get("data", {}).get("fingerprint", "-")[:9],
+    }
+
+
+def as_text(rows: Sequence[Sequence[str]]) -> str:
+    """Rows with their columns aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def draw_curves(runs: Sequence[Run], picture: Path) -> None:
+    """The smoothed losses of all runs over the steps, on a logarithmic scale, with the losses themselves behind them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for run in runs:
+        steps, losses = ([m[key] for m in run.metrics] for key in ("step", "loss"))
+        smooth = smoothed(losses)
+        (line,) = axes.plot(steps[len(steps) - len(smooth) :], smooth, label=run.name, zorder=2)
+        axes.plot(steps, losses, color=line.get_color(), alpha=0.15, linewidth=0.8, zorder=1)
+    axes.set(xlabel="step", ylabel=f"loss, mean of {SMOOTHING} steps", yscale="log")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    write_atomically(picture, lambda path: figure.savefig(path, dpi=120, format="png"))
+
+
+def smoothed(losses: Sequence[float]) -> np.ndarray:
+    """The running mean over SMOOTHING steps, or over all where there are fewer: (N - window + 1,)."""
+    window = min(SMOOTHING, len(losses))
+    return np.convolve(losses, np.ones(window) / window, mode="valid")

@@ -1,0 +1,94 @@
+"""Several processes, one batch: each differentiates its rows, and the gradients are added up.
+
+A process' loss is its share of the batch's mean, so the sum of the gradients, not their mean, is the batch's: a run has
+the same losses, to rounding, on however many processes it runs. torch's DistributedDataParallel adds up while the backward
+pass goes on; parameters outside the network (a text encoder's LoRA) are added up after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from xdiffusion.training.settings import TrainingSettings
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+def check_shares(accelerator: Accelerator, settings: TrainingSettings) -> None:
+    """Raise ValueError where the processes cannot share a batch equally, or would share out the weights too."""
+    if accelerator.distributed_type in SHARDED:
+        raise ValueError(
+            f"distributed type {accelerator.distributed_type.value}: the trainer keeps whole weights and their average in "
+            "every process; allowed are one process, and DDP on several"
+        )
+    parts = settings.gradient_accumulation_steps * accelerator.num_processes
+    if settings.batch_size % parts:
+        raise ValueError(
+            f"training.batch_size={settings.batch_size} cannot be shared by {accelerator.num_processes} processes with "
+            f"training.gradient_accumulation_steps={settings.gradient_accumulation_steps}: {parts} must divide it"
+        )
+
+
+class LostProcess(RuntimeError):
+    """Another process of the run is gone, or cannot be reached."""
+
+
+def spread(accelerator: Accelerator, network: nn.Module) -> nn.Module:
+    """The network as it runs in several processes: it adds its gradients up, where torch would take their mean."""
+    if accelerator.num_processes > 1 and not any(p.requires_grad for p in network.parameters()):
+        return network  # torch refuses a network that has nothing to add up
+    network = accelerator.prepare(network)
+    if isinstance(network, DistributedDataParallel):
+        network.register_comm_hook(None, _add_up)
+    return network
+
+
+def only_add_up_last(accelerator: Accelerator, network: nn.Module, last: bool) -> AbstractContextManager:
+    """Of a batch's accumulation parts, the last alone has to talk to the other processes."""
+    return nullcontext() if last or accelerator.num_processes == 1 else accelerator.no_sync(network)
+
+
+def summed(accelerator: Accelerator, loss: Tensor, unwrapped: Sequence[nn.Parameter]) -> Tensor:
+    """The batch's loss from those of all shares; the gradients of `unwrapped` parameters are added up on the way."""
+    if accelerator.num_processes > 1:
+        for parameter in unwrapped:
+            if parameter.grad is not None:
+                torch.distributed.all_reduce(parameter.grad)
+        torch.distributed.all_reduce(loss)
+    return loss
+
+
+def largest(accelerator: Accelerator, number: int) -> int:
+    """The largest of the processes' numbers; all get the same answer."""
+    if accelerator.num_processes == 1:
+        return number
+    numbers = torch.tensor(number, device=accelerator.device)
+    torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+    return int(numbers)
+
+
+@contextmanager
+def noticing_lost_processes() -> Iterator[None]:
+    """Say in words what torch.distributed raises where another process has died: by gloo's or NCCL's own message.
+
+    Raises:
+        LostProcess: in place of that.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            reason = str(error).strip().splitlines()[0]
+            raise LostProcess(f"another process of this run is gone or cannot be reached ({reason})") from error
+        raise
+
+
+def _add_up(_, bucket):  # torch looks at annotations of a hook, and does not understand those of this module
+    return torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])

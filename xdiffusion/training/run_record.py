@@ -1,0 +1,190 @@
+"""run.json: what a run was, enough to repeat it and to judge its figures; one segment for each time it was started."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from xdiffusion.checkpoints.files import CheckpointError, content_hash, write_atomically
+from xdiffusion.data.image_set import ImageSet
+from xdiffusion.data.shards import Shards
+
+FILE = "run.json"
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGES = ("xdiffusion", "torch", "accelerate", "numpy", "safetensors", "omegaconf", "open_clip_torch", "torchvision")
+
+
+class RunRecord:
+    """Writes run.json: at the start of a segment with status "running", and again at its end.
+
+    A segment that a kill cut short keeps its "running".
+
+    Args:
+        folder: of the run; None writes nothing.
+        config: resolved.
+        command: the words of the command line.
+        data, device: trained on.
+        processes: that share the batch.
+        first_step: of this segment; 1 begins a new record.
+
+    `last_step` is kept up to date by the run; `changes` says how a resumed run differs from its segment before.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        config: DictConfig,
+        command: list[str],
+        data: Any,
+        device: torch.device,
+        processes: int,
+        first_step: int,
+    ):
+        self.path = folder / FILE if folder else None
+        self.device = device
+        self.started = time.perf_counter()
+        self.first_step = first_step
+        self.last_step = first_step - 1
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.segment: dict[str, Any] = {
+            "status": "running",
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": command,
+            "first_step": first_step,
+            "git": git_state(REPOSITORY),
+            "packages": package_versions(),
+            "device": device_name(device),
+            "processes": processes,
+            "threads": torch.get_num_threads(),
+        }
+        self.content = {
+            "config": OmegaConf.to_container(config),
+            "seeds": {"training": config.training.seed},
+            "data": {"name": data.name, "fingerprint": data_fingerprint(data)},
+            "segments": [self.segment],
+        }
+        self.changes: list[str] = []
+        if self.path and self.path.is_file() and first_step > 1:
+            earlier = read_run(folder)
+            self.changes = differences(earlier, self.content)
+            self.content["segments"] = [*earlier["segments"], self.segment]
+        self._write()
+
+    def finish(self, status: str) -> None:
+        """Complete the segment; status is "finished", "interrupted", "diverged" or "failed"."""
+        seconds = time.perf_counter() - self.started
+        steps = max(0, self.last_step - self.first_step + 1)  # none where the run went back behind where it began
+        self.segment |= {
+            "status": status,
+            "last_step": self.last_step,
+            "seconds": round(seconds, 3),
+            "steps_per_second": round(steps / seconds, 4),
+            "peak_memory_bytes": peak_memory(self.device),
+        }
+        self._write()
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        text = json.dumps(self.content, indent=1) + "\n"
+        write_atomically(self.path, lambda path: path.write_text(text))
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The run.json of a run's folder.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
+    path = folder / FILE
+    try:
+        run = json.loads(path.read_text())
+        run["config"].items(), [segment["status"] for segment in run["segments"]]
+        return run
+    except FileNotFoundError:
+        raise CheckpointError(f"no run in {folder}: it has no {FILE}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    pairs = ((f"{prefix}{key}", value) for key, value in config.items())
+    leaves = (flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value} for key, value in pairs)
+    return {key: value for leaf in leaves for key, value in leaf.items()}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How two runs' config, data and packages differ, a line for each."""
+    lines = []
+    for name, a, b in (
+        ("", flat(before["config"]), flat(now["config"])),
+        ("data.", before.get("data", {}), now["data"]),
+        ("version of ", before["segments"][-1].get("packages", {}), now["segments"][-1]["packages"]),
+    ):
+        keys = [*a, *(key for key in b if key not in a)]
+        lines += [f"{name}{k}={a.get(k)} before, {b.get(k)} now" for k in keys if a.get(k) != b.get(k)]
+    return lines
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """The commit, and whether tracked files differ from it; None outside a repository or without git."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def package_versions() -> dict[str, str | None]:
+    """Python's version and those of the packages that a run's numbers depend on."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def data_fingerprint(data: Any) -> str:
+    """A hash of all training images and labels; of a collection that is read step by step, of its names and captions; of
+    shards, of their names and sizes."""
+    if isinstance(data, ImageSet):
+        return content_hash({"images": data.train.images, "labels": data.train.labels})
+    if isinstance(data, Shards):
+        text = json.dumps([[shard.name, shard.stat().st_size] for shard in data.shards])
+    else:
+        text = json.dumps([[picture.name for picture in data.pictures], data.captions])
+    return content_hash({"text": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)})
+
+
+def device_name(device: torch.device) -> str:
+    """Such as "cuda: NVIDIA H200" or "cpu: x86_64"."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"{device.type}: {name}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: what torch held on the GPU at the worst moment; on the CPU the largest size of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
+    return kilobytes if sys.platform == "darwin" else 1024 * kilobytes
