@@ -7,11 +7,13 @@ guidance as its pipelines do it).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from xdiffusion.autoencoders.identity import IdentityAutoencoder
@@ -58,7 +60,7 @@ SIZES = {
 }
 
 
-def peer_unet(size: Size, seed: int = 0) -> nn.Module:
+def peer_unet(size: Size, seed: int = 0, context_dim: int = CONTEXT_DIM) -> nn.Module:
     """diffusers' UNet of this size; its attention_head_dim is the number of heads."""
     from diffusers import UNet2DConditionModel
 
@@ -71,12 +73,35 @@ def peer_unet(size: Size, seed: int = 0) -> nn.Module:
         layers_per_block=1,
         down_block_types=["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in size.transformer_depth],
         up_block_types=["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in reversed(size.transformer_depth)],
-        cross_attention_dim=CONTEXT_DIM,
+        cross_attention_dim=context_dim,
         attention_head_dim=[width // size.head_dim for width in size.channels],
         use_linear_projection=True,
         norm_num_groups=size.norm_groups,
         resnet_time_scale_shift="scale_shift",
     )
+
+
+def peer_unet_like(network: DictConfig, image_size: int, context_dim: int, parameters: int, seed: int) -> nn.Module:
+    """diffusers' UNet with the levels of a config's `model.network:`, of about so many parameters.
+
+    Its widths are ours by a common factor of 64ths, the one that brings its parameters closest; half as many norm groups
+    make the choice fine enough.
+    """
+    groups = network.norm_groups // 2
+
+    def build(share: int) -> nn.Module:
+        channels = tuple(width * share // 64 for width in network.channels)
+        head_dim = network.head_dim * share // 64  # as many heads as ours
+        depth = tuple(network.transformer_depth)
+        return peer_unet(Size(image_size, network.patch_size, channels, depth, head_dim, groups, 1), seed, context_dim)
+
+    def distance(share: int) -> float:
+        with torch.device("meta"):
+            return abs(count(build(share)) - parameters)
+
+    parts = (*(width / groups for width in network.channels), network.head_dim)  # these must stay whole
+    fitting = (share for share in range(32, 97) if all((part * share / 64).is_integer() for part in parts))
+    return build(min(fitting, key=distance))
 
 
 def our_model(size: Size, peer: nn.Module) -> DiffusionModel:
@@ -130,6 +155,37 @@ def as_function(unet: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda xt, time, context: unet(xt, time, encoder_hidden_states=context, return_dict=False)[0]
 
 
+class PeerNetwork(nn.Module):
+    """diffusers' UNet on folded patches as the network of a DiffusionModel: one code samples and scores both sides."""
+
+    def __init__(self, unet: nn.Module, patch_size: int):
+        super().__init__()
+        self.unet = unet
+        self.patch_size = patch_size
+
+    def forward(self, xt: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        folded = F.pixel_unshuffle(xt, self.patch_size)
+        return F.pixel_shuffle(as_function(self.unet)(folded, time, context), self.patch_size)
+
+
+def peer_model(
+    unet: nn.Module, patch_size: int, text_encoder: nn.Module, image_shape: tuple[int, int, int]
+) -> DiffusionModel:
+    """diffusers' UNet with the schedule of its DDPMScheduler, in evaluation mode."""
+    parts = PeerNetwork(unet, patch_size), text_encoder, IdentityAutoencoder(image_shape[0]), BetaSchedule(), "eps"
+    return DiffusionModel(*parts, image_shape).eval().requires_grad_(False)
+
+
+@contextmanager
+def peft_disabled(model: DiffusionModel) -> Iterator[None]:
+    """Within this block the LoRA of peft in a `peer_model` is off."""
+    model.network.unet.disable_adapters()
+    try:
+        yield
+    finally:
+        model.network.unet.enable_adapters()
+
+
 def folded_digits(size: Size) -> ImageSet:
     """The embedded digits at this size, with patches folded into channels."""
     digits = load_digits(size.image_size)
@@ -146,16 +202,17 @@ class PeerTraining:
     Args:
         unet: its weights that require gradients are trained.
         warmup_steps: of the learning rate.
+        learning_rate: the tutorial's, unless said otherwise.
     """
 
-    def __init__(self, unet: nn.Module, warmup_steps: int = 500):
+    def __init__(self, unet: nn.Module, warmup_steps: int = 500, learning_rate: float = 1e-4):
         from diffusers import DDPMScheduler
         from diffusers.optimization import get_constant_schedule_with_warmup
 
         self.unet = unet.train()
         self.scheduler = DDPMScheduler(num_train_timesteps=1000)
         self.trainable = [p for p in unet.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-4)
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=learning_rate)
         self.warmup = get_constant_schedule_with_warmup(self.optimizer, warmup_steps)
 
     def step(self, x0: Tensor, context: Tensor) -> float:

@@ -1,5 +1,6 @@
 """The scores: each against its definition computed another way, and in cases whose answer is known."""
 
+import json
 from functools import partial
 
 import numpy as np
@@ -19,8 +20,9 @@ from xdiffusion.evaluation.background import background_brightness, background_m
 from xdiffusion.evaluation.frechet import frechet_distance
 from xdiffusion.evaluation.gap import fixed_draws, gap_closed
 from xdiffusion.evaluation.judge import Judge, accuracy, judge_features, train_judge
+from xdiffusion.held_out import loss_gap
 from xdiffusion.lora import apply_lora_to_model, get_lora_parameters, merge_lora_weights
-from xdiffusion.scoring import cached_judge, loss_gap, score
+from xdiffusion.scoring import Depth, cached_judge, score
 
 # Frechet distance
 
@@ -239,7 +241,7 @@ def scored(model, data, tmp_path, **arguments):
     config = tiny_config()
     sampling = build_sampling(config, model.schedule)
     defaults = {"num_samples": 20, "seed": 0, "has_lora": False, "judge_folder": tmp_path}
-    return score(model, data, sampling, **defaults | arguments)
+    return score(model, data, sampling, **defaults | arguments).scores
 
 
 def test_the_scores_of_a_model(good_judge, tmp_path):
@@ -258,6 +260,45 @@ def test_the_scores_of_a_model(good_judge, tmp_path):
     again, other = (scored(model, tiny_images(), tmp_path, seed=seed) for seed in (0, 1))
     assert {k: again[k] for k in scores} == scores
     assert other["frechet_distance"] != scores["frechet_distance"]
+
+
+FULL = {
+    "precision", "recall", "density", "coverage", "copies", "diversity", "data_copying", "nearest_distance",
+}  # fmt: skip
+
+
+def test_a_full_depth_adds_to_the_scores(good_judge, tmp_path):
+    """Samples of a fresh network are noise: not among the real images, far from them, and no copies."""
+    model, data = tiny_model(tiny_config()).eval(), tiny_images(test=40)
+    plain = scored(model, data, tmp_path)
+    full = scored(model, data, tmp_path, depth=Depth(resamples=20, full=True))
+    assert {k: full[k] for k in plain if k != "seconds_per_image"} == {
+        k: v for k, v in plain.items() if k != "seconds_per_image"
+    }
+    assert full.keys() >= FULL | {f"{name}_interval" for name in FULL - {"nearest_distance"}}
+    for name in ("prompt_accuracy", "frechet_distance", *FULL - {"nearest_distance"}):
+        low, high = full[f"{name}_interval"]
+        assert low <= full[name] <= high, name
+    assert full["precision"] < full["precision_real"]
+    assert full["coverage"] < full["coverage_real"]
+    assert full["data_copying"] == 0
+    assert full["nearest_distance"] > 2 * full["nearest_distance_real"]
+    assert full["bits_per_dim"] is None
+    assert full["loss_curve"].keys() == {"model"}
+    json.dumps(full)
+
+
+def test_samples_that_are_training_images_are_found_out(good_judge, tmp_path, monkeypatch):
+    data = invert(tiny_images(test=40))
+    monkeypatch.setattr(scoring, "generate", lambda model, prompts, generators, **_: data.train.floats(slice(20)))
+    evaluation = score(
+        tiny_model(tiny_config()).eval(), data, {}, num_samples=20, seed=0, has_lora=False, judge_folder=tmp_path,
+        depth=Depth(full=True),
+    )  # fmt: skip
+    assert evaluation.scores["data_copying"] == 1
+    assert evaluation.scores["copies"] == 1
+    assert evaluation.scores["nearest_distance"] == pytest.approx(0, abs=1e-6)
+    assert evaluation.neighbours.index[:, 0].tolist() == list(range(20))
 
 
 @pytest.mark.parametrize("inverted", [False, True])
@@ -287,6 +328,8 @@ def test_scores_that_cannot_be_had(tmp_path):
     model = tiny_model(tiny_config()).eval()
     with pytest.raises(ValueError, match="--num_samples 1: a Frechet distance needs at least 2"):
         scored(model, tiny_images(), tmp_path, num_samples=1)
+    with pytest.raises(ValueError, match="--num_samples 19: neighbours and two of each class need at least 20 samples"):
+        scored(model, tiny_images(), tmp_path, num_samples=19, depth=Depth(full=True))
     data = tiny_images()
     larger = Split(nn.functional.pad(data.train.images, (0, 4, 0, 4)), data.train.labels)
     with pytest.raises(ValueError, match=r"image/digits has images \(1, 16, 16\), the model makes \(1, 12, 12\)"):

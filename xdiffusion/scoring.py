@@ -1,23 +1,71 @@
-"""The scores of a model on a data set: prompt accuracy, Frechet distance, background, and a LoRA's gap_closed."""
+"""The scores of a model on a data set: prompt accuracy, Frechet distance, background, and all that `Depth` adds."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from xdiffusion.checkpoints.files import content_hash, load_safetensors, save_safetensors
 from xdiffusion.data.image_set import ImageSet, invert, to_uint8, to_unit_range
-from xdiffusion.diffusion.objective import squared_error
 from xdiffusion.evaluation.background import background_brightness, background_mask
+from xdiffusion.evaluation.bootstrap import interval, mean_interval
+from xdiffusion.evaluation.clip_score import clip_score
+from xdiffusion.evaluation.diversity import diversity
 from xdiffusion.evaluation.frechet import frechet_distance
-from xdiffusion.evaluation.gap import fixed_draws, gap_closed
 from xdiffusion.evaluation.judge import Judge, accuracy, judge_features, train_judge
+from xdiffusion.evaluation.loss_curve import LossCurve
+from xdiffusion.evaluation.memorisation import Nearest, copied, data_copying, nearest
+from xdiffusion.evaluation.overlap import NEIGHBOURS, Overlap, overlap
+from xdiffusion.held_out import WithoutLoRA, bound_scores, loss_curves, loss_gap
 from xdiffusion.lora.adapters import lora_disabled
 from xdiffusion.model import DiffusionModel, generate, generators_for
+
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How much is computed beside the plain scores.
+
+    resamples: of the bootstrap intervals; 0 leaves them out.
+    full: the scores of `full_scores` too.
+    clip: two towers with `image_features` and `text_features` (see `clip_towers`), for a CLIP score.
+    """
+
+    resamples: int = 0
+    full: bool = False
+    clip: Any = None
+
+
+class Samples(NamedTuple):
+    """images: as drawn, in [-1, 1]; labels, prompts: what was asked for; seconds: of the drawing.
+
+    real: as many training images to compare with; generator: goes on from the draws above.
+    """
+
+    images: Float[Tensor, "N C H W"]
+    labels: Int[Tensor, " N"]
+    prompts: list[str]
+    seconds: float
+    real: Int[Tensor, " N"]
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """scores: ready for JSON; the rest is what a report shows: samples, their neighbours (full alone) and loss curves."""
+
+    scores: dict[str, Any]
+    samples: Samples
+    neighbours: Nearest | None
+    curves: dict[str, LossCurve]
 
 
 def score(
@@ -29,54 +77,144 @@ def score(
     seed: int,
     has_lora: bool,
     judge_folder: Path,
-) -> dict[str, Any]:
-    """All scores, ready for JSON. For an inverted set the judge sees the samples un-inverted.
+    depth: Depth = Depth(),
+    without_lora: WithoutLoRA = lora_disabled,
+) -> Evaluation:
+    """All scores. For an inverted set the judge sees the samples un-inverted.
 
     Args:
         model: in evaluation mode, with its LoRA on if it has one.
         data: what to compare with.
         sampling: keyword arguments of `generate`.
-        num_samples: spread evenly over the classes; at least 2.
-        seed: of the noise, the prompts' wording, and the real images of the floor.
+        num_samples: spread evenly over the classes; at least 2, for a full depth two of each class.
+        seed: of the noise, the prompts' wording, the real images of the floor, and the intervals.
         has_lora: whether gap_closed is asked for; it needs an inverted set.
         judge_folder: where judges are kept.
+        depth: what to compute beside the plain scores.
+        without_lora: `without_lora(model)` is a block in which the LoRA is off.
 
     Raises:
-        ValueError: for fewer than 2 samples, or a data set of another image shape than the model's.
+        ValueError: for too few samples, or a data set of another image shape than the model's.
     """
-    if num_samples < 2:
-        raise ValueError(f"--num_samples {num_samples}: a Frechet distance needs at least 2 samples")
+    fewest = max(NEIGHBOURS + 1, 2 * data.prompts.num_classes) if depth.full else 2
+    if num_samples < fewest:
+        needs = "neighbours and two of each class need" if depth.full else "a Frechet distance needs"
+        raise ValueError(f"--num_samples {num_samples}: {needs} at least {fewest} samples")
     if tuple(data.train.images.shape[1:]) != model.image_shape:
         raise ValueError(
             f"{data.name} has images {tuple(data.train.images.shape[1:])}, the model makes {model.image_shape}"
         )
     normal = invert(data) if data.inverted else data
     judge, judge_accuracy = cached_judge(normal, judge_folder)
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(num_samples) % data.prompts.num_classes
-    prompts = data.prompts.choose(labels, torch.rand(num_samples, generator=generator))
-
-    started = time.perf_counter()
-    samples = generate(model, prompts, generators_for(seed, num_samples), **sampling)
-    seconds = time.perf_counter() - started
-
-    seen = to_unit_range(to_uint8(-samples if data.inverted else samples))  # what a saved picture would hold
-    features = judge_features(judge, seen)
-    held_out = judge_features(judge, normal.test.floats())
-    real = torch.randperm(len(normal.train), generator=generator)[:num_samples]
-    scores = {
-        "prompt_accuracy": float((judge.head(features).argmax(1) == labels).float().mean()),
-        "frechet_distance": frechet_distance(features, held_out),
-        "frechet_floor": frechet_distance(judge_features(judge, normal.train.floats(real)), held_out),
-        "background": background_brightness(samples, background_mask(normal.train.images)),
-        "gap_closed": loss_gap(model, data, normal) if has_lora and data.inverted else None,
-        "seconds_per_image": seconds / num_samples,
+    samples = draw_samples(model, data, sampling, num_samples, seed)
+    scores = image_scores(samples, data, normal, judge, depth.resamples, seed)
+    scores |= {
+        "background": background_brightness(samples.images, background_mask(normal.train.images)),
+        "gap_closed": loss_gap(model, data, normal, without_lora) if has_lora and data.inverted else None,
+        "seconds_per_image": samples.seconds / num_samples,
         "judge_accuracy": judge_accuracy,
         "dataset": data.name,
         "num_samples": num_samples,
         "seed": seed,
     }
-    return {k: round(v, 5) if isinstance(v, float) else v for k, v in scores.items()}
+    neighbours, curves = None, {}
+    if depth.full:
+        more, neighbours = full_scores(samples, data, normal, judge, depth, seed)
+        curves = loss_curves(model, data, normal, depth.resamples, without_lora if has_lora else None)
+        scores |= more | bound_scores(model, data, depth.resamples, seed)
+        scores["loss_curve"] = {name: curve._asdict() for name, curve in curves.items()}
+    return Evaluation(_rounded(scores), samples, neighbours, curves)
+
+
+def draw_samples(
+    model: DiffusionModel, data: ImageSet, sampling: Mapping[str, Any], num_samples: int, seed: int
+) -> Samples:
+    """Samples of every class in turn, in a wording drawn for each."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(num_samples) % data.prompts.num_classes
+    prompts = data.prompts.choose(labels, torch.rand(num_samples, generator=generator))
+    started = time.perf_counter()
+    images = generate(model, prompts, generators_for(seed, num_samples), **sampling)
+    seconds = time.perf_counter() - started
+    real = torch.randperm(len(data.train), generator=generator)[:num_samples]
+    return Samples(images, labels, prompts, seconds, real, generator)
+
+
+# --- scores of the samples ---
+
+
+def image_scores(
+    samples: Samples, data: ImageSet, normal: ImageSet, judge: Judge, resamples: int, seed: int
+) -> dict[str, Any]:
+    """Prompt accuracy and Frechet distance, with intervals where resamples are asked for."""
+    features = judge_features(judge, as_the_judge_sees(samples.images, data))
+    held_out = judge_features(judge, normal.test.floats())
+    hits = (judge.head(features).argmax(1) == samples.labels).float()
+    scores = {
+        "prompt_accuracy": float(hits.mean()),
+        "frechet_distance": frechet_distance(features, held_out),
+        "frechet_floor": frechet_distance(judge_features(judge, normal.train.floats(samples.real)), held_out),
+    }
+    if resamples:
+        drawn = {"resamples": resamples, "seed": seed}
+        scores["prompt_accuracy_interval"] = mean_interval(hits, **drawn)
+        scores["frechet_distance_interval"] = interval(frechet_distance, features, held_out, centred=True, **drawn)
+        scores["resamples"] = resamples
+    return scores
+
+
+def full_scores(
+    samples: Samples, data: ImageSet, normal: ImageSet, judge: Judge, depth: Depth, seed: int
+) -> tuple[dict[str, Any], Nearest]:
+    """Overlap, diversity, memorisation and CLIP score; `_real` is the same score of as many real training images.
+
+    The neighbourhoods of the overlap are those of the samples and of as many held-out images, and are held fixed in
+    the intervals, which resample their points: a point drawn twice would shrink them.
+    """
+    count = len(samples.labels)
+    held_out = torch.randperm(len(normal.test), generator=samples.generator)[:count]
+    seen, test = as_the_judge_sees(samples.images, data), normal.test.floats(held_out)
+    train = normal.train.floats()
+    features, real, known = (judge_features(judge, x) for x in (seen, test, train[samples.real]))
+    labels, real_labels, known_labels = samples.labels, normal.test.labels[held_out], normal.train.labels[samples.real]
+    neighbours, new = nearest(seen, train), nearest(test, train)
+
+    drawn = {"resamples": depth.resamples, "seed": seed}
+    rows = overlap(real, features)._asdict() | {"copies": copied(neighbours.distance)}
+    reference = Overlap(*(float(r.mean()) for r in overlap(real, known)))._asdict()
+    if depth.clip is not None:
+        rows["clip_score"] = clip_rows(depth.clip, seen, samples.prompts)
+        prompts = data.prompts.choose(real_labels, torch.rand(len(real_labels), generator=samples.generator))
+        reference["clip_score"] = float(clip_rows(depth.clip, test, prompts).mean())
+
+    def diversity_of(index: Tensor) -> float:
+        return diversity(features[index], labels[index], real, real_labels)
+
+    of_samples, of_new = neighbours.distance[:, 0], new.distance[:, 0]
+    scores = {name: float(r.mean()) for name, r in rows.items()}
+    scores |= {f"{name}_real": value for name, value in reference.items()}
+    scores["diversity"] = diversity_of(torch.arange(count))
+    scores["diversity_real"] = diversity(known, known_labels, real, real_labels)
+    scores["data_copying"] = data_copying(of_samples, of_new)
+    scores |= {"nearest_distance": float(of_samples.median()), "nearest_distance_real": float(of_new.median())}
+    if depth.resamples:
+        scores |= {f"{name}_interval": mean_interval(r, **drawn) for name, r in rows.items()}
+        scores["diversity_interval"] = interval(diversity_of, torch.arange(count), centred=True, **drawn)
+        scores["data_copying_interval"] = interval(data_copying, of_samples, of_new, **drawn)
+    return scores, neighbours
+
+
+def as_the_judge_sees(images: Float[Tensor, "N C H W"], data: ImageSet) -> Float[Tensor, "N C H W"]:
+    """What a saved picture would hold, un-inverted."""
+    return to_unit_range(to_uint8(-images if data.inverted else images))
+
+
+@torch.no_grad()
+def clip_rows(clip: Any, images: Float[Tensor, "N C H W"], prompts: list[str]) -> Float[Tensor, " N"]:
+    """The CLIP score of each image and its prompt, in blocks."""
+    starts = range(0, len(prompts), BLOCK)
+    blocks = [(images[i : i + BLOCK], prompts[i : i + BLOCK]) for i in starts]
+    return torch.cat([clip_score(clip.image_features(x), clip.text_features(p)) for x, p in blocks])
 
 
 def cached_judge(images: ImageSet, folder: Path) -> tuple[Judge, float]:
@@ -98,20 +236,10 @@ def cached_judge(images: ImageSet, folder: Path) -> tuple[Judge, float]:
     return judge, held_out
 
 
-def loss_gap(model: DiffusionModel, data: ImageSet, normal: ImageSet) -> float:
-    """`gap_closed` of the model's LoRA on the held-out images of an inverted set and of its normal twin."""
-    draws = fixed_draws(len(data.test), model.latent_shape)
-    captions = [data.prompts.captions[label][0] for label in data.test.labels[draws.index].tolist()]
-
-    @torch.no_grad()
-    def mean_loss(images: ImageSet) -> float:
-        context = model.text_encoder.encode(captions)  # a LoRA may be in the text encoder too
-        x0 = model.autoencoder.encode(images.test.floats(draws.index).to(model.device))
-        blocks = zip(*(a.to(model.device).split(128) for a in (x0, draws.eps, draws.t, context)))
-        errors = [squared_error(model.network, model.schedule, model.prediction, *block) for block in blocks]
-        return float(torch.cat(errors).mean())
-
-    lora_inverted = mean_loss(data)
-    with lora_disabled(model):
-        base_inverted, base = mean_loss(data), mean_loss(normal)
-    return gap_closed(base, base_inverted, lora_inverted)
+def _rounded(value: Any) -> Any:
+    """Floats to five places, wherever they stand."""
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(inner) for inner in value]
+    return round(value, 5) if isinstance(value, float) else value

@@ -1,0 +1,343 @@
+"""docs/results.md from scratch: our base models and LoRAs beside a diffusers + peft training, with seeds and intervals.
+
+    python bench/results.py                                             (the embedded digits)
+    python bench/results.py --data_dir ../shared/data/mnist8k           (and that copy of MNIST; any number of copies)
+
+Ours is a config of this repository as it stands, its tiny CLIP trained from nothing for each seed, by the commands that
+the README teaches. Theirs is a UNet2DConditionModel with the same levels, on the same patches (folded into channels),
+its widths chosen for as many parameters; and for the style a LoRA of peft on its attention, its rank chosen for as many
+trainable parameters. It sees the same images in the same order, for as many steps, by the tutorials' recipe: DDPM noise,
+eps loss, AdamW, 500 warm-up steps, no averaging; once for each of --peer_learning_rate. It is given our trained text
+encoder, caption dropout and guidance scale. Both sides are scored by the same code, theirs with 50 steps of DDIM.
+
+Each finished row is a JSON file in --output_path: a command that was stopped is simply repeated, and goes on there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import device_name, prepare, significant
+from omegaconf import DictConfig
+from peers import PeerTraining, add_peft_lora, count, peer_model, peer_unet_like, peft_disabled
+from torch import nn
+
+from xdiffusion.build import build_data, build_sampling, load_config, override
+from xdiffusion.checkpoints.files import load_safetensors, save_safetensors, write_atomically
+from xdiffusion.checkpoints.lora_formats import read_lora
+from xdiffusion.cli import REPOSITORY, call_script, positive_int, run
+from xdiffusion.data.image_set import ImageSet, invert
+from xdiffusion.loading import load_model
+from xdiffusion.model import DiffusionModel
+from xdiffusion.scoring import Depth, score
+from xdiffusion.text_encoders.prompt_cache import PromptCache
+from xdiffusion.training.randomness import DataOrder, generator_at
+from xdiffusion.training.records import read_metrics
+
+CONFIGS = REPOSITORY / "configs/image"
+DIGITS = CONFIGS / "digits/ddpm_24x24_v_continuous_clip.yaml"
+MNIST = CONFIGS / "mnist/ddpm_24x24_v_continuous_clip.yaml"
+PEER_SAMPLING = [
+    "sampling.sampler={kind: ddim}",
+    "sampling.times={kind: uniform}",
+    "sampling.steps=50",
+    "sampling.clip_x0=false",
+]
+COLUMNS = {
+    "prompt_accuracy": "prompt accuracy",
+    "frechet_distance": "Frechet distance",
+    "precision": "precision",
+    "recall": "recall",
+    "coverage": "coverage",
+    "data_copying": "data copying",
+    "gap_closed": "gap closed",
+}
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows of a data set share; words: of our training commands; scoring: of our evaluations."""
+
+    data: ImageSet
+    config_path: Path
+    words: list[object]
+    scoring: list[object]
+    steps: int
+    lora_steps: int
+    args: argparse.Namespace
+
+
+# --- ours: the commands ---
+
+
+def our_base(folder: Path, setting: Setting, seed: int) -> Row:
+    """Tiny CLIP, base model, scores."""
+    clip, file = folder / "clip.safetensors", folder / f"diffusion-{setting.steps}.safetensors"
+    common = ["--config_path", setting.config_path, "--seed", seed, *setting.words]
+    call_script("training/clip/train.py", *common, "--output_path", clip)
+    text = ["--set", f"model.text_encoder.pretrained={clip}"]
+    call_script("training/image/train.py", *common, *text, *saved_once(setting.steps), "--output_path", folder)
+    scores = call_script("sampling/image/evaluate.py", "--checkpoint", file, *setting.scoring)
+    model, config = load_model(file)
+    seconds = training_seconds(folder, config.training.batch_size)
+    return json.loads(scores) | {"parameters": count(model.network), "seconds": seconds, "file": str(file)}
+
+
+def our_lora(folder: Path, setting: Setting, seed: int, base: Row) -> Row:
+    """A LoRA of the inverted style on our base, scores."""
+    file = folder / f"diffusion-{setting.lora_steps}-lora.safetensors"
+    style = ["--dataset_name", f"{setting.data.name}_inverted"]
+    common = ["--config_path", setting.config_path, "--seed", seed, *setting.words, *style]
+    adapt = ["--use_lora_training", "--load_model_weights_from_checkpoint", base["file"]]
+    call_script("training/image/train.py", *common, *adapt, *saved_once(setting.lora_steps), "--output_path", folder)
+    flags = ["--checkpoint", base["file"], "--lora_path", file, *style, *setting.scoring]
+    scores = json.loads(call_script("sampling/image/evaluate.py", *flags))
+    factors = read_lora(file).modules.values()
+    batch_size = load_config(setting.config_path, setting.args.set, True).training.batch_size
+    seconds, parameters = (
+        training_seconds(folder, batch_size),
+        sum(f.lora_A.numel() + f.lora_B.numel() for f in factors),
+    )
+    return scores | {"parameters": parameters, "seconds": seconds, "file": str(file)}
+
+
+def saved_once(steps: int) -> list[object]:
+    return ["--num_training_steps", steps, "--save_and_sample_every_n", steps]
+
+
+def training_seconds(folder: Path, batch_size: int) -> float:
+    """Of the training steps alone."""
+    return round(sum(batch_size / m["images_per_second"] for m in read_metrics(folder / "metrics.jsonl")), 1)
+
+
+# --- theirs: the tutorials' loop ---
+
+
+def peer_base(folder: Path, setting: Setting, seed: int, learning_rate: float, ours: Row) -> Row:
+    """Their UNet from nothing, scores."""
+    model, config = load_model(ours["file"])
+    unet, file = fresh_peer(config, seed, ours, model), folder / "unet.safetensors"
+    seconds = train_peer(unet, setting.data, config, model, seed, setting.steps, learning_rate)
+    save_safetensors(file, unet.state_dict(), {})
+    scores = peer_scores(unet, model, setting.data, config, setting.args, has_lora=False)
+    return scores | {"parameters": count(unet), "seconds": seconds, "file": str(file)}
+
+
+def peer_lora(
+    folder: Path, setting: Setting, seed: int, learning_rate: float, our_base: Row, ours: Row, base: Row
+) -> Row:
+    """A LoRA of peft on their UNet, of the rank whose parameters come closest to ours; scores."""
+    model, config = load_model(our_base["file"])
+    inverted, weights = invert(setting.data), load_safetensors(Path(base["file"]))[0]
+
+    def adapted(rank: int) -> nn.Module:
+        unet = fresh_peer(config, seed, our_base, model)
+        unet.load_state_dict(weights)
+        return add_peft_lora(unet, rank)
+
+    rank = max(1, round(ours["parameters"] / count(adapted(1), trainable=True)))
+    unet = adapted(rank)
+    parameters = count(unet, trainable=True)  # before scoring freezes them
+    seconds = train_peer(unet, inverted, config, model, seed, setting.lora_steps, learning_rate)
+    scores = peer_scores(unet, model, inverted, config, setting.args, has_lora=True)
+    return scores | {"parameters": parameters, "seconds": seconds, "rank": rank}
+
+
+def fresh_peer(config: DictConfig, seed: int, ours: Row, model: DiffusionModel) -> nn.Module:
+    """Their UNet with random weights, of as many parameters as ours."""
+    width, size = model.text_encoder.width, config.data.image_size
+    return peer_unet_like(config.model.network, size, width, ours["parameters"], seed)
+
+
+def train_peer(
+    unet: nn.Module,
+    data: ImageSet,
+    config: DictConfig,
+    ours: DiffusionModel,
+    seed: int,
+    steps: int,
+    learning_rate: float,
+) -> float:
+    """Our batches, prompt embeddings and caption dropout in their loop; returns the seconds of the steps."""
+    batch_size, dropout = config.training.batch_size, config.training.caption_dropout
+    embed, order = PromptCache(ours.text_encoder), DataOrder(len(data.train), batch_size, seed)
+    training = PeerTraining(unet, learning_rate=learning_rate)
+    patch_size, started = config.model.network.patch_size, time.perf_counter()
+    torch.manual_seed(seed)  # their loop draws its noise from the global generator
+    for number in range(1, steps + 1):
+        wording, dropped = torch.rand(2, batch_size, generator=generator_at(seed, "captions", number))
+        batch = data.batch(order.indices(number - 1), wording)
+        captions = ["" if d < dropout else c for c, d in zip(batch.captions, dropped.tolist())]
+        loss = training.step(F.pixel_unshuffle(batch.images, patch_size), embed(captions))
+        if number % 100 == 0:
+            print(f"theirs: step {number}/{steps}, loss {loss:.4f}", file=sys.stderr, flush=True)
+    return round(time.perf_counter() - started, 1)
+
+
+def peer_scores(
+    unet: nn.Module,
+    ours: DiffusionModel,
+    data: ImageSet,
+    config: DictConfig,
+    args: argparse.Namespace,
+    *,
+    has_lora: bool,
+) -> Row:
+    """By the code that scores ours, with 50 steps of DDIM."""
+    model = peer_model(unet, config.model.network.patch_size, ours.text_encoder, ours.image_shape)
+    return score(
+        model,
+        data,
+        build_sampling(override(config, PEER_SAMPLING, "bench/results.py"), model.schedule),
+        num_samples=args.num_samples,
+        seed=0,
+        has_lora=has_lora,
+        judge_folder=Path("output/judge"),
+        depth=Depth(args.intervals, full=True),
+        without_lora=peft_disabled,
+    ).scores
+
+
+# --- rows and the document ---
+
+
+def rows_of(config_path: Path, data_dir: str | None, seeds: int, args: argparse.Namespace) -> list[Row]:
+    """All rows of one data set, those that are there already read again."""
+    overrides = [*args.set, *([f"data.data_dir={json.dumps(data_dir)}"] if data_dir else [])]
+    config, lora_config = (load_config(config_path, overrides, lora) for lora in (False, True))
+    steps, lora_steps = (args.num_training_steps or c.training.num_training_steps for c in (config, lora_config))
+    data = build_data(config)
+    scoring = ["--num_samples", args.num_samples, "--full", "--intervals", args.intervals, "--json"]
+    scoring += ["--data_dir", data_dir] if data_dir else []
+    words = [word for o in overrides for word in ("--set", o)]
+    setting = Setting(data, config_path, words, scoring, steps, lora_steps, args)
+    budget = {
+        "steps": [steps, lora_steps],
+        "num_samples": args.num_samples,
+        "intervals": args.intervals,
+        "set": args.set,
+    }
+    folder = args.output_path / f"{Path(data.name).name}-{len(data.train)}"
+    rows = []
+
+    def row(kind: str, side: str, seed: int, make: Callable[..., Row], *more: Any) -> Row:
+        about = {"data": f"{data.name}, {len(data.train):,} images", "side": side, "kind": kind, "seed": seed}
+        place = folder / f"{kind}-{side.replace(' ', '-')}-seed{seed}"
+        rows.append(about | cached(place, budget, lambda: make(place, setting, seed, *more)))
+        return rows[-1]
+
+    for seed in range(seeds):
+        base = row("base", "ours", seed, our_base)
+        lora = row("lora", "ours", seed, our_lora, base)
+        for rate in args.peer_learning_rate:
+            peer = row("base", f"theirs {rate:g}", seed, peer_base, rate, base)
+            row("lora", f"theirs {rate:g}", seed, peer_lora, rate, base, lora, peer)
+    return rows
+
+
+def cached(folder: Path, budget: dict[str, Any], make: Callable[[], Row]) -> Row:
+    """The row of a folder, made if it is not there.
+
+    Raises:
+        ValueError: if there is one of another budget.
+    """
+    path = folder / "row.json"
+    if path.is_file():
+        row = json.loads(path.read_text())
+        if row["budget"] != budget:
+            raise ValueError(f"{path} is of another budget; name another folder with --output_path")
+        return row
+    row = make() | {"budget": budget}
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(row, indent=1) + "\n"))
+    return row
+
+
+def document(rows: Sequence[Row], args: argparse.Namespace) -> str:
+    """docs/results.md: for each data set the means over seeds, then every row with its intervals."""
+    command = f"python bench/results.py {' '.join(args.argv)}".strip()
+    parts = [
+        "# Results\n\nWritten by `bench/results.py`, from random weights; its text says what each side is. Ours and theirs "
+        "(diffusers + peft, by learning rate) have the same images, steps, batch size and, nearly, parameters. Scores are "
+        "those of `sampling/image/evaluate.py --full --intervals` on "
+        f"{args.num_samples} samples.\n\n    {command}\n\n"
+        f"Processor: {device_name('cpu')}, threads: {args.threads}. Seconds are of the training steps.\n"
+    ]
+    for name in dict.fromkeys(r["data"] for r in rows):
+        for kind, title in (("base", "base models"), ("lora", "LoRAs of the inverted style")):
+            chosen = [r for r in rows if (r["data"], r["kind"]) == (name, kind)]
+            floor = sum(r["frechet_floor"] for r in chosen) / len(chosen)
+            columns = {k: v for k, v in COLUMNS.items() if chosen[0].get(k) is not None}
+            heads = ["side", "parameters", "seconds", *columns.values()]
+            sides = {
+                side: [r for r in chosen if r["side"] == side] for side in dict.fromkeys(r["side"] for r in chosen)
+            }
+            means = [
+                [side, f"{of[0]['parameters']:,}", over_seeds(of, "seconds"), *(over_seeds(of, k) for k in columns)]
+                for side, of in sides.items()
+            ]
+            each = [[r["side"], r["seed"], *(with_interval(r, k) for k in columns)] for r in chosen]
+            steps = chosen[0]["budget"]["steps"][kind == "lora"]
+            parts += [
+                f"\n## {name}: {title}\n\n{steps:,} steps. Means over seeds, and the least and the largest. Real images "
+                f"have a Frechet distance of {floor:.2f} from the held-out ones.\n\n",
+                table(heads, means),
+                "\nEach run, with intervals of 95% for the chance of the samples (not of the training):\n\n",
+                table(["side", "seed", *columns.values()], each),
+            ]
+    return "".join(parts)
+
+
+def over_seeds(rows: Sequence[Row], key: str) -> str:
+    values = [r[key] for r in rows]
+    mean, low, high = (f"{significant(v, 3):g}" for v in (sum(values) / len(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low}–{high})"
+
+
+def with_interval(row: Row, key: str) -> str:
+    bounds = row.get(f"{key}_interval")
+    return f"{row[key]:.3f}" + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data_dir", nargs="*", default=[], metavar="DIR", help="folders that torchvision's MNIST reads")
+    add("--seeds", type=positive_int, default=3, metavar="N", help="runs of each side, seeds 0 to N - 1 (3)")
+    add("--mnist_seeds", type=positive_int, metavar="N", help="the same for each --data_dir (default: --seeds)")
+    add("--peer_learning_rate", type=float, nargs="+", default=[1e-4, 1e-3], metavar="R", help="theirs (1e-4 1e-3)")
+    add("--num_training_steps", type=positive_int, metavar="N", help="of every training (default: the config's)")
+    add("--num_samples", type=positive_int, default=1000, metavar="N", help="that are scored (1000)")
+    add("--intervals", type=positive_int, default=1000, metavar="N", help="resamples of the bootstrap (1000)")
+    add("--output_path", type=Path, default=Path("output/results"), metavar="DIR", help="rows and weights")
+    add("--markdown", type=Path, default=Path("docs/results.md"), metavar="FILE", help="default: docs/results.md")
+    add("--threads", type=positive_int, default=2, metavar="N", help="CPU threads (2)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="set a key of both configs; repeatable")
+    args = parser.parse_args(argv)
+    args.argv, args.device = list(sys.argv[1:] if argv is None else argv), "cpu"
+    prepare(args)
+    rows = rows_of(DIGITS, None, args.seeds, args)
+    for data_dir in args.data_dir:
+        rows += rows_of(MNIST, data_dir, args.mnist_seeds or args.seeds, args)
+    text = document(rows, args)
+    write_atomically(args.markdown, lambda temporary: temporary.write_text(text))
+    print(args.markdown)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,49 @@
+"""Bootstrap intervals against textbook ones, and against what repeating the whole measurement does."""
+
+import math
+
+import pytest
+import torch
+
+from xdiffusion.evaluation.bootstrap import interval, mean_interval
+from xdiffusion.evaluation.frechet import frechet_distance
+
+
+def test_the_interval_of_a_share_is_the_binomial_one():
+    hits = (torch.arange(1000) < 900).float()
+    low, high = mean_interval(hits, resamples=2000)
+    half = 1.96 * math.sqrt(0.9 * 0.1 / 1000)
+    assert (low, high) == pytest.approx((0.9 - half, 0.9 + half), abs=0.002)
+    narrow = mean_interval(hits, resamples=2000, level=0.68)
+    assert narrow[1] - narrow[0] == pytest.approx((high - low) / 1.96, rel=0.1)
+
+
+def test_the_interval_of_a_frechet_distance_is_where_other_draws_fall(generator):
+    """Distances of fresh draws of as many rows: the interval of one draw is as wide as they are spread, and not beside."""
+    shift = torch.tensor([1.0, 0.0, 0.0, 0.0])
+
+    def draw():
+        return torch.randn(60, 4, generator=generator), shift + torch.randn(60, 4, generator=generator)
+
+    repeats = torch.tensor([frechet_distance(*draw()) for _ in range(300)])
+    pairs = [draw() for _ in range(20)]
+    bounds = torch.tensor([interval(frechet_distance, *pair, centred=True, resamples=100) for pair in pairs])
+    estimates = torch.tensor([frechet_distance(*pair) for pair in pairs])
+    assert ((bounds[:, 0] < estimates) & (estimates < bounds[:, 1])).all()
+    spread = repeats.quantile(0.975) - repeats.quantile(0.025)
+    assert (bounds[:, 1] - bounds[:, 0]).mean() == pytest.approx(spread, rel=0.25)
+    covered = (bounds[:, 0] < repeats.mean()) & (repeats.mean() < bounds[:, 1])
+    assert covered.float().mean() >= 0.8
+
+
+def test_a_function_of_its_seed_that_leaves_the_global_one_alone():
+    rows, state = torch.arange(20.0), torch.get_rng_state()
+    first, again, other = (mean_interval(rows, resamples=20, seed=seed) for seed in (0, 0, 1))
+    assert first == again != other
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("settings", [{"resamples": 1}, {"level": 1.0}])
+def test_what_no_interval_is_made_of(settings):
+    with pytest.raises(ValueError, match="need at least 2, and a level in"):
+        mean_interval(torch.ones(3), **settings)
