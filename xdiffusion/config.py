@@ -4,11 +4,15 @@ A file may name other files under `base:` (read first, relative to it). Override
 of the command line take the same road. Then every key is checked against a schema: unknown (with the nearest match),
 missing, or of the wrong type is an error, before any weight is made; and every default is written out, so that the
 resolved config in a checkpoint stays true when a default changes.
+
+A config may be a stranger's, so it is values and nothing else: no tags, no aliases, which multiply, and no `${...}`, which
+reads the environment (docs/security.md).
 """
 
 from __future__ import annotations
 
 import difflib
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +23,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from xdiffusion.signatures import REQUIRED, Parameter, accepts, describe, signature
+
+MAX_BYTES = 2**16  # of a YAML file; the longest here has 2 kB
+MAX_DEPTH = 16  # of sections in sections
+MAX_FILES = 64  # that one file names under base:, and those under theirs
 
 
 class ConfigError(ValueError):
@@ -77,19 +85,23 @@ def load_yaml(path: str | Path) -> DictConfig:
     """One YAML file on top of the files it names under `base:`.
 
     Raises:
-        ConfigError: if a file is missing, is no YAML mapping, or names itself.
+        ConfigError: if a file is missing, is no YAML mapping, names itself, or holds more than values.
     """
-    return _load_yaml(Path(path), ())
+    return _load_yaml(Path(path), (), [])
 
 
-def _load_yaml(path: Path, readers: tuple[Path, ...]) -> DictConfig:
+def _load_yaml(path: Path, readers: tuple[Path, ...], read: list[Path]) -> DictConfig:
+    """One file on its bases; `readers` are the files that led here, `read` are all that were read."""
+    read.append(path)
     if path.resolve() in readers:
         raise ConfigError(f"{path}: reads itself through base:")
+    if len(read) > MAX_FILES:
+        raise ConfigError(f"{read[0]} names more than {MAX_FILES} files through base:")
     if not path.is_file():
         raise ConfigError(f"no config file at {path}")
     try:
-        own = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        own = OmegaConf.load(io.StringIO(_plain_yaml(path)))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
         raise ConfigError(f"{path} is not readable YAML: {_one_line(error)}") from error
     if not isinstance(own, DictConfig):
         raise ConfigError(f"{path} must hold a mapping of sections, not {type(own).__name__}")
@@ -97,8 +109,57 @@ def _load_yaml(path: Path, readers: tuple[Path, ...]) -> DictConfig:
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, Sequence) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{path}: base={bases} must be the path of a YAML file or a list of paths")
-    below = [_load_yaml(path.parent / base, (*readers, path.resolve())) for base in bases]
+    below = [_load_yaml(path.parent / base, (*readers, path.resolve()), read) for base in bases]
     return merge(str(path), *below, own)
+
+
+def _plain_yaml(path: Path) -> str:
+    """The text of a YAML file whose reading takes no more memory or stack than its size lets expect.
+
+    Raises:
+        ValueError, yaml.YAMLError, OSError: if it is none.
+    """
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"it has {path.stat().st_size:,} bytes; allowed are {MAX_BYTES:,}")
+    text, depth = path.read_text(encoding="utf-8"), 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"*{event.anchor}: aliases are not read; use base:")
+        if isinstance(event, yaml.ScalarEvent):
+            check_values(event.value, f"line {event.start_mark.line + 1}")
+    return text
+
+
+def check_values(content: Any, source: str, key: str = "value", depth: int = 0) -> None:
+    """See that a config's mappings and lists hold plain values.
+
+    Raises:
+        ConfigError: for `${...}`, which OmegaConf would replace by an environment variable or another value, and for
+            nesting without reason.
+    """
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{source}: {key[:40]} is nested more than {MAX_DEPTH} deep")
+    if isinstance(content, str) and "${" in content:
+        raise ConfigError(f"{source}: {key}={content[:80]!r}: a config holds values, nothing in it is replaced")
+    pairs = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for name, value in pairs:
+        check_values(value, source, f"{key}.{name}" if depth else str(name), depth + 1)
+
+
+def from_mapping(content: Mapping[str, Any], source: str) -> DictConfig:
+    """A config from the mapping that a checkpoint's header holds.
+
+    Raises:
+        ConfigError: if it holds more than values.
+    """
+    check_values(content, source)
+    try:
+        return OmegaConf.create(dict(content))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {_one_line(error)}") from error
 
 
 def merge(source: str, *configs: DictConfig) -> DictConfig:
@@ -125,8 +186,9 @@ def parse_overrides(assignments: Sequence[str]) -> DictConfig:
             raise ConfigError(f"--set {assignment!r} must have the form KEY=VALUE, such as training.batch_size=64")
         try:
             overrides.merge_with_dotlist([assignment])
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"--set {assignment!r}: {_one_line(error)}") from error
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+            raise ConfigError(f"--set {assignment!r:.200}: {_one_line(error)}") from error
+        check_values(OmegaConf.to_container(overrides), "--set")
     return overrides
 
 
@@ -137,7 +199,7 @@ def with_overrides(config: DictConfig, overrides: DictConfig, schema: Schema) ->
         kind = OmegaConf.select(overrides, f"{path}.kind")
         given = OmegaConf.select(merged, path)
         if isinstance(given, DictConfig) and kind not in (None, given.get("kind")):
-            target = slot.kinds.get(str(kind).removesuffix(slot.suffix) if slot.suffix else kind)
+            target = slot.kinds.get(str(kind).removesuffix(slot.suffix))
             kept = {*signature(target), *slot.extra} if target else set(given)
             OmegaConf.update(merged, path, {k: v for k, v in given.items() if k in kept}, merge=False)
     return merge(f"the overrides {overrides}", merged, overrides)
@@ -166,7 +228,7 @@ def resolve(config: DictConfig, schema: Schema, source: str) -> DictConfig:
         ConfigError: naming the key, its value, and what is allowed.
     """
     try:
-        plain = OmegaConf.to_container(config, resolve=True)
+        plain = OmegaConf.to_container(config)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {_one_line(error)}") from error
     try:
@@ -202,7 +264,7 @@ def _resolve_slot(given: Any, slot: Slot, where: str) -> dict[str, Any]:
     if kind is None:
         raise ConfigError(f"{where}kind is missing; allowed: {', '.join(slot.kinds)}")
     plain_kind = str(kind).removesuffix(slot.suffix) if slot.suffix else kind
-    if plain_kind not in slot.kinds:
+    if not isinstance(kind, str) or plain_kind not in slot.kinds:
         suffix = f" (each also with {slot.suffix})" if slot.suffix else ""
         raise ConfigError(
             f"{where}kind={kind!r} is unknown{_nearest(kind, slot.kinds)}; allowed: {', '.join(slot.kinds)}{suffix}"
@@ -236,7 +298,7 @@ def _checked(value: Any, parameter: Parameter, where: str) -> Any:
     if value is False and not accepts(parameter.annotation, False) and accepts(parameter.annotation, "no"):
         return "no"  # what YAML 1.1 reads as false, as in `mixed_precision: no`
     if not accepts(parameter.annotation, value):
-        raise ConfigError(f"{where}{parameter.name}={value!r} must be {describe(parameter.annotation)}")
+        raise ConfigError(f"{where}{parameter.name}={value!r:.200} must be {describe(parameter.annotation)}")
     return value
 
 

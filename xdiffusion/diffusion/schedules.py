@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+MAX_TIMESTEPS = 100_000  # the table of a stranger's config is made before its weights are looked at
+
 
 @runtime_checkable
 class Schedule(Protocol):
@@ -84,7 +86,8 @@ class BetaSchedule:
         zero_terminal_snr: shift and scale sqrt(alpha_bar) so that t = 1 is pure noise ([ZTSNR] algorithm 1).
 
     Raises:
-        ValueError: if `spacing` is unknown, num_timesteps is below 2, or the betas are not 0 < start <= end < 1.
+        ValueError: if `spacing` is unknown, num_timesteps is not in 2..MAX_TIMESTEPS, or the betas
+            are not 0 < start <= end < 1.
     """
 
     def __init__(
@@ -95,8 +98,8 @@ class BetaSchedule:
         beta_end: float = 0.02,
         zero_terminal_snr: bool = False,
     ):
-        if num_timesteps < 2:
-            raise ValueError(f"num_timesteps={num_timesteps} must be at least 2")
+        if not 2 <= num_timesteps <= MAX_TIMESTEPS:
+            raise ValueError(f"num_timesteps={num_timesteps} must be at least 2, and at most {MAX_TIMESTEPS:,}")
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(f"beta_start={beta_start}, beta_end={beta_end}: need 0 < beta_start <= beta_end < 1")
         betas = _betas(num_timesteps, spacing, beta_start, beta_end)

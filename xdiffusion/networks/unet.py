@@ -21,6 +21,8 @@ from xdiffusion.layers.embeddings import TimeEmbedding
 from xdiffusion.layers.resnet import Downsample, ResBlock, Upsample
 from xdiffusion.layers.transformer import SpatialTransformer
 
+MAX_RES_BLOCKS = 64  # per level; a stranger's config could ask for any number
+
 
 class UNet(nn.Module):
     """(xt, time, context) -> prediction of xt's shape.
@@ -68,6 +70,8 @@ class UNet(nn.Module):
         qk_norm: bool = False,
     ):
         super().__init__()
+        if num_res_blocks > MAX_RES_BLOCKS:
+            raise ValueError(f"num_res_blocks={num_res_blocks} must be at most {MAX_RES_BLOCKS}")
         _check_widths(channels, transformer_depth, head_dim, num_heads, norm_groups)
         self.patch_size = patch_size
         self.gradient_checkpointing = False
@@ -156,7 +160,10 @@ class UNet(nn.Module):
 
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                h = self._stage(level, i, torch.cat([h, skips.pop()], dim=1), time, context)
+                h = torch.cat(
+                    [h, skips.pop()], dim=1
+                )  # under this name, else the narrower h would live through the stage
+                h = self._stage(level, i, h, time, context)
             if level.upsample is not None:
                 h = level.upsample(h, skips[-1].shape[2:])
 

@@ -112,7 +112,9 @@ def _hashes(path: Path) -> dict[str, str]:
     """sshs_model_hash: SHA-256 of what follows the header. sshs_legacy_hash: 8 digits of that of 64 KiB at 1 MiB."""
     with path.open("rb") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
-        model = hashlib.file_digest(file, "sha256").hexdigest()
+        model = hashlib.sha256()
+        while block := file.read(2**20):
+            model.update(block)
         file.seek(0x100000)
         legacy = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
-    return {"sshs_model_hash": model, "sshs_legacy_hash": legacy}
+    return {"sshs_model_hash": model.hexdigest(), "sshs_legacy_hash": legacy}

@@ -8,7 +8,6 @@ where rank_pattern and alpha_pattern name the modules that differ. A LoRA of a p
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +29,7 @@ from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats.factors import assemble
 from xdiffusion.checkpoints.lora_formats.keys import sorted_by_key
 from xdiffusion.checkpoints.native import reading_header
+from xdiffusion.checkpoints.patterns import is_ending
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -110,7 +110,7 @@ def config_of(modules: Mapping[str, LoRAFactors]) -> dict[str, Any]:
 def alpha_from(config: Mapping[str, Any], name: str, rank: int) -> tuple[float, bool]:
     """(lora_alpha, use_rslora) that a LoraConfig means for a module; peft's patterns are regular expressions of endings."""
     patterns = config.get("alpha_pattern") or {}
-    alpha = next((a for pattern, a in patterns.items() if _matches(pattern, name)), config.get("lora_alpha", rank))
+    alpha = next((a for pattern, a in patterns.items() if is_ending(pattern, name)), config.get("lora_alpha", rank))
     return float(alpha), bool(config.get("use_rslora"))
 
 
@@ -118,13 +118,6 @@ def magnitude_of(factors: LoRAFactors) -> Tensor:
     """(out,) of a linear layer, (1, out, 1, 1) of a convolution."""
     ones = [1] * (factors.lora_A.dim() - 2)
     return factors.magnitude.reshape(1, -1, *ones) if ones else factors.magnitude
-
-
-def _matches(pattern: str, name: str) -> bool:
-    try:
-        return re.match(rf"(.*\.)?({pattern})$", name) is not None
-    except re.error as error:
-        raise ValueError(f"alpha_pattern {pattern!r} is no regular expression: {error}") from error
 
 
 def _read_one(folder: Path, repairs: list[str], metadata: dict[str, str]) -> dict[str, LoRAFactors]:

@@ -1,0 +1,242 @@
+"""Every reader of files from strangers, a small whole file for each, and the ways in which tests damage them."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import tarfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from fake_sets import write_mnist
+from omegaconf import OmegaConf
+from picture_folders import write_pictures
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import SETTINGS, tiny_config, tiny_model
+
+from xdiffusion.build import image_shape, load_config
+from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
+from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
+from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
+from xdiffusion.checkpoints.native import load_model_file, save_model
+from xdiffusion.checkpoints.tensor_cache import TensorCache
+from xdiffusion.data.image_files import Picture
+from xdiffusion.data.image_folder import load_image_folder
+from xdiffusion.data.shards import read_shard
+from xdiffusion.data.torchvision_sets import load_mnist
+from xdiffusion.loading import load_model
+from xdiffusion.pictures import read_metadata, save_png
+from xdiffusion.training.records import read_metrics
+from xdiffusion.training.run_record import read_run
+from xdiffusion.training.state import state_path, whole_state, write_state
+
+LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+INTERESTING = b'0123456789"{}[],:.-eN_*&!$\x00\x7f\x80\xff'
+
+
+@dataclass(frozen=True)
+class Reader:
+    """damaged: the file that is damaged, below the folder. read: the folder -> whatever; ValueError is its one error."""
+
+    damaged: str
+    write: Callable[[Path], Any]
+    read: Callable[[Path], Any]
+
+
+def _write_model(folder: Path) -> None:
+    config = tiny_config()
+    tensors, plain = tiny_model(config).state_dict(), OmegaConf.to_container(config)
+    save_model(folder / "a.safetensors", tensors, config=plain, image_shape=image_shape(config), step=3)
+
+
+def _write_pickled(folder: Path) -> None:
+    torch.save({"state_dict": {f"layer.{i}": torch.randn(4, 4) for i in range(8)}}, folder / "a.pt")
+
+
+def _write_original(folder: Path) -> None:
+    unet = "model.diffusion_model.input_blocks."
+    tensors = {f"{unet}0.0.weight": torch.randn(16, 4, 3, 3)}
+    tensors[f"{unet}1.1.transformer_blocks.0.attn2.to_k.weight"] = torch.randn(16, 24)
+    save_file(tensors, folder / "a.safetensors", {"modelspec.prediction_type": "v"})
+    torch.save({"state_dict": tensors}, folder / "a.ckpt")
+
+
+def _write_state(folder: Path) -> None:
+    weights = folder / "diffusion-3.safetensors"
+    save_file({"a": torch.ones(4)}, weights)
+    write_state(weights, {"step": 3, "trained": {"a": torch.ones(4)}, "optimizer": {"state": {}}, "losses": [1.0, 2.0]})
+
+
+def _write_tokens(folder: Path) -> None:
+    torch.save({"string_to_param": {"*": torch.randn(2, 8)}, "name": "cat"}, folder / "a.pt")
+    save_file({"<cat>": torch.randn(2, 8)}, folder / "a.safetensors")
+
+
+def _write_lora(folder: Path, name: str, format: str) -> None:
+    write_lora(LoRAFile({LAYER: LoRAFactors(torch.randn(1, 320), torch.randn(320, 1), 2.0)}), folder / name, format)
+
+
+def _write_shard(folder: Path) -> None:
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for name, content in (
+            ("0.png", _png()),
+            ("0.json", b'{"caption": "a cat"}'),
+            ("1.png", _png()),
+            ("1.txt", b"b"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def _png() -> bytes:
+    stream = io.BytesIO()
+    Image.effect_noise((12, 8), 50).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _write_picture(folder: Path, format: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.effect_noise((40, 24), 50).convert("RGB").save(folder / f"a.{format}", exif=exif)
+
+
+def _read_picture(path: Path) -> None:
+    picture = Picture("a", "words", partial(path.open, "rb"))
+    picture.size(), picture.pixels(), picture.content_hash()
+
+
+def _write_metadata(folder: Path, name: str) -> None:
+    write_pictures(folder, [(16, 16), (16, 20)])
+    rows = [(f"picture_{i}.png", f"a cat, {i}") for i in range(2)]
+    if name.endswith("csv"):
+        text = "file_name,text\n" + "".join(f'{n},"{t}"\n' for n, t in rows)
+    else:
+        text = "".join(json.dumps({"file_name": n, "text": t}) + "\n" for n, t in rows)
+    (folder / name).write_text(text)
+
+
+def _write_caption(folder: Path) -> None:
+    write_pictures(folder, [(16, 16)], ["a cat on a mat"])
+
+
+def _write_run(folder: Path) -> None:
+    content = {"config": {"a": {"b": 1}}, "segments": [{"status": "finished", "steps": 3}]}
+    (folder / "run.json").write_text(json.dumps(content))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "loss": 0.5}) + "\n" for i in range(4)))
+
+
+def _read_folder(folder: Path) -> None:
+    load_image_folder(16, str(folder), bucket_multiple=4)
+
+
+def _cache(folder: Path) -> TensorCache:
+    return TensorCache(folder, {"model": "abc"})
+
+
+def _write_cached(folder: Path) -> None:
+    cache = _cache(folder)
+    cache.put("key", {"mean": torch.randn(4, 2, 2), "std": torch.ones(4, 2, 2)})
+    cache.path("key").rename(folder / "entry.safetensors")
+
+
+def _read_cached(folder: Path) -> None:
+    path = _cache(folder).path("key")
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes((folder / "entry.safetensors").read_bytes())
+    _cache(folder).get("key")
+    _cache(folder).require("key")
+
+
+READERS: Mapping[str, Reader] = {
+    "model, safetensors": Reader("a.safetensors", _write_model, lambda f: load_model(f / "a.safetensors")),
+    "model, pickled": Reader("a.pt", _write_pickled, lambda f: load_model_file(f / "a.pt")),
+    "Stable Diffusion, safetensors": Reader(
+        "a.safetensors", _write_original, lambda f: load_model_file(f / "a.safetensors")
+    ),
+    "Stable Diffusion, ckpt": Reader("a.ckpt", _write_original, lambda f: load_model_file(f / "a.ckpt")),
+    "trainer state": Reader(
+        state_path(Path("diffusion-3.safetensors")).name,
+        _write_state,
+        lambda f: whole_state(f / "diffusion-3.safetensors"),
+    ),
+    "LoRA, native": Reader(
+        "a.safetensors", partial(_write_lora, name="a.safetensors", format="native"), lambda f: read_lora(f / "a.safetensors")
+    ),
+    "LoRA, kohya": Reader(
+        "a.safetensors", partial(_write_lora, name="a.safetensors", format="kohya"), lambda f: read_lora(f / "a.safetensors")
+    ),
+    "LoRA, peft config": Reader(
+        "a/unet/adapter_config.json", partial(_write_lora, name="a", format="peft"), lambda f: read_lora(f / "a")
+    ),
+    "LoRA, pickled": Reader(
+        "a.pt", partial(_write_lora, name="a.pt", format="cloneofsimo-pt"), lambda f: read_lora(f / "a.pt")
+    ),
+    "learned tokens, safetensors": Reader(
+        "a.safetensors", _write_tokens, lambda f: read_learned_tokens(f / "a.safetensors")
+    ),
+    "learned tokens, pickled": Reader("a.pt", _write_tokens, lambda f: read_learned_tokens(f / "a.pt")),
+    "config, YAML": Reader(
+        "a.yaml", lambda f: (f / "a.yaml").write_text(OmegaConf.to_yaml(SETTINGS)), lambda f: load_config(f / "a.yaml")
+    ),
+    "captions, txt": Reader("picture_0.txt", _write_caption, _read_folder),
+    "captions, jsonl": Reader("metadata.jsonl", partial(_write_metadata, name="metadata.jsonl"), _read_folder),
+    "captions, csv": Reader("metadata.csv", partial(_write_metadata, name="metadata.csv"), _read_folder),
+    **{
+        f"picture, {format}": Reader(
+            f"a.{format}", partial(_write_picture, format=format), lambda f, format=format: _read_picture(f / f"a.{format}")
+        )
+        for format in ("png", "jpg", "webp", "tiff", "gif", "bmp")
+    },
+    "recipe in a PNG": Reader(
+        "a.png",
+        lambda f: save_png(Image.new("L", (4, 4)), f / "a.png", {"command": json.dumps(["--seed", "1"])}),
+        lambda f: read_metadata(f / "a.png"),
+    ),
+    "tar shard": Reader("a.tar", _write_shard, lambda f: [p.caption for p in read_shard(f / "a.tar")]),
+    "MNIST images": Reader("MNIST/raw/train-images-idx3-ubyte", write_mnist, lambda f: load_mnist(28, str(f))),
+    "MNIST labels": Reader("MNIST/raw/train-labels-idx1-ubyte", write_mnist, lambda f: load_mnist(28, str(f))),
+    "tensor cache": Reader("entry.safetensors", _write_cached, _read_cached),
+    "run.json": Reader("run.json", _write_run, read_run),
+    "metrics.jsonl": Reader("metrics.jsonl", _write_run, lambda f: read_metrics(f / "metrics.jsonl")),
+}  # fmt: skip
+
+
+def write_changed_model(path: Path, **changes: Any) -> Path:
+    """A tiny model whose config says what the changes say, by dotted key."""
+    config = tiny_config()
+    plain = OmegaConf.to_container(config)
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        section = plain
+        for name in sections:
+            section = section[name]
+        section[last] = value
+    save_model(path, tiny_model(config).state_dict(), config=plain, image_shape=(1, 12, 12), step=1)
+    return path
+
+
+def mutated(content: bytes, draw: random.Random) -> bytes:
+    """Bytes changed, cut, doubled or left out at a few places; half of the times near the start, where headers are."""
+    result = bytearray(content)
+    for _ in range(draw.randint(1, 4)):
+        reach = min(len(result), 3000) if draw.random() < 0.5 else len(result)
+        at, length = draw.randrange(reach + 1), draw.choice((1, 1, 2, 4, 8, 64))
+        kind = draw.randrange(6)
+        if kind < 2:
+            result[at : at + 1] = bytes([draw.choice(INTERESTING) if kind else draw.randrange(256)])
+        elif kind == 2:
+            result[at : at + length] = b""
+        elif kind == 3:
+            result[at:at] = result[at : at + length] * draw.choice((1, 1, 100))
+        elif kind == 4:
+            result[at : at + length] = draw.choice((b"\xff", b"\x00", b"\x7f", b"9", b"[")) * length
+        elif draw.random() < 0.3:
+            del result[at:]
+    return bytes(result)

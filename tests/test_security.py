@@ -1,0 +1,170 @@
+"""Files from strangers, attack by attack: none runs code, leaves its folder, or takes more than its size lets expect.
+
+`docs/security.md` says what is promised. `bench/fuzz_readers.py` damages 10,000 files per reader; here a few of each.
+"""
+
+import io
+import json
+import pickle
+import random
+import runpy
+import subprocess
+from functools import partial
+
+import pytest
+import torch
+from commands import ROOT, SAMPLE, run_script
+from fake_sets import write_cifar10
+from hostile_files import READERS, mutated, write_changed_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+
+from xdiffusion.build import load_config
+from xdiffusion.checkpoints.files import CheckpointError, load_pickled
+from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
+from xdiffusion.checkpoints.native import load_model_file
+from xdiffusion.config import ConfigError, parse_overrides
+from xdiffusion.data.image_files import DamagedImage, Picture
+from xdiffusion.data.torchvision_sets import DatasetUnavailable, load_cifar10
+from xdiffusion.loading import load_model
+from xdiffusion.pictures import save_png
+from xdiffusion.training.state import whole_state
+
+SMALLEST = "data: {kind: image/digits, image_size: 16}\ndiffusion: {prediction: v}\n"
+
+
+class Touches:
+    """Unpickled by the plain unpickler, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return type(self.path).touch, (self.path,)
+
+
+# --- any damage ---
+
+
+@pytest.fixture(scope="module")
+def whole_folder(tmp_path_factory):
+    """The folder of a reader's whole file, written once, and the file's bytes."""
+    folders = {}
+
+    def folder_of(name):
+        if name not in folders:
+            folder = tmp_path_factory.mktemp("whole")
+            READERS[name].write(folder)
+            READERS[name].read(folder)
+            folders[name] = folder, (folder / READERS[name].damaged).read_bytes()
+        return folders[name]
+
+    return folder_of
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", READERS)
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damage_is_read_or_is_a_value_error(name, seed, whole_folder):
+    folder, content = whole_folder(name)
+    (folder / READERS[name].damaged).write_bytes(mutated(content, random.Random(seed)))
+    try:
+        READERS[name].read(folder)
+    except ValueError as error:
+        assert str(error)
+
+
+# --- code ---
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.ckpt", "a.bin"])
+def test_code_in_a_checkpoint_is_not_run(name, tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(1), "b": Touches(tmp_path / "made")}}, tmp_path / name)
+    for read in (load_model_file, load_pickled, read_learned_tokens):
+        with pytest.raises(CheckpointError, match="not a torch file of plain weights"):
+            read(tmp_path / name)
+    assert not (tmp_path / "made").exists()
+
+
+def test_code_in_a_trainer_state_is_not_run(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "diffusion-1.safetensors")
+    torch.save({"hash": "", "step": Touches(tmp_path / "made")}, tmp_path / "diffusion-1.state.pt")
+    with pytest.raises(CheckpointError, match="plain weights"):
+        whole_state(tmp_path / "diffusion-1.safetensors")
+    assert not (tmp_path / "made").exists()
+
+
+def test_code_in_a_data_set_is_not_run(tmp_path):
+    """torchvision unpickles CIFAR-10's files; it looks at their checksums first."""
+    write_cifar10(tmp_path)
+    for file in (tmp_path / "cifar-10-batches-py").iterdir():
+        file.write_bytes(pickle.dumps(Touches(tmp_path / "made")))
+    with pytest.raises(DatasetUnavailable):
+        load_cifar10(32, str(tmp_path))
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("tag", ["python/object/apply:os.system ['true']", "python/name:os.system", "python/module:os"])
+def test_a_tag_in_a_config_is_refused(tag, tmp_path):
+    (tmp_path / "a.yaml").write_text(f"{SMALLEST}training: !!{tag}\n")
+    with pytest.raises(ConfigError, match="could not determine a constructor"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_a_picture_of_a_format_that_needs_another_program_is_not_opened(monkeypatch):
+    """Pillow hands PostScript to Ghostscript, whatever the file's ending is."""
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program was run"))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(DamagedImage, match="no known image format"):
+        Picture("a.png", None, partial(io.BytesIO, eps)).pixels()
+
+
+# --- what is not theirs to read or write ---
+
+ENVIRONMENT = "${oc.env:XDIFFUSION_SECRET}"
+
+
+@pytest.mark.parametrize("spelling", [f"'{ENVIRONMENT}'", '"\\x24{oc.env:XDIFFUSION_SECRET}"', f"'\\{ENVIRONMENT}'"])
+def test_a_config_cannot_read_the_environment(spelling, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDIFFUSION_SECRET", "hunter2")
+    (tmp_path / "a.yaml").write_text(f"{SMALLEST}sampling: {{negative_prompt: {spelling}}}\n")
+    with pytest.raises(ConfigError, match=r"line 3: .*nothing in it is replaced") as error:
+        load_config(tmp_path / "a.yaml")
+    assert "hunter2" not in str(error.value)
+
+
+def test_a_base_or_an_override_cannot_read_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDIFFUSION_SECRET", "hunter2")
+    (tmp_path / "a.yaml").write_text(f"base: '{ENVIRONMENT}'\n")
+    for read in (lambda: load_config(tmp_path / "a.yaml"), lambda: parse_overrides([f"data.kind={ENVIRONMENT}"])):
+        with pytest.raises(ConfigError, match="nothing in it is replaced") as error:
+            read()
+        assert "hunter2" not in str(error.value)
+
+
+def test_the_config_in_a_checkpoint_cannot_read_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDIFFUSION_SECRET", "hunter2")
+    path = write_changed_model(tmp_path / "a.safetensors", **{"sampling.negative_prompt": ENVIRONMENT})
+    with pytest.raises(ConfigError, match=r"a\.safetensors: sampling\.negative_prompt=.*nothing in it is replaced"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("flag", [["--output_path", "{}"], ["--output_path={}"], ["--output_pat", "{}"]])
+def test_a_recipe_does_not_choose_where_files_go(flag, tmp_path, capsys):
+    words = ["--checkpoint", str(write_changed_model(tmp_path / "a.safetensors")), "--force_cpu", "--num_samples", "1"]
+    words += [word.format(tmp_path / "elsewhere") for word in flag]
+    save_png(Image.new("L", (4, 4)), tmp_path / "a.png", {"command": json.dumps(words)})
+    status = run_script(SAMPLE, "--from_png", tmp_path / "a.png", "--output_path", tmp_path / "here")
+    assert status == (2 if flag[0] == "--output_pat" else 0)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("command", ["[" * 100_000, '"--seed"', "{}", "[1]", "nonsense"])
+def test_a_recipe_that_is_none_is_named(command, tmp_path, capsys):
+    save_png(Image.new("L", (4, 4)), tmp_path / "a.png", {"command": command})
+    sample = runpy.run_path(str(ROOT / SAMPLE))
+    with pytest.raises(ValueError, match=r"a\.png does not say how it was drawn"):
+        sample["with_recipe"](["--from_png", str(tmp_path / "a.png")])

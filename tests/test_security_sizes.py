@@ -1,0 +1,227 @@
+"""Files from strangers that claim more than they hold: no memory, no time, no depth beyond what their size lets expect."""
+
+import json
+import struct
+import zipfile
+import zlib
+
+import pytest
+import torch
+from hostile_files import READERS, write_changed_model
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
+
+from xdiffusion.build import load_config
+from xdiffusion.checkpoints.files import MAX_HEADER_BYTES, CheckpointError, load_pickled, load_safetensors
+from xdiffusion.checkpoints.native import load_model_file
+from xdiffusion.checkpoints.patterns import is_ending, module_pattern
+from xdiffusion.checkpoints.streaming import StoredTensors
+from xdiffusion.config import ConfigError
+from xdiffusion.loading import load_model
+from xdiffusion.pictures import read_metadata
+from xdiffusion.training.state import whole_state
+
+
+def write_header(path, entries, body=b""):
+    header = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + body)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [1]\nb: [*a, *a]\n", "aliases are not read"),
+        ("a: &a {x: 1}\nb: {<<: *a}\n", "aliases are not read"),
+        ("a: " + "[" * 5000 + "]" * 5000, "nested more than 16 deep"),
+        ("a: " + "1:" * 50_000 + "1", "allowed are 65,536"),
+        ("a: " + "1" * 5000, "Exceeds the limit"),
+        (f"a: {'${' * 2000}{'}' * 2000}", "nothing in it is replaced"),
+        ("base: [a.yaml]", "reads itself"),
+    ],
+    ids=["laughs", "merged laughs", "depth", "length", "digits", "interpolation", "itself"],
+)  # fmt: skip
+def test_a_config_bomb_is_refused(text, message, tmp_path):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_bases_that_multiply_are_refused(tmp_path):
+    for i in range(8):
+        (tmp_path / f"{i}.yaml").write_text(f"base: [{', '.join([f'{i + 1}.yaml'] * 8)}]\n")
+    (tmp_path / "8.yaml").write_text("a: 1\n")
+    with pytest.raises(ConfigError, match="names more than 64 files"):
+        load_config(tmp_path / "0.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.network.num_res_blocks", 10**9),
+        ("model.network.transformer_depth", [10**9, 10**9]),
+        ("model.network.channels", [2**62, 2**62]),
+        ("model.network.kind", [1]),
+        ("model.text_encoder.layers", 10**9),
+        ("model.text_encoder.width", 2**70),
+        ("diffusion.schedule", {"kind": "betas", "num_timesteps": 10**12}),
+        ("data.image_size", [[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]),
+    ],
+)
+def test_a_config_that_asks_for_too_much_is_refused(key, value, tmp_path):
+    with pytest.raises(ValueError, match=r"a\.safetensors|model|num_|text_encoder"):
+        load_model(write_changed_model(tmp_path / "a.safetensors", **{key: value}))
+
+
+@pytest.mark.parametrize("config", ["[" * 5000, "5", '"text"', "NaN", '{"data":' * 500 + "1" + "}" * 500])
+def test_a_config_of_a_header_that_is_none_is_named(config, tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors", {"config": config})
+    with pytest.raises(ValueError, match=r"a\.safetensors"):
+        load_model(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("name", ["captions, jsonl", "run.json", "LoRA, peft config"])
+def test_deep_json_is_named(name, tmp_path):
+    READERS[name].write(tmp_path)
+    (tmp_path / READERS[name].damaged).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=READERS[name].damaged.rpartition("/")[2]):
+        READERS[name].read(tmp_path)
+
+
+@pytest.mark.parametrize("said", ["[" * 100_000, '{"prediction_type": []}', "[]"])
+def test_a_scheduler_that_is_none_is_named(said, tmp_path):
+    for folder in ("unet", "vae", "text_encoder", "scheduler"):
+        (tmp_path / folder).mkdir()
+        save_file({"a": torch.ones(1)}, tmp_path / folder / "model.safetensors")
+    (tmp_path / "unet" / "config.json").write_text("{}")
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(said)
+    with pytest.raises(CheckpointError, match="scheduler_config"):
+        load_model_file(tmp_path)
+
+
+def test_a_long_header_is_refused_before_it_is_read(tmp_path):
+    path = write_header(tmp_path / "a.safetensors", b" " * (MAX_HEADER_BYTES + 1))
+    with pytest.raises(CheckpointError, match="header has 8,388,609 bytes"):
+        load_safetensors(path)
+
+
+@pytest.mark.parametrize("shape", [[2**63, 0], [0, 2**64 - 1]])
+def test_a_shape_of_no_bytes_that_torch_cannot_have_is_named(shape, tmp_path):
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+    path = write_header(tmp_path / "a.safetensors", {"a": entry})
+    for read in (load_safetensors, lambda path: dict(StoredTensors(path)), load_model_file):
+        with pytest.raises(CheckpointError, match=r"a\.safetensors"):
+            read(path)
+
+
+def repack(source, target, compression, change=lambda name, content: content):
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for record in old.infolist():
+            new.writestr(record.filename, change(record.filename, old.read(record)))
+    return target
+
+
+def test_a_pickle_that_inflates_is_refused(tmp_path):
+    torch.save({"a": torch.ones(4)}, tmp_path / "a.pt")
+    bomb = repack(
+        tmp_path / "a.pt", tmp_path / "b.pt", zipfile.ZIP_DEFLATED,
+        lambda name, content: content + bytes(10**7) if name.endswith(".pkl") else content,
+    )  # fmt: skip
+    assert bomb.stat().st_size < 50_000
+    with pytest.raises(CheckpointError, match="records are compressed"):
+        load_pickled(bomb)
+
+
+def test_a_zip_file_with_two_directories_is_refused(tmp_path):
+    """Python finds the directory from the end, torch where it is said to be."""
+    torch.save({"a": torch.ones(4)}, tmp_path / "a.pt")
+    content = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "b.pt").write_bytes(b"PK\3\4" + bytes(100) + content)
+    with pytest.raises(CheckpointError, match="not a torch file of plain weights"):
+        load_pickled(tmp_path / "b.pt")
+
+
+def nested(levels):
+    value = ["a"]
+    for _ in range(levels):
+        value = [value, value]
+    return value
+
+
+def in_itself():
+    value = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda: torch.ones(1).expand(10**6, 10**6), "claims the shape"),
+        (lambda: [torch.ones(1000)] * 100, "tensors claim 400,000 bytes"),
+        (lambda: nested(40), "names more than 1,000,000 values"),
+        (in_itself, "names more than 1,000,000 values"),
+        (lambda: torch.ones(2, 2).to_sparse(), "sparse_coo"),
+        (lambda: torch.ones(2, device="meta"), "meta"),
+        (lambda: torch.ones(2, dtype=torch.complex64).conj(), "complex64"),
+    ],
+    ids=["shape", "sharing", "laughs", "itself", "sparse", "meta", "complex"],
+)
+def test_a_pickle_that_claims_more_than_it_holds_is_refused(content, message, tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+    torch.save({"hash": "", "a": content()}, tmp_path / "a.state.pt")
+    with pytest.raises(CheckpointError, match=message):
+        whole_state(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+", "(a|a)*b", "(a*)*", "a?" * 30 + "a" * 30, "(a|a)" * 30, ".*" * 20, "(", "x" * 1000]
+)
+def test_a_pattern_that_could_take_for_ever_is_refused(pattern):
+    with pytest.raises(ValueError, match=r"is too long, or has too many|repeats a group|is no regular expression"):
+        module_pattern(pattern)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("to_q", True),
+        ("attn.to_q", True),
+        ("o_q", False),
+        (r".*\.to_[qk]", True),
+        ("^to_q", False),
+        (r"b\.\d+\..*", True),
+    ],
+)
+def test_a_pattern_is_an_ending_of_a_name(pattern, found):
+    assert is_ending(pattern, "b.10.attn.to_q") is found
+
+
+def test_a_long_name_is_not_compared():
+    with pytest.raises(ValueError, match="is no module's name"):
+        is_ending("(a|b)", "a" * 100_000)
+
+
+def png(*chunks):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks)
+
+
+def test_a_text_that_inflates_in_a_picture_is_refused(tmp_path):
+    text = b"command\0\0" + zlib.compress(bytes(50 * 2**20), 9)
+    header = struct.pack(">IIBBBBB", 4, 4, 8, 0, 0, 0, 0)
+    (tmp_path / "a.png").write_bytes(png((b"IHDR", header), (b"zTXt", text), (b"IDAT", zlib.compress(bytes(20)))))
+    with pytest.raises(ValueError, match=r"a\.png cannot be read as a PNG: Decompressed [dD]ata [tT]oo [lL]arge"):
+        read_metadata(tmp_path / "a.png")
+
+
+def test_the_recipe_of_a_huge_picture_is_read_without_its_pixels(tmp_path, monkeypatch):
+    info = PngInfo()
+    info.add_text("command", "[]")
+    Image.new("1", (9000, 9000)).save(tmp_path / "a.png", pnginfo=info)
+    monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("decoded"))
+    assert read_metadata(tmp_path / "a.png") == {"command": "[]"}
