@@ -8,6 +8,9 @@ requires a gradient, there is no dropout, alpha = rank, the weights, x and the i
 tensors, and B is random. The gradients of x, A and B are computed; the largest difference between the sides is printed.
 The output is consumed by a function that keeps nothing, as a residual addition does, so it is freed before backward.
 
+A second comparison is with the better of two smaller libraries: loralib's Linear, and the way of minLoRA, W + s B A as a
+parametrization of the weight (minLoRA itself is on no package registry, so its formula is written out here).
+
 Peak: what torch's allocator holds at the worst moment of forward + backward beyond x, the incoming gradient and the
 weights. Saved: bytes that autograd keeps from forward to backward beyond x and the layer's parameters.
 """
@@ -15,12 +18,14 @@ weights. Saved: bytes that autograd keeps from forward to backward beyond x and 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 
 import torch
 from measure import Goal, Report, interleave, parser, peak_allocated, prepare, timer
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from xdiffusion.cli import positive_int, run
 from xdiffusion.lora import LoRALinear
@@ -32,6 +37,7 @@ GOALS = {
     (8192, 768, 768, 16): Goal(0.90),
 }
 PEAK_GOAL = Goal(0.40)
+SMALL_LIBRARY_GOALS = dict(zip(GOALS, (Goal(1.0), Goal(0.92), Goal(0.92))))
 
 
 class _Consumer(torch.autograd.Function):
@@ -65,6 +71,38 @@ def layers(shape: Shape, device: torch.device) -> dict[str, nn.Module]:
         for name, parameter in layer.named_parameters():
             parameter.requires_grad_("lora_" in name)
     return {"ours": ours.to(device), "theirs": theirs.to(device)}
+
+
+class _Parametrization(nn.Module):
+    """W -> W + s B A, as minLoRA has it."""
+
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float):
+        super().__init__()
+        self.lora_A, self.lora_B = nn.Parameter(lora_A.clone()), nn.Parameter(lora_B.clone())
+        self.scaling = scaling
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.lora_B @ self.lora_A).view(weight.shape) * self.scaling
+
+
+def small_libraries(ours: LoRALinear) -> dict[str, nn.Module]:
+    """loralib's layer and minLoRA's way, with the same base and the same factors as `ours`."""
+    import loralib
+
+    lora_A, lora_B, settings = ours.lora_A["default"].data, ours.lora_B["default"].data, ours.adapters["default"]
+    of_loralib = loralib.Linear(
+        ours.in_features, ours.out_features, r=settings.rank, lora_alpha=settings.rank, merge_weights=False
+    )
+    of_loralib.load_state_dict({"weight": ours.weight, "bias": ours.bias, "lora_A": lora_A, "lora_B": lora_B})
+    of_minlora = nn.Linear(ours.in_features, ours.out_features)
+    of_minlora.load_state_dict({"weight": ours.weight, "bias": ours.bias})
+    parametrize.register_parametrization(of_minlora, "weight", _Parametrization(lora_A, lora_B, settings.scaling))
+    libraries = {"loralib": of_loralib, "minlora": of_minlora}
+    for layer in libraries.values():
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        layer.to(ours.weight.device)
+    return libraries
 
 
 def forward_backward(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
@@ -130,6 +168,15 @@ def measure(shape: Shape, rounds: int, device: torch.device, report: Report) -> 
     passes = {side: forward_backward(layer, x, grad) for side, layer in both.items()}
     seconds = interleave({side: timer(both_ways, device) for side, both_ways in passes.items()}, rounds, warmup=3)
     report.add(figure, **seconds, goal=GOALS.get(shape), **details)
+
+    libraries = {"ours": both["ours"], **small_libraries(both["ours"])}
+    expected, *others = (gradients(layer, x, grad)[0] for layer in libraries.values())
+    assert all(torch.allclose(output, expected, rtol=1e-3, atol=1e-3) for output in others)
+    timers = {name: timer(forward_backward(layer, x, grad), device) for name, layer in libraries.items()}
+    seconds = interleave(timers, rounds, warmup=3)
+    best = min(("loralib", "minlora"), key=lambda name: statistics.median(seconds[name]))
+    goal = SMALL_LIBRARY_GOALS.get(shape)
+    report.add(f"{figure}_small_libraries", seconds["ours"], seconds[best], goal=goal, best=best)
 
     peaks = {}
     for side, both_ways in passes.items():

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from xdiffusion.layers.attention import Attention, cached_context
+from xdiffusion.layers.attention import Attention
+from xdiffusion.layers.once import computed_once
 
 
 def by_hand(attention, x, context):
@@ -43,7 +44,7 @@ def test_a_context_is_projected_once_within_the_cache_and_each_context_on_its_ow
     expected = [attention(x, c) for c in (first, first, second, first)]
     calls = []
     attention.to_k.register_forward_hook(lambda *a: calls.append(1))
-    with cached_context(attention):
+    with computed_once(attention):
         actual = [attention(x, c) for c in (first, first, second, first)]
     assert len(calls) == 3
     assert all(torch.equal(a, b) for a, b in zip(actual, expected))

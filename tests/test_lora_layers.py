@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from xdiffusion.layers.once import computed_once
 from xdiffusion.lora import (
     LoRAConv1d,
     LoRAConv2d,
@@ -229,6 +230,26 @@ def test_merging_keeps_the_output_and_unmerging_every_bit(make, shape):
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
     assert all(torch.equal(a, b) for a, b in zip(factors, get_lora_parameters(model)))
     assert all(p.requires_grad for p in get_lora_parameters(model))
+
+
+@every_layer
+@torch.no_grad()
+def test_a_kept_weight_gives_the_same_until_it_is_dropped(make, shape):
+    base, model = wrapped(make)
+    layer, x = model["layer"], torch.randn(shape)
+    expected = layer(x)
+    with computed_once(model):
+        assert torch.allclose(layer(x), expected, atol=1e-5)
+        kept = layer.kept_weight
+        layer(x)
+        assert layer.kept_weight is kept
+        set_lora_enabled(model, False)
+        assert torch.equal(layer(x), base(x))
+        set_lora_enabled(model, True)
+    layer.lora_B["default"].mul_(2)
+    assert layer.kept_weight is None
+    assert torch.allclose(layer(x), 2 * expected - base(x), atol=1e-5)
+    assert "kept_weight" not in layer.unwrap().__dict__
 
 
 def test_an_unmerged_layer_is_in_the_mode_the_model_is_in():

@@ -7,9 +7,6 @@ with c = x for self-attention and c = the text embedding for cross-attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
@@ -73,6 +70,13 @@ class Attention(nn.Module):
             self._cache.context, self._cache.keys_values = context, self._keys_values(context)
         return self._cache.keys_values
 
+    def keep_results(self) -> None:
+        """Project an unchanged context once, see `computed_once`."""
+        self._cache = _ContextCache()
+
+    def drop_results(self) -> None:
+        self._cache = None
+
     def _heads(self, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(rearrange(x, "b n (h d) -> b n h d", h=self.num_heads)).transpose(1, 2)  # (B, heads, N, head_dim)
 
@@ -82,19 +86,3 @@ class _ContextCache:
 
     context: Tensor | None = None
     keys_values: tuple[Tensor, Tensor] | None = None
-
-
-@contextmanager
-def cached_context(model: nn.Module) -> Iterator[None]:
-    """Within this block every cross-attention of `model` projects an unchanged context tensor once, not at every step.
-
-    For sampling: the weights must not change and no gradient may be needed inside the block.
-    """
-    attentions = [m for m in model.modules() if isinstance(m, Attention)]
-    for attention in attentions:
-        attention._cache = _ContextCache()
-    try:
-        yield
-    finally:
-        for attention in attentions:
-            attention._cache = None

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from xdiffusion.layers.convolution import Conv3x3
+
 
 class ResBlock(nn.Module):
     """x + conv(act(norm(conv(act(norm(x))), time))), the time entering between the convolutions.
@@ -35,13 +37,13 @@ class ResBlock(nn.Module):
         super().__init__()
         self.time_conditioning = time_conditioning
         self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=norm_eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         if time_dim is not None:
             width = 2 * out_channels if time_conditioning == "scale_shift" else out_channels
             self.time_emb_proj = nn.Linear(time_dim, width)
         self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(
@@ -63,7 +65,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, kind: Literal["conv", "resample"] = "conv"):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if kind == "conv" else nn.AvgPool2d(2)
+        self.conv = Conv3x3(channels, channels, stride=2) if kind == "conv" else nn.AvgPool2d(2)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C h w"]:
         return self.conv(x)
@@ -74,7 +76,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, kind: Literal["conv", "resample"] = "conv"):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if kind == "conv" else nn.Identity()
+        self.conv = Conv3x3(channels, channels) if kind == "conv" else nn.Identity()
 
     def forward(self, x: Float[Tensor, "B C h w"], size: tuple[int, int]) -> Float[Tensor, "B C H W"]:
         return self.conv(F.interpolate(x, size=size, mode="nearest"))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from xdiffusion.checkpoints.patterns import is_ending, module_pattern
 from xdiffusion.lora.layers import LoRAConv1d, LoRAConv2d, LoRALayer, LoRALinear
 from xdiffusion.lora.settings import DEFAULT_ADAPTER, Init, LoRAError, check_settings
 
@@ -97,8 +97,13 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str]) -> list[
     elif target_modules == "all":
         found = list(layers)
     else:
-        complaint = f"LoRA targets {target_modules!r} are neither of {', '.join(PRESETS)} nor a regular expression"
-        found = list(filter(_compiled(target_modules, complaint).fullmatch, layers))
+        try:
+            found = list(filter(module_pattern(target_modules).fullmatch, layers))
+        except ValueError as error:
+            presets = ", ".join(PRESETS)
+            raise LoRAError(
+                f"LoRA targets {target_modules!r} are neither of {presets} nor a regular expression: {error}"
+            ) from error
     if not found:
         raise LoRAError(
             f"no layer of {type(model).__name__} matches the LoRA targets {target_modules!r}; allowed: "
@@ -176,25 +181,18 @@ def base_class_of(module: nn.Module | None) -> type[nn.Module] | None:
 
 def _by_pattern(names: Sequence[str], default: float, values: Mapping[str, float] | None, argument: str) -> dict:
     """The value of the first pattern that matches each name, else the default."""
-    compiled = {
-        pattern: _compiled(rf"(.*\.)?({pattern})", f"{argument}: {pattern!r} is no regular expression")
-        for pattern in values or {}
-    }
-    for pattern, expression in compiled.items():
-        if not any(map(expression.fullmatch, names)):
+    try:
+        matching = {pattern: {name for name in names if is_ending(pattern, name)} for pattern in values or {}}
+    except ValueError as error:
+        raise LoRAError(f"{argument}: {error}") from error
+    for pattern, found in matching.items():
+        if not found:
             raise LoRAError(
                 f"{argument}: {pattern!r} matches none of the targeted layers, named like {', '.join(names[:3])}"
             )
-    first = {n: next((p for p, expression in compiled.items() if expression.fullmatch(n)), None) for n in names}
+    first = {n: next((pattern for pattern, found in matching.items() if n in found), None) for n in names}
     return {n: default if pattern is None else values[pattern] for n, pattern in first.items()}
 
 
 def _has_ending(name: str, endings: Sequence[str]) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in endings)
-
-
-def _compiled(pattern: str, complaint: str) -> re.Pattern:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise LoRAError(complaint) from error

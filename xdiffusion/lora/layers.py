@@ -21,6 +21,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,8 @@ class LoRALayer(nn.Module):
     weight: Tensor
     bias: Tensor | None
     base_class: type[nn.Module]
+    keeps_weight = False
+    kept_weight: Tensor | None = None
 
     def _init_adapters(self) -> None:
         self.lora_A = nn.ParameterDict()
@@ -65,7 +68,8 @@ class LoRALayer(nn.Module):
     @classmethod
     def wrap(cls, layer: nn.Module) -> LoRALayer:
         """A LoRA layer without adapters that holds the very parameters, hooks and settings of `layer`."""
-        wrapped = cls.__new__(cls)
+        kind = _keeping_convolution(cls, type(layer)) if hasattr(layer, "convolve") else cls
+        wrapped = kind.__new__(kind)
         wrapped.__dict__ = layer.__dict__.copy()
         wrapped._parameters = layer._parameters.copy()
         wrapped._modules = layer._modules.copy()
@@ -75,7 +79,9 @@ class LoRALayer(nn.Module):
     def unwrap(self) -> nn.Module:
         """The plain layer again, with the very parameters, hooks and settings of this one."""
         plain = self.base_class.__new__(self.base_class)
-        plain.__dict__ = {k: v for k, v in self.__dict__.items() if k != "adapters"}
+        plain.__dict__ = {
+            k: v for k, v in self.__dict__.items() if k not in ("adapters", "keeps_weight", "kept_weight")
+        }
         plain._parameters = self._parameters.copy()
         plain._modules = {k: v for k, v in self._modules.items() if not k.startswith("lora_")}
         return plain
@@ -220,6 +226,10 @@ class LoRALayer(nn.Module):
         names = self.enabled_adapters()
         if not names:
             return self._base_forward(x, self.weight, self.bias)
+        if self.keeps_weight:
+            if self.kept_weight is None:
+                self.kept_weight = self.effective_weight()
+            return self._base_forward(x, self.kept_weight, self.bias)
         dropout = max(self.adapters[name].dropout for name in names) if self.training else 0.0
         if self._is_product(names):
             return self._lora_forward(x, dropout, self._product_of(names))
@@ -228,6 +238,13 @@ class LoRALayer(nn.Module):
             return self._base_forward(x, weight, self.bias)
         update = self._base_forward(F.dropout(x, dropout), weight - self.weight, None)
         return self._base_forward(x, self.weight, self.bias) + update
+
+    def keep_results(self) -> None:
+        """Form W' once, at the next call, for all calls until `drop_results`."""
+        self.keeps_weight = True
+
+    def drop_results(self) -> None:
+        self.keeps_weight, self.kept_weight = False, None
 
     def _is_product(self, names: Sequence[str]) -> bool:
         """Whether the update of x is B (A x), which DoRA's, with its norm, is not."""
@@ -301,9 +318,10 @@ class _LoRAConv(LoRALayer):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode), (0,) * len(self.stride)
         geometry = Geometry(self.stride, padding, self.dilation)
+        convolve = getattr(self, "convolve", None)
         if dropout:
-            return plain_lora_conv(x, F.dropout(x, dropout), self.weight, self.bias, *product, geometry)
-        return lora_conv(x, self.weight, self.bias, *product, geometry)
+            return plain_lora_conv(x, F.dropout(x, dropout), self.weight, self.bias, *product, geometry, convolve)
+        return lora_conv(x, self.weight, self.bias, *product, geometry, convolve)
 
 
 class LoRAConv2d(_LoRAConv, nn.Conv2d):
@@ -316,3 +334,9 @@ class LoRAConv1d(_LoRAConv, nn.Conv1d):
     """A 1-D convolution with LoRA, made by `wrap`."""
 
     base_class = nn.Conv1d
+
+
+@cache
+def _keeping_convolution(wrapper: type[LoRALayer], layer_class: type[nn.Module]) -> type[LoRALayer]:
+    """The wrapper for a class that convolves in its own way (`layers.convolution`), so that a fresh LoRA changes no bit."""
+    return type(f"LoRA{layer_class.__name__}", (wrapper, layer_class), {"base_class": layer_class})

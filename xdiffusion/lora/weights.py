@@ -58,8 +58,9 @@ def save_lora_weights(
     base_hash: str | None = None,
     config: Mapping[str, Any] | None = None,
     step: int = 0,
+    tokens: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write the factors of one adapter, by module name, with their lora_alpha, in this project's format.
+    """Write the factors of one adapter, by module name, with their lora_alpha, and learned tokens, in our format.
 
     Raises:
         LoRAError: if no layer of the model has that adapter.
@@ -69,7 +70,8 @@ def save_lora_weights(
     }
     if not modules:
         raise LoRAError(f"{type(model).__name__} has no LoRA adapter named {adapter_name!r} to save")
-    write_lora(LoRAFile(modules, base_hash=base_hash, config=config, step=step), Path(path), "native")
+    lora = LoRAFile(modules, tokens=tokens or {}, base_hash=base_hash, config=config, step=step)
+    write_lora(lora, Path(path), "native")
 
 
 def load_lora_weights(
@@ -100,11 +102,15 @@ def load_lora_weights(
         raise LoRAError(f"{path} was trained on another base: it names {lora.base_hash}, this model is {base_hash}")
     modules, left_out = _by_own_names(model, lora.modules, path)
     modules = _checked(model, modules, adapter_name, path)
+    text_encoder = getattr(model, "text_encoder", None)
+    takes_tokens = hasattr(text_encoder, "add_tokens")
+    if lora.tokens and takes_tokens:
+        text_encoder.add_tokens(lora.tokens)
     for name, factors in modules.items():
         layer = lora_layer_at(model, name)
         layer.set_factors(adapter_name, factors)
         layer.adapters[adapter_name].scale = scale
-    if lora.tokens:
+    if lora.tokens and not takes_tokens:
         left_out.append(f"{len(lora.tokens)} learned tokens, {', '.join(lora.tokens)}")
     return _report(model, list(modules), adapter_name, lora, tuple(left_out))
 
