@@ -3,9 +3,12 @@
 import re
 import runpy
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from picture_folders import write_discs
+from sd_files import write_native
 
 from xdiffusion.cli import run
 
@@ -39,7 +42,10 @@ SHORT = {
         "training.batch_size=2",
     ],
     "xdiffusion.commands.lora": [],
+    "xdiffusion.commands.lora_add": [],
+    "xdiffusion.commands.sd": [],
 }
+STABLE_DIFFUSION = "v1-5-pruned-emaonly.safetensors"
 
 
 def blocks(document: Path, language: str) -> list[str]:
@@ -51,8 +57,9 @@ def commands(document: Path) -> list[str]:
 
 
 def shortened(command: str) -> tuple[str, list[str]]:
-    """(script or module, arguments) of a documented command, with few steps and without a download."""
-    words = shlex.split(re.sub(r"diffusion-\d+", f"diffusion-{FEW_STEPS}", command))
+    """(script or module, arguments) of a documented command, with few steps, tiny twins and without a download."""
+    command = re.sub(r"diffusion-\d+", f"diffusion-{FEW_STEPS}", command)
+    words = shlex.split(re.sub(r"(configs/image/sd/|image/folder/)(sd\w+)", r"\1\2_tiny", command))
     python, script, *arguments = [word for word in words if word != "-m"]
     assert python == "python"
     arguments += SHORT[script]
@@ -65,13 +72,23 @@ def shortened(command: str) -> tuple[str, list[str]]:
 
 def main_of(script: str):
     """The function main of a script, or of a module that is run with -m."""
-    names = runpy.run_path(str(ROOT / script)) if script.endswith(".py") else runpy.run_module(script)
-    return names["main"]
+    return runpy.run_path(str(ROOT / script))["main"] if script.endswith(".py") else import_module(script).main
 
 
 def link_repository(folder: Path) -> None:
     for name in ("training", "sampling", "configs"):
         (folder / name).symlink_to(ROOT / name)
+
+
+def write_stable_diffusion(folder: Path) -> None:
+    """A tiny twin under the name of the checkpoint that documents load, and the pictures that they speak of."""
+    write_native("sd15_tiny", folder / "native.safetensors")
+    words = ["convert", str(folder / "native.safetensors"), str(folder / STABLE_DIFFUSION), "--to", "original"]
+    assert run(main_of("xdiffusion.commands.sd"), words) == 0
+    (folder / "native.safetensors").unlink()
+    write_discs(folder / "photos", 4, 64, {"red": (230, 20, 20), "blue": (20, 20, 230)})
+    for name in ("sketch.png", "mask.png"):
+        (folder / name).write_bytes((folder / "photos/disc_0.png").read_bytes())
 
 
 @pytest.mark.slow
@@ -80,6 +97,8 @@ def test_every_command_of_a_document_runs(document, tmp_path, monkeypatch, fake_
     link_repository(tmp_path)
     (tmp_path / "mnist").symlink_to(fake_mnist)
     monkeypatch.chdir(tmp_path)
+    if STABLE_DIFFUSION in document.read_text():
+        write_stable_diffusion(tmp_path)
     # a few steps leave lora_B and the un-averaged weights near zero, not at it
     assert commands(document)
     for command in commands(document):
@@ -93,6 +112,8 @@ def test_every_python_block_runs(document, tmp_path, monkeypatch):
     from torch import nn
 
     monkeypatch.chdir(tmp_path)
+    if any(STABLE_DIFFUSION in block for block in blocks(document, "python")):
+        write_stable_diffusion(tmp_path)
 
     def attention() -> nn.Module:
         return nn.ModuleDict({name: nn.Linear(4, 4) for name in ("to_q", "to_k")})

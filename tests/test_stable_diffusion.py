@@ -1,0 +1,144 @@
+"""The calls for scripts and notebooks, as their documents spell them, on a tiny original file."""
+
+import pytest
+import torch
+from lora_cases import factors
+from sd_files import random_sd
+from torch import nn
+
+from xdiffusion.checkpoints.component_names import exchange_name
+from xdiffusion.checkpoints.files import CheckpointError, save_safetensors
+from xdiffusion.checkpoints.lora_file import LoRAFile
+from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
+from xdiffusion.checkpoints.stable_diffusion import to_original
+from xdiffusion.config import ConfigError
+from xdiffusion.diffusion.objective import loss
+from xdiffusion.lora import (
+    LoRAError,
+    LoRALinear,
+    apply_lora_to_model,
+    get_lora_parameters,
+    merge_lora_weights,
+    set_lora_enabled,
+)
+from xdiffusion.stable_diffusion import generate, load_lora_into_models, preload_models_with_lora, save_models_lora
+
+PROMPT = "a beautiful landscape"
+FEW = {"steps": 2, "cfg_scale": 2.0}
+
+
+@pytest.fixture(scope="module")
+def ckpt_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sd") / "v1-5-pruned-emaonly.safetensors"
+    save_safetensors(path, to_original(random_sd("sd15_tiny").state_dict(), "transformers"), {})
+    return path
+
+
+def train(models, parameters, generator):
+    """Two steps of the objective on noise."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-1)
+    model = models["model"]
+    for _ in range(2):
+        x0 = models["autoencoder"].encode(torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1)
+        optimizer.zero_grad()
+        context = models["clip"].encode([PROMPT])
+        loss(models["diffusion"], model.schedule, model.prediction, x0, context, generator=generator).backward()
+        optimizer.step()
+
+
+def test_the_whole_way(ckpt_path, work_folder, generator, capsys):
+    models = preload_models_with_lora(
+        ckpt_path=str(ckpt_path), device="cpu", lora_rank=4, lora_alpha=1.0, lora_dropout=0.0, apply_to_diffusion=True,
+        apply_to_clip=False,
+    )  # fmt: skip
+    base = generate(prompt=PROMPT, models=models, **FEW)
+    assert base.shape == (1, 3, 64, 64) and base.abs().max() <= 1
+
+    for parameter in models["diffusion"].parameters():
+        parameter.requires_grad = False
+    parameters = get_lora_parameters(models["diffusion"])
+    for parameter in parameters:
+        parameter.requires_grad = True
+    assert not any(p.requires_grad for p in models["clip"].parameters())
+    frozen = {name: tensor.clone() for name, tensor in models["model"].base_weights().items()}
+    train(models, parameters, generator)
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in models["model"].base_weights().items())
+    styled = generate(prompt=PROMPT, models=models, **FEW)
+    assert not torch.equal(styled, base)
+    set_lora_enabled(models["diffusion"], enabled=False)
+    assert torch.equal(generate(prompt=PROMPT, models=models, **FEW), base)
+    set_lora_enabled(models["diffusion"], enabled=True)
+
+    assert save_models_lora(models, "my_lora_weights.pt").name == "my_lora_weights.safetensors"
+    fresh = preload_models_with_lora(ckpt_path, lora_rank=8)
+    assert load_lora_into_models(fresh, "my_lora_weights.pt") is fresh
+    assert "modules matched, none missing, none unexpected" in capsys.readouterr().out
+    assert torch.equal(generate(prompt=PROMPT, models=fresh, **FEW), styled)
+    merge_lora_weights(fresh["diffusion"])
+    torch.testing.assert_close(generate(prompt=PROMPT, models=fresh, **FEW), styled, rtol=0, atol=1e-4)
+
+
+def test_a_lora_on_both_parts_is_one_file_and_training_goes_on_after_a_load(ckpt_path, work_folder, generator):
+    models = preload_models_with_lora(ckpt_path, lora_rank=2, apply_to_clip=True)
+    both = [*get_lora_parameters(models["diffusion"]), *get_lora_parameters(models["clip"])]
+    train(models, both, generator)
+    path = save_models_lora(models, "both.safetensors")
+    assert {exchange_name(name).partition(".")[0] for name in read_lora(path).modules} == {"unet", "text_encoder"}
+    after = generate(PROMPT, models=models, **FEW)
+    train(models, both, generator)
+    load_lora_into_models(models, path)
+    assert torch.equal(generate(PROMPT, models=models, **FEW), after)
+    same = [*get_lora_parameters(models["diffusion"]), *get_lora_parameters(models["clip"])]
+    assert all(a is b for a, b in zip(both, same))  # what an optimizer holds
+
+
+def test_files_of_other_tools_and_strengths(ckpt_path, work_folder):
+    models = preload_models_with_lora(ckpt_path)
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
+    write_lora(LoRAFile({name: factors((32, 32), seed=0)}), work_folder / "style.safetensors", "kohya")
+    base = generate(PROMPT, models=models, **FEW)
+    load_lora_into_models(models, "style.safetensors", scale=0.8)
+    weaker = generate(PROMPT, models=models, **FEW)
+    load_lora_into_models(models, "style.safetensors", scale=0.0)
+    torch.testing.assert_close(generate(PROMPT, models=models, **FEW), base, rtol=0, atol=1e-5)
+    assert not torch.equal(weaker, base)
+    assert len(get_lora_parameters(models["model"])) == 2
+
+
+def test_several_prompts_and_settings(ckpt_path):
+    models = preload_models_with_lora(ckpt_path)
+    images = generate(["a fox", "a house"], models=models, seed=3, negative_prompt="grey", batch_size=1, **FEW)
+    again = generate("a house", models=models, seed=4, negative_prompt="grey", **FEW)
+    torch.testing.assert_close(images[1:], again, rtol=0, atol=1e-5)
+    other = generate("a house", models=models, seed=4, sampler={"kind": "euler"}, **FEW)
+    assert not torch.equal(other, again)
+
+
+def test_mistakes_leave_the_models_as_they_were(ckpt_path, work_folder, generator):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at none.ckpt"):
+        preload_models_with_lora("none.ckpt", "cpu")
+    with pytest.raises(LoRAError, match="a LoRA on neither part"):
+        preload_models_with_lora(ckpt_path, apply_to_diffusion=False)
+    models = preload_models_with_lora(ckpt_path)
+    train(models, get_lora_parameters(models["diffusion"]), generator)
+    before = generate(PROMPT, models=models, **FEW)
+    write_lora(LoRAFile({"unet.other": factors((8, 8), seed=0)}), work_folder / "other.safetensors", "diffusers")
+    path = save_models_lora(models, "mine.safetensors")
+    with pytest.raises(LoRAError, match=r"other.safetensors does not fit this model"):
+        load_lora_into_models(models, "other.safetensors")
+    assert torch.equal(generate(PROMPT, models=models, **FEW), before)
+    with torch.no_grad():
+        models["diffusion"].conv_in.bias.add_(1)
+    with pytest.raises(LoRAError, match="was trained on another base"):
+        load_lora_into_models(models, path)
+    load_lora_into_models(models, path, allow_other_base=True)
+    with pytest.raises(ConfigError, match="stps"):
+        generate(PROMPT, models=models, stps=3)
+
+
+def test_chosen_layers_and_a_layer_of_ones_own():
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj")})
+    model = apply_lora_to_model(model, rank=8, alpha=1.0, target_modules=["q_proj", "v_proj"])
+    assert [isinstance(layer, LoRALinear) for layer in model.values()] == [True, False, True]
+    layer = LoRALinear(in_features=768, out_features=768, bias=True, rank=8, alpha=16.0, dropout=0.1)
+    assert layer(torch.zeros(2, 768)).shape == (2, 768)

@@ -1,0 +1,164 @@
+"""Stable Diffusion with LoRA in a few calls, for scripts and notebooks; thin over the parts that the commands use.
+
+models = preload_models_with_lora("v1-5-pruned-emaonly.safetensors", "cuda", lora_rank=4)
+... train get_lora_parameters(models["diffusion"]) ...
+save_models_lora(models, "style.safetensors")
+images = generate("a beautiful landscape", models=models, steps=20)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from jaxtyping import Float
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from xdiffusion.build import build_sampling, override
+from xdiffusion.checkpoints.files import PICKLED, SAFETENSORS, content_hash
+from xdiffusion.loading import load_model
+from xdiffusion.lora.adapters import remove_lora, set_lora_scale, swap_lora
+from xdiffusion.lora.inject import apply_lora_to_model, lora_layers
+from xdiffusion.lora.settings import DEFAULT_ADAPTER, LoRAError
+from xdiffusion.lora.weights import load_lora_weights, save_lora_weights
+from xdiffusion.model import DiffusionModel, StartImage, generators_for
+from xdiffusion.model import generate as generate_images
+
+
+class Models(TypedDict):
+    """A loaded model by its parts.
+
+    diffusion: the UNet. clip: the text encoder. autoencoder: between images and latents.
+    model: the three together, as `xdiffusion.model` has it. config: what it was built from.
+    """
+
+    diffusion: nn.Module
+    clip: nn.Module
+    autoencoder: nn.Module
+    model: DiffusionModel
+    config: DictConfig
+
+
+def preload_models_with_lora(
+    ckpt_path: str | Path,
+    device: str | torch.device = "cpu",
+    lora_rank: int = 4,
+    lora_alpha: float = 1.0,
+    lora_dropout: float = 0.0,
+    apply_to_diffusion: bool = True,
+    apply_to_clip: bool = False,
+) -> Models:
+    """A frozen model with a fresh LoRA on its attentions, which changes no bit of its output before it is trained.
+
+    Args:
+        ckpt_path: see `loading.load_model`.
+        device: where everything goes.
+        lora_rank, lora_alpha, lora_dropout: see `apply_lora_to_model`.
+        apply_to_diffusion, apply_to_clip: which parts get one.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged or no model.
+        LoRAError: for a rank or dropout that the layers cannot have, or if no part is to have a LoRA.
+    """
+    if not (apply_to_diffusion or apply_to_clip):
+        raise LoRAError("a LoRA on neither part: set apply_to_diffusion or apply_to_clip")
+    model, config = load_model(ckpt_path)
+    for part, chosen in ((model.network, apply_to_diffusion), (model.text_encoder, apply_to_clip)):
+        if chosen:
+            apply_lora_to_model(part, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout)
+    model.to(device)
+    return {
+        "diffusion": model.network,
+        "clip": model.text_encoder,
+        "autoencoder": model.autoencoder,
+        "model": model,
+        "config": config,
+    }
+
+
+def save_models_lora(models: Models, path: str | Path) -> Path:
+    """Write the LoRA of all parts into one file of this project's format; `lora convert` makes others of it.
+
+    Args:
+        models: with the LoRA of `preload_models_with_lora` or `load_lora_into_models`.
+        path: where a name ends in .pt, .safetensors takes its place, as everywhere here.
+
+    Returns:
+        Where it was written.
+
+    Raises:
+        LoRAError: if no part has a LoRA.
+    """
+    path = Path(path)
+    path = path.with_suffix(SAFETENSORS) if path.suffix in PICKLED else path
+    base_hash = content_hash(models["model"].base_weights())
+    save_lora_weights(models["model"], path, base_hash=base_hash, config=OmegaConf.to_container(models["config"]))
+    return path
+
+
+def load_lora_into_models(
+    models: Models, path: str | Path, scale: float = 1.0, *, allow_other_base: bool = False
+) -> Models:
+    """Put a LoRA of any format in the place of the one that the models have, and print what was matched.
+
+    An optimizer keeps its parameters where the shapes stay. On an error the models are as before.
+
+    Args:
+        models: with a LoRA or without.
+        path: see `load_lora_weights`.
+        scale: strength at run time.
+        allow_other_base: take a LoRA that was trained on other weights of this shape.
+
+    Returns:
+        The same models.
+
+    Raises:
+        CheckpointError, LoRAError: see `load_lora_weights`.
+    """
+    model = models["model"]
+    base_hash = None if allow_other_base else content_hash(model.base_weights())
+    report = load_lora_weights(model, path, scale=scale, adapter_name="incoming", base_hash=base_hash)
+    incoming = {n: layer.factors("incoming") for n, layer in lora_layers(model) if "incoming" in layer.adapters}
+    remove_lora(model, "incoming")
+    swap_lora(model, incoming)
+    set_lora_scale(model, scale, DEFAULT_ADAPTER)
+    print(f"{path}: {report}")
+    return models
+
+
+def generate(
+    prompt: str | Sequence[str],
+    *,
+    models: Models,
+    seed: int = 0,
+    start_image: StartImage | None = None,
+    batch_size: int = 4,
+    **sampling: Any,
+) -> Float[Tensor, "B 3 H W"]:
+    """Images in [-1, 1] on the CPU, one per prompt; `pictures.as_picture` makes one of them a picture.
+
+    Args:
+        prompt: one, or several.
+        models: of `preload_models_with_lora`.
+        seed: image i is drawn from the noise of seed + i.
+        start_image: for img2img and inpainting, see `model.StartImage`.
+        batch_size: images drawn at a time.
+        sampling: keys of the config's section `sampling:`, such as steps=20, cfg_scale=7.5, negative_prompt="blurry", or
+            sampler={"kind": "euler"}.
+
+    Raises:
+        ConfigError: for a key or value that this section does not allow.
+        ValueError: if the start image or a prompt is wrong.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    assignments = [f"sampling.{key}={json.dumps(value)}" for key, value in sampling.items()]
+    config = override(models["config"], assignments, "generate")
+    settings = build_sampling(config, models["model"].schedule)
+    generators = generators_for(seed, len(prompts))
+    return generate_images(
+        models["model"], prompts, generators, start_image=start_image, batch_size=batch_size, **settings
+    )
