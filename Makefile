@@ -1,9 +1,12 @@
 # make demo: train, adapt, sample and score on two CPU cores, into output/demo.   make test: the whole suite.
+# make lowest, make newest: the suite with the oldest and the newest packages that pyproject.toml allows, in .venv-lowest and
+# .venv-newest (5 GB each). make audit: ask the network for known vulnerabilities of what is installed.
 # Each sets up .venv by itself on its first call. PYTHON=python3.12 chooses another interpreter (3.10 to 3.13).
 PYTHON ?= python3
+NEWEST_PYTHON ?= 3.13
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint lowest newest audit clean
 
 demo: .venv/.installed
 	$(BIN)/python training/image/demo.py
@@ -14,6 +17,25 @@ test: .venv/.installed-test
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# uv, because pip cannot resolve to the oldest; the oldest Python with them, as the newest packages may have left it
+lowest: .venv/.installed-uv
+	$(BIN)/uv venv --clear --python 3.10 .venv-lowest
+	$(BIN)/uv pip install --python .venv-lowest --resolution lowest-direct -e '.[test]'
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n auto
+
+newest: .venv/.installed-uv
+	$(BIN)/uv venv --clear --python $(NEWEST_PYTHON) .venv-newest
+	$(BIN)/uv pip install --python .venv-newest --upgrade -e '.[test]'
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n auto
+
+audit: .venv/.installed-test
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --local --skip-editable
+
+.venv/.installed-uv: .venv/.installed
+	$(BIN)/python -m pip install --quiet uv
+	@touch $@
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 14), f"Python 3.10 to 3.13 is needed, not {sys.version}: make PYTHON=python3.12"'
@@ -27,4 +49,4 @@ lint: .venv/.installed-test
 	@touch $@
 
 clean:
-	rm -rf .venv output/demo
+	rm -rf .venv .venv-lowest .venv-newest output/demo

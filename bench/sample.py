@@ -110,7 +110,8 @@ def measure_random(size_name: str, args: argparse.Namespace, device: torch.devic
 
 def measure_checkpoint(args: argparse.Namespace, device: torch.device, report: Report) -> None:
     """A trained model: time and prompt accuracy of both ways, in one pass over all samples."""
-    from xdiffusion.build import build_data, load_model, override
+    from xdiffusion.build import build_data, override
+    from xdiffusion.loading import load_model
     from xdiffusion.scoring import cached_judge
 
     model, config = load_model(args.checkpoint)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from commands import EVALUATE, SAMPLE, TRAIN, TRAIN_CLIP, files_in, run_process, run_script, set_words
 
-from xdiffusion.build import load_model
 from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
 from xdiffusion.checkpoints.native import load_model_file, save_model
+from xdiffusion.loading import load_model
 from xdiffusion.training import loop
 
 BASE = "--load_model_weights_from_checkpoint"
@@ -74,6 +74,10 @@ BAD_INPUT = {
     },
     EVALUATE: {
         "--num_samples 1": "--num_samples 1 ... at least 2",
+        "--num_samples 19 --full": "--num_samples 19 ... at least 20",
+        "--intervals 1": "--intervals 1 ... at least 2",
+        "--clip ViT": "--clip 'ViT' ... own ... ViT-B-32-quickgelu/openai",
+        "--report {text}/out.html": "cannot write to ... text.safetensors",
         "--dataset_name image/digit": "'image/digit' is unknown, did you mean image/digits?",
         "--dataset_name image/cifar10 --data_dir nowhere": "image/cifar10 ... --data_dir nowhere ... image/digits",
         "--lora_path {lora} --checkpoint {other_base}": "-lora.safetensors was trained on another base",
@@ -209,7 +213,8 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(command, work_
     words = "--output_path run --num_training_steps 8 --save_and_sample_every_n 2"
     assert run_script(TRAIN, *command(TRAIN, words)) == 1
     assert re.fullmatch(
-        "error: training stopped, loss nan.* at step 5; last good checkpoint: run/diffusion-4.safetensors",
+        "error: training stopped after step 4, loss nan.* at step 5; last good checkpoint: run/diffusion-4.safetensors; "
+        "to go on from it: python .* --resume_from auto",
         capsys.readouterr().err.splitlines()[-1],
     )
     assert len(calls) == 5
@@ -226,5 +231,6 @@ def test_an_absurd_learning_rate_is_caught(command, work_folder, capsys):
     words = "--output_path run --num_training_steps 20 --save_and_sample_every_n 20 --set optimizer.learning_rate=1e30"
     assert run_script(TRAIN, *command(TRAIN, words)) == 1
     last_line = capsys.readouterr().err.splitlines()[-1]
-    assert re.fullmatch(r"error: training stopped, .* at step \d+; last good checkpoint: none", last_line)
+    stopped = r"error: training stopped after step \d+, .* at step \d+; last good checkpoint: none"
+    assert re.fullmatch(stopped, last_line)
     assert not [name for name in files_in(work_folder / "run") if name.endswith((".safetensors", ".pt", ".tmp"))]

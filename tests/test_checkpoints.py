@@ -294,7 +294,7 @@ def test_every_truncation_raises_the_one_error(name, tmp_path):
 def test_a_type_that_torch_does_not_have_is_an_error(tmp_path):
     header = json.dumps({"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 3)
-    with pytest.raises(CheckpointError, match=r"a\.safetensors cannot be read"):
+    with pytest.raises(CheckpointError, match=r"a\.safetensors (cannot be read|is not a whole)"):
         load_safetensors(tmp_path / "a.safetensors")
 
 

@@ -51,8 +51,9 @@ FLAGS = {
     "load_model_weights_from_checkpoint resume_from mixed_precision use_lora_training sample_with_guidance compile "
     "force_cpu seed set dry_run",
     SAMPLE: "config_path checkpoint lora_path lora_merge num_samples prompt guidance sampling_steps sampler seed output_path "
-    "force_cpu save_trajectory",
-    EVALUATE: "checkpoint lora_path dataset_name data_dir num_samples seed json",
+    "force_cpu save_trajectory times negative_prompt paired learned_tokens batch_size clip_skip height width init_image "
+    "strength mask_image mixed_precision offload tile_size from_png",
+    EVALUATE: "checkpoint lora_path dataset_name data_dir num_samples seed intervals full clip report json",
     TRAIN_CLIP: "config_path dataset_name data_dir output_path num_training_steps seed set",
     DEMO: "output_path num_training_steps num_samples seed",
     ABLATE: "checkpoint config_path dataset_name output_path ranks targets variants num_training_steps num_samples seed set",
@@ -100,6 +101,14 @@ def test_a_users_mistake_is_one_line_and_status_2(capsys, monkeypatch):
         cli.run(mistaken)
 
 
+def test_ctrl_c_is_one_line_and_status_130(capsys):
+    def stopped(argv):
+        raise KeyboardInterrupt
+
+    assert cli.run(stopped) == 130
+    assert capsys.readouterr().err == "stopped by SIGINT\n"
+
+
 def test_our_own_mistakes_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         cli.run(lambda argv: 1 // 0)
@@ -114,7 +123,7 @@ def test_the_exit_status_is_that_of_main():
 
 def test_a_base_run_and_a_lora_run_write_what_they_promise(tiny_run):
     base, lora = tiny_run.checkpoint.parent, tiny_run.lora.parent
-    record = {"config.yaml", "metrics.jsonl", "loss.png", "samples/sample-2.png"}
+    record = {"config.yaml", "metrics.jsonl", "run.json", "loss.png", "samples/sample-2.png"}
     for run_folder, weights in ((base, "diffusion-2"), (lora, "diffusion-2-lora")):
         written = {name for name in files_in(run_folder) if not name.startswith("tensorboard/")}
         assert written == record | {f"{weights}.safetensors", f"{weights}.state.pt"}

@@ -9,7 +9,9 @@ from xdiffusion.build import load_config
 from xdiffusion.cli import run
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+ALL_CONFIGS = sorted((ROOT / "configs/image").rglob("*.yaml"))
+CONFIGS = [path for path in ALL_CONFIGS if path.parent.name != "sd"]
+SD_CONFIGS = [path for path in ALL_CONFIGS if path.parent.name == "sd"]
 FAST = ["--set", "model.text_encoder.pretrained=null", "--num_training_steps", "2", "--batch_size", "2", "--force_cpu"]
 FAST += ["--set", "sampling.steps=1"]
 
@@ -27,6 +29,20 @@ def test_config_is_short_and_its_name_tells_its_size_prediction_and_schedule(pat
     prediction = {"v": "v", "eps": "epsilon"}[config.diffusion.prediction]
     size = config.data.image_size
     assert path.stem == f"ddpm_{size}x{size}_{prediction}_{kinds[config.diffusion.schedule.kind]}_clip"
+
+
+@pytest.mark.parametrize("path", SD_CONFIGS, ids=lambda p: p.stem)
+def test_sd_config_is_short_and_its_name_tells_the_model(path):
+    assert len(path.read_text().splitlines()) < 45
+    config = load_config(path)
+    assert config.data.kind == "image/folder"
+    words = path.stem.split("_")
+    tiny = "tiny" in words
+    assert config.diffusion.prediction == ("v" if "v" in words else "eps")
+    assert config.data.image_size == (64 if tiny else 768 if "v" in words else 512)
+    widths = {"sd15": 768, "sd21": 1024, "sd15 tiny": 16, "sd21 tiny": 24}
+    assert config.model.text_encoder.width == widths[words[0] + " tiny" * tiny]
+    assert config.diffusion.schedule.spacing == "scaled_linear"
 
 
 @pytest.mark.slow

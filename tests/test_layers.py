@@ -27,9 +27,14 @@ MAY_IMPORT = {
     "prompts": {"data"},
     "model": {"diffusion", "layers", "samplers"},
     "build": {"config", "signatures", "model", "checkpoints", "data", "diffusion", "text_encoders"},
-    "scoring": {"model", "checkpoints", "data", "diffusion", "evaluation", "lora"},
+    "held_out": {"model", "data", "diffusion", "evaluation", "lora"},
+    "scoring": {"model", "checkpoints", "data", "evaluation", "held_out", "lora"},
+    "clip_towers": {"checkpoints", "data", "text_encoders", "training"},
+    "report": {"checkpoints", "data", "evaluation", "scoring"},
     "training": {"model", "checkpoints", "data", "diffusion", "lora", "pictures", "samplers", "text_encoders"},
-    "commands": {"build", "checkpoints", "cli", "lora"},
+    "loading": {"build", "checkpoints", "config", "model"},
+    "stable_diffusion": {"build", "checkpoints", "loading", "lora", "model"},
+    "commands": {"build", "checkpoints", "cli", "loading", "lora", "text_encoders"},
 }
 HEAVY = {"open_clip", "accelerate", "matplotlib", "torchvision", "tensorboard"}
 NEVER = {"diffusers", "transformers", "peft"}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,12 @@ from xdiffusion.config import (
     resolve,
     with_overrides,
 )
-from xdiffusion.signatures import Parameter
+from xdiffusion.signatures import Parameter, signature
 
 if TYPE_CHECKING:
-    from xdiffusion.checkpoints.native import ModelFile
+    from xdiffusion.data.captioned_images import CaptionedImages
     from xdiffusion.data.image_set import ImageSet
+    from xdiffusion.data.shards import Shards
     from xdiffusion.diffusion.schedules import Schedule
     from xdiffusion.model import DiffusionModel
     from xdiffusion.text_encoders.clip import CLIPTextEncoder
@@ -37,14 +39,21 @@ DATASETS = {
     "image/mnist": "xdiffusion.data.torchvision_sets:load_mnist",
     "image/fashion_mnist": "xdiffusion.data.torchvision_sets:load_fashion_mnist",
     "image/cifar10": "xdiffusion.data.torchvision_sets:load_cifar10",
+    "image/folder": "xdiffusion.data.image_folder:load_image_folder",
+    "image/hugging_face": "xdiffusion.data.hugging_face:load_hugging_face",
+    "image/shards": "xdiffusion.data.shards:load_shards",
 }
 IMAGE_CHANNELS = {"image/digits": 1, "image/mnist": 1, "image/fashion_mnist": 1, "image/cifar10": 3}
+IMAGE_CHANNELS |= {"image/folder": 3, "image/hugging_face": 3, "image/shards": 3}
 NETWORKS = {"unet": "xdiffusion.networks.unet:UNet"}
 TEXT_ENCODERS = {
     "clip": "xdiffusion.text_encoders.clip:CLIPTextEncoder",
     "open_clip": "xdiffusion.text_encoders.open_clip:open_clip_text_encoder",
 }
-AUTOENCODERS = {"identity": "xdiffusion.autoencoders.identity:IdentityAutoencoder"}
+AUTOENCODERS = {
+    "identity": "xdiffusion.autoencoders.identity:IdentityAutoencoder",
+    "kl": "xdiffusion.autoencoders.kl:KLAutoencoder",
+}
 SCHEDULES = {
     "cosine": "xdiffusion.diffusion.schedules:CosineSchedule",
     "betas": "xdiffusion.diffusion.schedules:BetaSchedule",
@@ -54,19 +63,23 @@ SAMPLERS = {
     "ddim": "xdiffusion.samplers.ddim:sample_ddim",
     "heun": "xdiffusion.samplers.heun:sample_heun",
     "dpm_solver": "xdiffusion.samplers.dpm_solver:sample_dpm_solver",
+    "euler": "xdiffusion.samplers.euler:sample_euler",
+    "euler_ancestral": "xdiffusion.samplers.euler:sample_euler_ancestral",
 }
 TIME_GRIDS = {
     "uniform": "xdiffusion.samplers.time_grids:uniform_times",
     "logsnr": "xdiffusion.samplers.time_grids:logsnr_times",
     "karras": "xdiffusion.samplers.time_grids:karras_times",
+    "timesteps": "xdiffusion.samplers.time_grids:timestep_times",
 }
 INVERTED = "_inverted"
+MAX_PARAMETERS = 3_000  # weight tensors of a model that is read from a file; Stable Diffusion has 1,200
 _PRETRAINED = Parameter("pretrained", ast.parse("str | None", mode="eval").body, "tiny")
 _LEARNING_RATE = Parameter("learning_rate", ast.parse("float | None", mode="eval").body, None)
 _SAMPLER_ARGUMENTS = frozenset({"denoiser", "x_T", "times", "generator", "on_step"})
 
 SCHEMA = {
-    "data": Slot(DATASETS, suffix=INVERTED),
+    "data": Slot(DATASETS, injected=frozenset({"seed"}), suffix=INVERTED),
     "model": Section(
         "xdiffusion.model:DiffusionModel",
         injected=frozenset({"network", "text_encoder", "autoencoder", "schedule", "prediction", "image_shape"}),
@@ -78,7 +91,7 @@ SCHEMA = {
     ),
     "diffusion": Section(
         "xdiffusion.diffusion.objective:loss",
-        injected=frozenset({"network", "schedule", "x0", "context", "generator", "share"}),
+        injected=frozenset({"network", "schedule", "x0", "context", "generator", "share", "weights"}),
         children={"schedule": Slot(SCHEDULES, default="cosine")},
     ),
     "clip": Section(
@@ -104,6 +117,8 @@ SCHEMA = {
         extra={"learning_rate": _LEARNING_RATE},
         optional=True,
     ),
+    "prior": Section("xdiffusion.training.prior_preservation:PriorSettings", optional=True),
+    "textual_inversion": Section("xdiffusion.training.textual_inversion:TextualInversionSettings", optional=True),
 }
 
 
@@ -134,12 +149,20 @@ def override(config: DictConfig, overrides: Sequence[str], source: str) -> DictC
     return resolve(with_overrides(config, parse_overrides(overrides), SCHEMA), SCHEMA, source)
 
 
-def build_data(config: DictConfig) -> ImageSet:
-    """The image set of `data:`; a kind with the suffix `_inverted` is the inverted style of the set before it."""
-    from xdiffusion.data.image_set import invert
+def build_data(config: DictConfig) -> ImageSet | CaptionedImages | Shards:
+    """The images of `data:`; a kind with the suffix `_inverted` is the inverted style of the set before it.
+
+    Raises:
+        ConfigError: if they are not there, or have no inverted style.
+    """
+    from xdiffusion.data.image_set import ImageSet, invert
 
     kind = config.data.kind
-    images = _construct(DATASETS[kind.removesuffix(INVERTED)], config.data, "data")
+    target = DATASETS[kind.removesuffix(INVERTED)]
+    seed = {"seed": config.training.seed} if "seed" in signature(target) else {}
+    images = _construct(target, config.data, "data", **seed)
+    if kind.endswith(INVERTED) and not isinstance(images, ImageSet):
+        raise ConfigError(f"data.kind={kind!r}: only sets with classes have an inverted style")
     return invert(images) if kind.endswith(INVERTED) else images
 
 
@@ -149,8 +172,19 @@ def image_shape(config: DictConfig) -> tuple[int, int, int]:
     return channels, config.data.image_size, config.data.image_size
 
 
-def build_model(config: DictConfig) -> DiffusionModel:
-    """The model of `model:` and `diffusion:` with fresh weights; sizes shared by two parts are read off the built one."""
+def build_model(config: DictConfig, *, without_weights: bool = False) -> DiffusionModel:
+    """The model of `model:` and `diffusion:`; sizes shared by two parts are read off the built one.
+
+    Args:
+        config: resolved.
+        without_weights: on the meta device, for `loading.load_weights` to fill; otherwise with fresh weights.
+    """
+    schedule = build_schedule(config)
+    with _without_weights() if without_weights else nullcontext():
+        return _build_model(config, schedule)
+
+
+def _build_model(config: DictConfig, schedule: Schedule) -> DiffusionModel:
     from xdiffusion.model import DiffusionModel
 
     parts = config.model
@@ -166,7 +200,6 @@ def build_model(config: DictConfig) -> DiffusionModel:
         in_channels=autoencoder.latent_channels,
         context_dim=text_encoder.width,
     )
-    schedule = build_schedule(config)
     with _named("model.network"):
         return DiffusionModel(
             network, text_encoder, autoencoder, schedule, config.diffusion.prediction, shape, parts.channels_last
@@ -179,78 +212,6 @@ def build_text_encoder(config: DictConfig) -> CLIPTextEncoder:
     return _construct(TEXT_ENCODERS[slot.kind], slot, "model.text_encoder")
 
 
-def load_model(path: str | Path, config_path: str | Path | None = None) -> tuple[DiffusionModel, DictConfig]:
-    """A trained model in evaluation mode, and its config.
-
-    Args:
-        path: a checkpoint of `training/image/train.py`, which carries its config.
-        config_path: checked against the checkpoint's config; needed for a file that carries none (`.pt`).
-
-    Raises:
-        CheckpointError: if the file is missing, damaged, or of another architecture than the config.
-        ConfigError: if there is no config at all, or it is wrong.
-    """
-    from xdiffusion.checkpoints.native import load_model_file
-
-    file = load_model_file(Path(path))
-    if file.config is not None:
-        config = resolve(OmegaConf.create(file.config), SCHEMA, str(file.path))
-        if config_path is not None:
-            check_same_architecture(load_config(config_path), file)
-    elif config_path is not None:
-        config = load_config(config_path)
-    else:
-        raise ConfigError(f"{file.path} carries no config: name it with --config_path")
-    model = build_model(config)
-    load_weights(model, file)
-    return model.eval().requires_grad_(False), config
-
-
-def load_weights(model: DiffusionModel, file: ModelFile) -> None:
-    """Put a checkpoint's weights into a model of its architecture.
-
-    Raises:
-        CheckpointError: if names or shapes differ.
-    """
-    from xdiffusion.checkpoints.files import CheckpointError
-
-    try:
-        model.load_state_dict(file.tensors)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{file.path} is a checkpoint for another architecture: {reason}") from error
-
-
-def check_same_architecture(config: DictConfig, file: ModelFile) -> None:
-    """Compare what a config and a checkpoint say of the model, where the checkpoint says anything.
-
-    Raises:
-        CheckpointError: naming the first key that differs.
-    """
-    from xdiffusion.checkpoints.files import CheckpointError
-
-    for key in (
-        "model.network",
-        "model.text_encoder",
-        "model.autoencoder",
-        "diffusion.schedule",
-        "diffusion.prediction",
-    ):
-        ours, theirs = (OmegaConf.select(OmegaConf.create(c), key) for c in (config, file.config or config))
-        differing = _first_difference(ours, theirs, key)
-        if differing:
-            raise CheckpointError(f"{file.path} is a checkpoint for another architecture: {differing}")
-    if file.image_shape and file.image_shape != image_shape(config):
-        raise CheckpointError(f"{file.path} is for images {file.image_shape}, the config for {image_shape(config)}")
-
-
-def _first_difference(ours: Any, theirs: Any, key: str) -> str:
-    if not isinstance(ours, DictConfig):
-        return "" if ours == theirs else f"{key}={theirs} there, {ours} in the config"
-    keys = (k for k in ours if k != "pretrained")
-    return next(filter(None, (_first_difference(ours[k], theirs.get(k), f"{key}.{k}") for k in keys)), "")
-
-
 def build_schedule(config: DictConfig) -> Schedule:
     """The noise schedule of `diffusion.schedule:`."""
     slot = config.diffusion.schedule
@@ -258,13 +219,14 @@ def build_schedule(config: DictConfig) -> Schedule:
 
 
 def build_sampling(config: DictConfig, schedule: Schedule) -> dict[str, Any]:
-    """The keyword arguments of `model.generate` that `sampling:` decides: sampler, times, cfg_scale, clip_x0."""
+    """The keyword arguments of `model.generate` that `sampling:` decides: sampler, times, and most `SamplingSettings`."""
     sampling = config.sampling
     sampler = partial(_target(SAMPLERS[sampling.sampler.kind]), **_keywords(sampling.sampler))
     grid = _target(TIME_GRIDS[sampling.times.kind])
     with _named("sampling.times"):
         times = grid(schedule, sampling.steps, **_keywords(sampling.times))
-    return {"sampler": sampler, "times": times, "cfg_scale": sampling.cfg_scale, "clip_x0": sampling.clip_x0}
+    settings = ("cfg_scale", "clip_x0", "negative_prompt", "prompt_syntax", "whole_steps", "start_noise")
+    return {"sampler": sampler, "times": times} | {key: sampling[key] for key in settings}
 
 
 def _construct(target: str, slot: DictConfig, where: str, **injected: Any) -> Any:
@@ -280,6 +242,39 @@ def _target(target: str) -> Any:
 def _keywords(slot: DictConfig) -> dict[str, Any]:
     plain: Mapping[str, Any] = OmegaConf.to_container(slot)
     return {k: v for k, v in plain.items() if k not in ("kind", "pretrained")}
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Modules made in this block are on the meta device, and torch.nn.init does nothing: on meta it takes seconds too.
+
+    The config may be that of a stranger's checkpoint, which can ask for layers without end: they are counted.
+    """
+    import torch
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+    from torch.overrides import TorchFunctionMode
+
+    class SkipInit(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if getattr(function, "__module__", None) == "torch.nn.init":
+                return kwargs["tensor"] if "tensor" in kwargs else args[0]
+            return function(*args, **kwargs)
+
+    made = count(1)
+
+    def count_parameter(*_: Any) -> None:
+        if next(made) > MAX_PARAMETERS:
+            raise ConfigError(f"it describes a model of more than {MAX_PARAMETERS:,} weight tensors")
+
+    counting = register_module_parameter_registration_hook(count_parameter)
+    try:
+        with torch.device("meta"), SkipInit():
+            yield
+    except (RuntimeError, TypeError, OverflowError, ZeroDivisionError) as error:  # widths that no tensor can have
+        raise ConfigError(f"the sizes of its model cannot be: {' '.join(str(error).split())[:100]}") from error
+    finally:
+        counting.remove()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import json
 import os
 import runpy
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +36,9 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR
+    except KeyboardInterrupt:  # a training takes the signal itself from its first step on: training/interruption.py
+        print("stopped by SIGINT", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of the output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it flushes at its end
         return 0
@@ -65,6 +69,8 @@ SAMPLING_FLAGS = {  # config key by flag
     "guidance": "sampling.cfg_scale",
     "sampling_steps": "sampling.steps",
     "sampler": "sampling.sampler.kind",
+    "times": "sampling.times.kind",
+    "negative_prompt": "sampling.negative_prompt",
 }
 
 
@@ -73,11 +79,22 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     agree = "optional: the checkpoint carries its config; if given, the two must agree"
     setting = "set a key of the section sampling:, such as sampling.sampler.eta=1; repeatable"
-    add("--checkpoint", required=True, metavar="FILE", help="a model of training/image/train.py")
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="FILE",
+        help="a model of training/image/train.py, or Stable Diffusion 1.5 or 2.1: an original file or a diffusers folder",
+    )
     add("--config_path", metavar="YAML", help=agree)
     add("--guidance", type=float, metavar="SCALE", help="classifier-free guidance, 1 = none (default: the config's)")
     add("--sampling_steps", type=positive_int, metavar="N", help="steps of the sampler (default: the config's)")
-    add("--sampler", metavar="NAME", help="ancestral, ddim, heun or dpm_solver (default: the config's)")
+    add(
+        "--sampler",
+        metavar="NAME",
+        help="ancestral, ddim, heun, dpm_solver, euler or euler_ancestral (default: the config's)",
+    )
+    add("--times", metavar="NAME", help="its grid: uniform, logsnr, karras or timesteps (default: the config's)")
+    add("--negative_prompt", metavar="TEXT", help="what guidance leads away from (default: nothing)")
     add("--force_cpu", action="store_true", help="do not use a GPU that is there")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
 

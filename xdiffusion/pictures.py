@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import torch
 from jaxtyping import Float
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -65,7 +68,44 @@ def save_png(page: Image.Image, path: Path, metadata: Mapping[str, str] | None =
     for key, value in (metadata or {}).items():
         info.add_text(key, value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    page.save(path, pnginfo=info)
+    page.save(path, format="PNG", pnginfo=info)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text metadata of a PNG, as `save_png` writes it.
+
+    Raises:
+        ValueError: if it is missing, no PNG, or a damaged one.
+    """
+    try:
+        with path.open("rb") as file:
+            return _read_text(file)
+    except OSError as error:  # UnidentifiedImageError is one
+        raise ValueError(f"{path} cannot be read as a PNG: {error.strerror or 'it is none'}") from error
+    except Exception as error:  # Pillow fails on damaged files with whatever its reading happens to hit
+        raise ValueError(f"{path} cannot be read as a PNG: {' '.join(str(error).split())[:100]}") from error
+
+
+def _read_text(file: BinaryIO) -> dict[str, str]:
+    """The texts before the pixels, where `save_png` puts them: nothing is decoded to look for more behind them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, on many pixels
+        with Image.open(file, formats=["PNG"]) as picture:
+            return {key: value for key, value in picture.info.items() if isinstance(value, str)}
+
+
+def image_tensor(picture: Image.Image, shape: tuple[int, int, int]) -> Float[Tensor, "1 C H W"]:
+    """A picture in [-1, 1], scaled to cover the (C, H, W) of `shape` and cut around its centre; C is 1 or 3."""
+    channels, height, width = shape
+    picture = ImageOps.fit(picture.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.LANCZOS)
+    levels = np.asarray(picture, dtype=np.float32).reshape(height, width, channels) / 127.5 - 1
+    return torch.from_numpy(levels).permute(2, 0, 1)[None]
+
+
+def mask_tensor(picture: Image.Image, height: int, width: int) -> Float[Tensor, "1 1 H W"]:
+    """1 where a picture is bright, 0 where it is dark, scaled and cut as `image_tensor` does."""
+    picture = ImageOps.fit(picture.convert("L"), (width, height), Image.Resampling.NEAREST)
+    return torch.from_numpy(np.asarray(picture) > 127).float()[None, None]
 
 
 def save_gif(pages: Sequence[Image.Image], path: Path, milliseconds: int = 120) -> None:
@@ -75,9 +115,14 @@ def save_gif(pages: Sequence[Image.Image], path: Path, milliseconds: int = 120) 
     pages[0].save(path, save_all=True, append_images=list(pages[1:]), duration=durations, loop=0)
 
 
-def _tile(image: Float[Tensor, "C H W"]) -> Image.Image:
+def as_picture(image: Float[Tensor, "C H W"]) -> Image.Image:
+    """One image in [-1, 1], pixel by pixel."""
     pixels = image.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    picture = Image.fromarray(np.ascontiguousarray(pixels.repeat(3, axis=2) if pixels.shape[2] == 1 else pixels))
+    return Image.fromarray(np.ascontiguousarray(pixels.repeat(3, axis=2) if pixels.shape[2] == 1 else pixels))
+
+
+def _tile(image: Float[Tensor, "C H W"]) -> Image.Image:
+    picture = as_picture(image)
     factor = max(1, -(-SHORT_SIDE // min(picture.size)))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
