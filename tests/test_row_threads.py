@@ -60,6 +60,14 @@ def test_a_training_step_on_threads_is_that_in_one_piece(two_threads, lora, accu
     assert torch.get_num_threads() == 2  # those of the threads are their own
 
 
+def test_a_gradient_lies_in_memory_as_its_parameter_does(two_threads):
+    """The fused AdamW goes through both by address; a convolution's gradient comes channels_last, its A is not."""
+    trainer = tiny_trainer(tiny_config("lora.target_modules=all"), lora=True)
+    trainer._backward_part(1, 0, 1)
+    convolutions = [p for p in trainer.trainable.values() if p.dim() == 4 and p.shape[-1] > 1]
+    assert convolutions and all(p.grad.stride() == p.stride() for p in trainer.trainable.values())
+
+
 def test_a_trained_text_encoder_gets_its_gradient_from_all_rows(two_threads):
     config = tiny_config()
     gradients = []

@@ -40,13 +40,21 @@ class RowThreads:
         losses, gradients = zip(*self.pool.map(lambda i: self.differentiate(loss_of_share(i)), range(self.shares)))
         for parameter, *shares in zip(self.parameters, *gradients):
             for gradient in shares:
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                if gradient is not None and parameter.grad is None:
+                    parameter.grad = _laid_out_as(parameter, gradient)
+                elif gradient is not None:
+                    parameter.grad = parameter.grad + gradient
         return torch.stack(losses).sum()
 
     def differentiate(self, loss: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """A share's loss, and its gradient."""
         return loss.detach(), torch.autograd.grad(loss, self.parameters, allow_unused=True)
+
+
+def _laid_out_as(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+    """The gradient in its parameter's memory layout, which the fused AdamW relies on and `backward()` would see to."""
+    same = gradient.stride() == parameter.stride()
+    return gradient if same else torch.empty_like(parameter).copy_(gradient)
 
 
 def shares_of_a_step(model: DiffusionModel, settings: TrainingSettings, device: torch.device, processes: int) -> int:
