@@ -1,7 +1,7 @@
 """Sampling with guidance beside diffusers: the same solver at 10 and 50 steps, and the way to equal accuracy.
 
     python bench/sample.py
-    python bench/sample.py --checkpoint output/image/digits/ddpm_24x24_v_continuous_clip/diffusion-1400.safetensors
+    python bench/sample.py --checkpoint output/image/digits/ddpm_24x24_v_continuous_clip/diffusion-1700.safetensors
 
 sample_<solver>_<steps>: `generate` with dpm_solver or ddim beside a pipeline's loop over UNet2DConditionModel with
 DPMSolverMultistepScheduler or DDIMScheduler, both halves of the guidance in one batch: the same architecture, weights,

@@ -1,6 +1,6 @@
 """Sample images from a checkpoint, with and without LoRA files.
 
-    python sampling/image/sample.py --checkpoint output/image/digits/ddpm_24x24_v_continuous_clip/diffusion-1400.safetensors
+    python sampling/image/sample.py --checkpoint output/image/digits/ddpm_24x24_v_continuous_clip/diffusion-1700.safetensors
     python sampling/image/sample.py --checkpoint ... --lora_path ...-lora.safetensors --prompt "a handwritten {class}"
     python sampling/image/sample.py --checkpoint v1-5-pruned-emaonly.safetensors --prompt "a (red:1.2) fox" --num_samples 4
     python sampling/image/sample.py --checkpoint ... --prompt "a fox" --init_image dog.png --mask_image head.png

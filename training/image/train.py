@@ -2,7 +2,7 @@
 
     python training/image/train.py --config_path configs/image/digits/ddpm_24x24_v_continuous_clip.yaml
     python training/image/train.py --config_path ... --dataset_name image/digits_inverted --use_lora_training \\
-        --load_model_weights_from_checkpoint output/image/digits/ddpm_24x24_v_continuous_clip/diffusion-1400.safetensors
+        --load_model_weights_from_checkpoint output/image/digits/ddpm_24x24_v_continuous_clip/diffusion-1700.safetensors
 """
 
 from __future__ import annotations
