@@ -9,8 +9,9 @@ printed) in its tutorial's plain loop: DDPMScheduler.add_noise, F.mse_loss, clip
 is handed images and text embeddings for free, and keeps no moving average. LoRA: rank 4 on the q, k, v and out
 projections of all attentions, by peft on their side. float32, the same batch size.
 
-Peak memory: what one step allocates at its worst moment beyond what was held before it (torch's allocator), and by how
-much a fresh process grows over three steps beyond its size with the model built (resident; CPU only).
+Peak memory: on a GPU what one step allocates at its worst moment beyond what was held before it; on a CPU, where our rows
+run in threads that torch's profiler does not see, by how much a fresh process grows over three steps beyond its size with
+the model built.
 """
 
 from __future__ import annotations
@@ -147,9 +148,10 @@ def measure(size_name: str, kind: str, args: argparse.Namespace, device: torch.d
     seconds = interleave(timers, args.rounds)
     report.add(figure, **seconds, goal=GOAL, **details)
 
-    peaks = {side: [peak_allocated(step, device) / 2**20] for side, step in steps.items()}
-    report.add(f"{figure}_peak_allocated", **peaks, unit="MiB", **details)
-    if device.type == "cpu" and not args.skip_resident:
+    if device.type == "cuda":
+        peaks = {side: [peak_allocated(step, device) / 2**20] for side, step in steps.items()}
+        report.add(f"{figure}_peak_allocated", **peaks, unit="MiB", **details)
+    elif not args.skip_resident:
         grown = {
             side: [
                 resident_in_fresh_process(size_name, kind, side, args.threads) / 2**20 for _ in range(args.processes)

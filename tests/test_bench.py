@@ -60,13 +60,10 @@ def results(capsys, script, *words):
 
 def test_train_step(capsys):
     found = results(capsys, "train_step", "--size", "tiny", "--calls", 1, "--skip_resident")
-    assert found.keys() == {
-        "train_step_tiny", "train_step_tiny_peak_allocated", "lora_step_tiny", "lora_step_tiny_peak_allocated",
-    }  # fmt: skip
+    assert found.keys() == {"train_step_tiny", "lora_step_tiny"}
     for figure in found.values():
         assert figure["parameters_ours"] == figure["parameters_theirs"]
         assert figure["largest_relative_difference"] < 1e-4
-    assert found["train_step_tiny_peak_allocated"]["ours"]["median"] > 0
 
 
 @pytest.mark.slow
