@@ -68,6 +68,27 @@ def test_a_gradient_lies_in_memory_as_its_parameter_does(two_threads):
     assert convolutions and all(p.grad.stride() == p.stride() for p in trainer.trainable.values())
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_weights_after_some_steps_are_those_without_threads(two_threads, lora):
+    """Right gradients are not enough: the optimizer must read them as they are meant, in convolutions too."""
+    config = tiny_config("lora.target_modules=all", "training.num_training_steps=8")
+    before, ends = None, []
+    for threaded in (True, False):
+        trainer = tiny_trainer(config, lora=lora)
+        if lora:
+            for name, parameter in trainer.trainable.items():
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        before = copies(trainer.trainable)
+        if not threaded:
+            trainer.row_threads = None
+        for step in range(1, 9):
+            trainer.step(step)
+        ends.append(copies(trainer.trainable))
+    for name, start in before.items():
+        moved = (ends[1][name] - start).norm()
+        assert (ends[0][name] - ends[1][name]).norm() < 0.05 * moved, name
+
+
 def test_a_trained_text_encoder_gets_its_gradient_from_all_rows(two_threads):
     config = tiny_config()
     gradients = []
