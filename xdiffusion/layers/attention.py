@@ -8,7 +8,6 @@ with c = x for self-attention and c = the text embedding for cross-attention.
 from __future__ import annotations
 
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -48,8 +47,8 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
         self.to_v = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
         self.to_out = nn.Linear(dim, dim)
-        self.norm_q = nn.LayerNorm(dim // num_heads, bias=False) if qk_norm else nn.Identity()
-        self.norm_k = nn.LayerNorm(dim // num_heads, bias=False) if qk_norm else nn.Identity()
+        self.norm_q = nn.LayerNorm(dim // num_heads, bias=False) if qk_norm else None
+        self.norm_k = nn.LayerNorm(dim // num_heads, bias=False) if qk_norm else None
         self._cache: _ContextCache | None = None
 
     def forward(
@@ -58,10 +57,10 @@ class Attention(nn.Module):
         query = self._heads(self.norm_q, self.to_q(x))
         key, value = self._keys_values(x) if context is None else self._context_keys_values(context)
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
-        return self.to_out(rearrange(attended, "b h n d -> b n (h d)"))
+        return self.to_out(attended.transpose(1, 2).flatten(2))
 
     def _keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        return self._heads(self.norm_k, self.to_k(source)), self._heads(nn.Identity(), self.to_v(source))
+        return self._heads(self.norm_k, self.to_k(source)), self._heads(None, self.to_v(source))
 
     def _context_keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         if self._cache is None:
@@ -77,8 +76,9 @@ class Attention(nn.Module):
     def drop_results(self) -> None:
         self._cache = None
 
-    def _heads(self, norm: nn.Module, x: Tensor) -> Tensor:
-        return norm(rearrange(x, "b n (h d) -> b n h d", h=self.num_heads)).transpose(1, 2)  # (B, heads, N, head_dim)
+    def _heads(self, norm: nn.Module | None, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B heads N head_dim"]:
+        x = x.unflatten(2, (self.num_heads, -1))
+        return (x if norm is None else norm(x)).transpose(1, 2)
 
 
 class _ContextCache:

@@ -115,6 +115,8 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
         last = merged_weight(weight.movedim(1, -1).contiguous(), lora_A.movedim(1, -1), lora_B, scaling)
         return last.movedim(-1, 1)
     with _without_autocast(weight.device.type):
+        if weight.dim() == 2 and weight.dtype == lora_A.dtype:  # the usual case, without a call that does nothing
+            return torch.addmm(weight, lora_B, lora_A, alpha=scaling)
         flat = weight.flatten(1).to(lora_A.dtype)
         merged = torch.addmm(flat, lora_B.flatten(1), lora_A.flatten(1), alpha=scaling)
     return merged.to(weight.dtype).view(weight.shape)
@@ -150,13 +152,15 @@ def _trains(weight: Tensor, bias: Tensor | None) -> bool:
 
 def _dtype_to_compute_in(x: Tensor) -> torch.dtype:
     device = x.device.type
-    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocasts else x.dtype
+    return torch.get_autocast_dtype(device) if _autocasts(device) else x.dtype
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # the meta device has none
 
 
 def _without_autocast(device: str) -> AbstractContextManager:
-    known = torch.amp.is_autocast_available(device)  # the meta device, for one, does not have it
-    return torch.autocast(device, enabled=False) if known else nullcontext()
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
 
 
 class _MergedLinear(torch.autograd.Function):

@@ -6,7 +6,7 @@ Rows are independent until their gradients are added, so each share of them has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -38,17 +38,25 @@ class RowThreads:
         The shares are added up in their order, so the result does not depend on which thread is done first.
         """
         losses, gradients = zip(*self.pool.map(lambda i: self.differentiate(loss_of_share(i)), range(self.shares)))
-        for parameter, *shares in zip(self.parameters, *gradients):
-            for gradient in shares:
-                if gradient is not None and parameter.grad is None:
-                    parameter.grad = _laid_out_as(parameter, gradient)
-                elif gradient is not None:
-                    parameter.grad = parameter.grad + gradient
+        list(self.pool.map(lambda i: self.add_up(gradients, i), range(self.shares)))
         return torch.stack(losses).sum()
 
     def differentiate(self, loss: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """A share's loss, and its gradient."""
         return loss.detach(), torch.autograd.grad(loss, self.parameters, allow_unused=True)
+
+    @torch.no_grad()
+    def add_up(self, gradients: Sequence[Sequence[Tensor | None]], i: int) -> None:
+        """Add the shares' gradients of every `shares`-th parameter to it, from parameter i on."""
+        reached = [k for k in range(i, len(self.parameters), self.shares) if gradients[0][k] is not None]
+        total = [gradients[0][k] for k in reached]
+        for share in gradients[1:]:
+            total = torch._foreach_add(total, [share[k] for k in reached])
+        for parameter, gradient in zip((self.parameters[k] for k in reached), total):
+            if parameter.grad is None:
+                parameter.grad = _laid_out_as(parameter, gradient)
+            else:
+                parameter.grad += gradient
 
 
 def _laid_out_as(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
