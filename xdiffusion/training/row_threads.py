@@ -48,11 +48,13 @@ class RowThreads:
     @torch.no_grad()
     def add_up(self, gradients: Sequence[Sequence[Tensor | None]], i: int) -> None:
         """Add the shares' gradients of every `shares`-th parameter to it, from parameter i on."""
-        reached = [k for k in range(i, len(self.parameters), self.shares) if gradients[0][k] is not None]
+        mine = range(i, len(self.parameters), self.shares)
+        reached = [k for k in mine if gradients[0][k] is not None]
         total = [gradients[0][k] for k in reached]
-        for share in gradients[1:]:
+        for share in gradients[1:] if reached else ():
             total = torch._foreach_add(total, [share[k] for k in reached])
-        for parameter, gradient in zip((self.parameters[k] for k in reached), total):
+        for k, gradient in zip(reached, total):
+            parameter = self.parameters[k]
             if parameter.grad is None:
                 parameter.grad = _laid_out_as(parameter, gradient)
             else:
