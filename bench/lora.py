@@ -3,8 +3,9 @@
     python bench/lora.py
 
 Sampling: the digits' model with the LoRA of its config, 32 images, 10 steps with guidance; "theirs" is the same model
-without a LoRA. Conversion: a LoRA of rank 16 for all linear layers of Stable Diffusion 1.5, from each format that
-is written to native and back, each in a fresh process that has torch; seconds, and by how much the process grows.
+without a LoRA, and the same model a second time says how far apart two equal models are measured. Conversion: a LoRA of
+rank 16 for all linear layers of Stable Diffusion 1.5, from each format that is written to native and back, each in a
+fresh process that has torch; seconds, and by how much the process grows.
 The layer alone is in bench/lora_linear.py, the training step in bench/train_step.py.
 """
 
@@ -46,13 +47,13 @@ print(json.dumps([time.perf_counter() - started, grown / 2**20]))
 
 
 def models() -> dict[str, DiffusionModel]:
-    """The same base three times: alone, with a LoRA whose B is not zero, and with that LoRA merged."""
+    """The same base four times: alone, alone again, with a LoRA whose B is not zero, and with that LoRA merged."""
     config = load_config(CONFIG, ["model.text_encoder.pretrained=null"])
     built = {}
-    for kind in ("base", "unmerged", "merged"):
+    for kind in ("base", "again", "unmerged", "merged"):
         torch.manual_seed(0)
         built[kind] = build_model(config).eval()
-        make_trainable(built[kind], config, lora=kind != "base")
+        make_trainable(built[kind], config, lora=kind in ("unmerged", "merged"))
         for parameter in get_lora_parameters(built[kind]):
             torch.nn.init.normal_(parameter, std=0.02)
     merge_lora_weights(built["merged"])
@@ -75,6 +76,7 @@ def measure_sampling(num_samples: int, rounds: int, device: torch.device, report
     seconds = interleave(timers, rounds)
     report.add("lora_sampling_unmerged", seconds["unmerged"], seconds["base"], goal=UNMERGED)
     report.add("lora_sampling_merged", seconds["merged"], seconds["base"], goal=MERGED)
+    report.add("lora_sampling_control", seconds["again"], seconds["base"])
 
 
 def measure_conversion(rank: int, rounds: int, report: Report) -> None:

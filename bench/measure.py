@@ -1,6 +1,6 @@
 """What the benchmarks share: interleaved timing beside a peer, peak memory, and the lines that are printed.
 
-A figure is measured on both sides in one run, in turn and in alternating order, so that a noisy machine disturbs both
+A figure is measured on both sides in one run, in turn and in an order drawn anew, so that a noisy machine disturbs both
 alike. Each result is one JSON line; without --json a small table for people follows.
 
     {"figure", "unit", "ours": {"median", "min", "max"}, "theirs": {...}, "ratio": ours / theirs, "goal", "met", ...}
@@ -12,6 +12,7 @@ import argparse
 import json
 import operator
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -67,10 +68,14 @@ def timer(function: Callable[[], Any], device: torch.device, calls: int = 1) -> 
 
 
 def interleave(timers: Mapping[str, Timer], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Call all timers in turn, every second round backwards; `warmup` rounds come first and do not count."""
+    """Call each timer once a round, in an order that is drawn anew; `warmup` rounds come first and do not count.
+
+    In a fixed order a timer would always find the caches and the waiting threads that the same other one left behind.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in timers}
+    order = random.Random(0)
     for i in range(warmup + rounds):
-        for name in list(timers) if i % 2 == 0 else reversed(timers):
+        for name in order.sample(list(timers), len(timers)):
             value = timers[name]()
             if i >= warmup:
                 seconds[name].append(value)
