@@ -1,6 +1,7 @@
 """Every LoRA format to every other: products are equal, alphas survive, and what a format cannot hold is said."""
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,6 +238,16 @@ def test_the_ancestors_lists_hold_parameters_or_tensors(tmp_path):
     torch.testing.assert_close(lora.modules["0"].delta(), tensors[0] @ tensors[1])
     with pytest.raises(CheckpointError, match="fit no set of layers"):
         read_lora(tmp_path / "diffusion-5-lora.pt")
+
+
+def test_cloneofsimos_json_is_its_list_in_numbers(tmp_path):
+    lora = LoRAFile({name: random_factors(name, 2, 2.0) for name in sd_layer_table("sd15") if ".attn" in name})
+    write_lora(lora, tmp_path / "a.pt", "cloneofsimo-pt")
+    pairs = torch.load(tmp_path / "a.pt", weights_only=True)
+    (tmp_path / "b.json").write_text(json.dumps([factor.tolist() for factor in pairs]))
+    read = read_lora(tmp_path / "b.json")
+    assert (read.format, len(read.modules)) == ("cloneofsimo-pt", 128)
+    assert_equal_products(read, lora)
 
 
 def test_a_list_that_fits_two_sets_is_not_guessed(tmp_path):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from xdiffusion.checkpoints.files import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
-from xdiffusion.checkpoints.lora_formats import FORMATS, read_lora, sd_layer_table, write_lora
+from xdiffusion.checkpoints.lora_formats import FORMATS, LayerTable, read_lora, sd_layer_table, write_lora
 
 SD15 = sd_layer_table("sd15")
 ATTENTION = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -200,3 +200,46 @@ def test_code_in_a_list_or_beside_it_is_not_run(name, tmp_path, whole_files):
     with pytest.raises(CheckpointError, match=f"{name} is not a torch file of plain weights"):
         read_lora(tmp_path / "a.pt")
     assert not (tmp_path / "made").exists()
+
+
+JSON_TABLE = LayerTable({"0": (3, 2), "2": (2, 3)})
+JSON_FILE = json.dumps([[[1.0], [2.0], [3.0]], [[0.5, -0.5]], [[1e-3], [2]], [[1, 2, 3]]]).encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "no JSON list of factors"),
+        (b"3", "no JSON list of factors"),
+        (b'{"a": 1}', "no JSON list of factors"),
+        (b'[["a"], ["b"]]', "no JSON list of factors"),
+        (b"[" * 100_000, "no JSON list of factors"),
+        (b"[[[1, 2], [3]], [[1]]]", "no JSON list of factors"),
+        (b"[[[1" + b"0" * 5000 + b"]], [[1]]]", "no JSON list of factors"),
+        (b"[[[1]]]", "no list of pairs"),
+        (b"[1, 2]", "no low-rank pair"),
+        (b"[]", "fit no set of layers"),
+    ],
+)
+def test_json_that_holds_no_factors_is_refused(text, message, tmp_path):
+    (tmp_path / "a.json").write_bytes(text)
+    with pytest.raises(CheckpointError, match=message):
+        read_lora(tmp_path / "a.json", JSON_TABLE)
+
+
+def test_json_too_large_for_factors_is_not_read(tmp_path):
+    with (tmp_path / "a.json").open("wb") as file:
+        file.truncate(33 << 20)
+    with pytest.raises(CheckpointError, match="larger than 32 MiB"):
+        read_lora(tmp_path / "a.json", JSON_TABLE)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, len(JSON_FILE)), st.integers(0, 8), st.binary(max_size=8))
+def test_json_with_other_bytes_in_it_is_read_or_refused(tmp_path, place, length, other):
+    (tmp_path / "a.json").write_bytes(JSON_FILE[:place] + other + JSON_FILE[place + length :])
+    try:
+        lora = read_lora(tmp_path / "a.json", JSON_TABLE)
+    except CheckpointError:
+        return
+    assert lora.modules.keys() <= JSON_TABLE.keys()

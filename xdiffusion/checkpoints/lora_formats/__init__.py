@@ -130,7 +130,7 @@ def read_lora(path: Path, names: LayerTable | None = None) -> LoRAFile:
     if path.is_dir():
         lora = peft.read_folder(path)
     else:
-        content, metadata = (load_pickled(path), {}) if path.suffix in PICKLED else load_safetensors(path)
+        content, metadata = _content(path)
         lora = (
             _read_list(content, path, names)
             if isinstance(content, list)
@@ -189,6 +189,13 @@ def write_lora(
     if not kind.has_tokens and lora.tokens:
         tokens = {name: vector.detach().clone() for name, vector in lora.tokens.items()}
         write_atomically(_tokens_path(path), lambda temporary: torch.save(tokens, temporary))
+
+
+def _content(path: Path) -> tuple[object, dict[str, str]]:
+    """Named tensors or a list of them, and metadata."""
+    if path.suffix == ".json":
+        return positions.load_json(path), {}
+    return (load_pickled(path), {}) if path.suffix in PICKLED else load_safetensors(path)
 
 
 def _read_keys(content, metadata: dict[str, str], path: Path, names: LayerTable | None) -> LoRAFile:

@@ -2,7 +2,7 @@
 ancestor.
 
     cloneofsimo     safetensors, `unet:<i>:up`, `unet:<i>:down`, learned tokens by name
-    cloneofsimo-pt  a pickled list [up0, down0, up1, ...]; the text encoder's in `<name>.text_encoder.pt`
+    cloneofsimo-pt  a pickled list [up0, down0, up1, ...]; the text encoder's in `<name>.text_encoder.pt`; read as JSON too
     positional      such a list for all layers of any model, in the order of its modules
 
 The place in the file is the place among the layers of one of the sets below, which are these tools' choices of ancestor
@@ -55,6 +55,7 @@ SETS = {  # component -> (ancestor classes, their linear and convolution layers)
         (("CLIPTextModel",), r".*"),
     ),
 }
+LARGEST_JSON = 32 << 20  # bytes; rank 4 for Stable Diffusion takes 18 MB, and Python numbers several times their text
 Pairs = Sequence[tuple[Tensor, Tensor]]  # of (up, down)
 
 
@@ -100,6 +101,20 @@ def read_list(content: Any, path: Path, names: LayerTable | None) -> tuple[str, 
                 return "cloneofsimo-pt", _placed(factors, _old_orders(component, names), path, component), repairs
     orders = (order for table in tables for order in _own_orders(table))
     return "positional", _placed(factors, orders, path, "this model" if names else "Stable Diffusion"), repairs
+
+
+def load_json(path: Path) -> list[Tensor]:
+    """The factors of cloneofsimo's JSON: its pickled list, each factor in nested lists of numbers; float32.
+
+    Raises:
+        CheckpointError: if it is larger than LARGEST_JSON, or anything else than such a list.
+    """
+    if path.stat().st_size > LARGEST_JSON:
+        raise CheckpointError(f"{path} is larger than {LARGEST_JSON >> 20} MiB, too large for factors in JSON")
+    try:
+        return [torch.tensor(factor, dtype=torch.float32) for factor in json.loads(path.read_bytes())]
+    except (ValueError, TypeError, RuntimeError, RecursionError, OverflowError) as error:
+        raise CheckpointError(f"{path} is no JSON list of factors [up0, down0, ...]: {str(error)[:200]}") from error
 
 
 def write_cloneofsimo(lora: LoRAFile, path: Path, names: LayerTable | None) -> None:
