@@ -1,12 +1,14 @@
 # make demo: train, adapt, sample and score on two CPU cores, into output/demo.   make test: the whole suite.
 # make lowest, make newest: the suite with the oldest and the newest packages that pyproject.toml allows, in .venv-lowest and
 # .venv-newest (5 GB each). make audit: ask the network for known vulnerabilities of what is installed.
+# make fuzz: 10,000 damaged files (FILES=100: fewer) for every reader of files from strangers, an estimated half hour of a quiet core.
 # Each sets up .venv by itself on its first call. PYTHON=python3.12 chooses another interpreter (3.10 to 3.13).
 PYTHON ?= python3
 NEWEST_PYTHON ?= 3.13
+FILES ?= 10000
 BIN := .venv/bin
 
-.PHONY: demo test lint lowest newest audit clean
+.PHONY: demo test lint lowest newest audit fuzz clean
 
 demo: .venv/.installed
 	$(BIN)/python training/image/demo.py
@@ -32,6 +34,9 @@ newest: .venv/.installed-uv
 audit: .venv/.installed-test
 	$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/pip-audit --local --skip-editable
+
+fuzz: .venv/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_readers.py --files $(FILES)
 
 .venv/.installed-uv: .venv/.installed
 	$(BIN)/python -m pip install --quiet uv

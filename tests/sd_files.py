@@ -46,6 +46,17 @@ def text_names(name: str) -> str:
     return "transformers" if name.startswith("sd15") else "open_clip"
 
 
+def names_of_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A text encoder's tensors as the installed transformers names them: version 5 has come to drop `text_model.`."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        theirs = CLIPTextModel(CLIPTextConfig(num_hidden_layers=1)).state_dict()
+    if any(name.startswith("text_model.") for name in theirs):
+        return tensors
+    return {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+
+
 def write_native(name: str, path: Path) -> Path:
     """The model of `random_sd` as a file of this project."""
     config = sd_config(name)

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from xdiffusion.layers.attention import Attention
 from xdiffusion.layers.once import computed_once
@@ -12,10 +13,11 @@ def by_hand(attention, x, context):
     source = x if context is None else context
     q, k, v = attention.to_q(x), attention.to_k(source), attention.to_v(source)
     head_dim = q.shape[-1] // attention.num_heads
+    norm_q, norm_k = attention.norm_q or nn.Identity(), attention.norm_k or nn.Identity()
     heads = []
     for h in range(attention.num_heads):
         part = slice(h * head_dim, (h + 1) * head_dim)
-        scores = attention.norm_q(q[..., part]) @ attention.norm_k(k[..., part]).transpose(1, 2) / math.sqrt(head_dim)
+        scores = norm_q(q[..., part]) @ norm_k(k[..., part]).transpose(1, 2) / math.sqrt(head_dim)
         if attention.causal:
             scores = scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), -math.inf)
         heads.append(scores.softmax(-1) @ v[..., part])

@@ -1,6 +1,6 @@
 """Files from strangers, attack by attack: none runs code, leaves its folder, or takes more than its size lets expect.
 
-`docs/security.md` says what is promised. `bench/fuzz_readers.py` damages 10,000 files per reader; here a few of each.
+`docs/security.md` says what is promised. `tests/fuzz_readers.py` damages 10,000 files per reader; here a few of each.
 """
 
 import io

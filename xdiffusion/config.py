@@ -15,6 +15,7 @@ import difflib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from xdiffusion.signatures import REQUIRED, Parameter, accepts, describe, signature
 
 MAX_BYTES = 2**16  # of a YAML file; the longest here has 2 kB
+MAX_VALUES = 2_000  # of a config with its bases; ours have 70, and each takes a tenth of a millisecond and more
 MAX_DEPTH = 16  # of sections in sections
 MAX_FILES = 64  # that one file names under base:, and those under theirs
 
@@ -87,11 +89,17 @@ def load_yaml(path: str | Path) -> DictConfig:
     Raises:
         ConfigError: if a file is missing, is no YAML mapping, names itself, or holds more than values.
     """
-    return _load_yaml(Path(path), (), [])
+    return merge(str(path), *_layers(Path(path), (), [], count(1)))
 
 
-def _load_yaml(path: Path, readers: tuple[Path, ...], read: list[Path]) -> DictConfig:
-    """One file on its bases; `readers` are the files that led here, `read` are all that were read."""
+def _layers(path: Path, readers: tuple[Path, ...], read: list[Path], values: Iterator[int]) -> list[DictConfig]:
+    """A file's bases and itself, in the order in which they are laid over each other.
+
+    Args:
+        readers: the files that led here.
+        read: all that were read.
+        values: counts those of all files.
+    """
     read.append(path)
     if path.resolve() in readers:
         raise ConfigError(f"{path}: reads itself through base:")
@@ -100,8 +108,8 @@ def _load_yaml(path: Path, readers: tuple[Path, ...], read: list[Path]) -> DictC
     if not path.is_file():
         raise ConfigError(f"no config file at {path}")
     try:
-        own = OmegaConf.load(io.StringIO(_plain_yaml(path)))
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        own = OmegaConf.load(io.StringIO(_plain_yaml(path, values)))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError, OSError) as error:
         raise ConfigError(f"{path} is not readable YAML: {_one_line(error)}") from error
     if not isinstance(own, DictConfig):
         raise ConfigError(f"{path} must hold a mapping of sections, not {type(own).__name__}")
@@ -109,12 +117,12 @@ def _load_yaml(path: Path, readers: tuple[Path, ...], read: list[Path]) -> DictC
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, Sequence) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{path}: base={bases} must be the path of a YAML file or a list of paths")
-    below = [_load_yaml(path.parent / base, (*readers, path.resolve()), read) for base in bases]
-    return merge(str(path), *below, own)
+    here = (*readers, path.resolve())
+    return [layer for base in bases for layer in _layers(path.parent / base, here, read, values)] + [own]
 
 
-def _plain_yaml(path: Path) -> str:
-    """The text of a YAML file whose reading takes no more memory or stack than its size lets expect.
+def _plain_yaml(path: Path, values: Iterator[int]) -> str:
+    """The text of a YAML file whose reading takes no more memory, time or stack than its size lets expect.
 
     Raises:
         ValueError, yaml.YAMLError, OSError: if it is none.
@@ -128,25 +136,31 @@ def _plain_yaml(path: Path) -> str:
             raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"*{event.anchor}: aliases are not read; use base:")
+        if isinstance(event, yaml.NodeEvent) and next(values) > MAX_VALUES:
+            raise ValueError(f"with its bases, it has more than {MAX_VALUES:,} values")
         if isinstance(event, yaml.ScalarEvent):
             check_values(event.value, f"line {event.start_mark.line + 1}")
     return text
 
 
-def check_values(content: Any, source: str, key: str = "value", depth: int = 0) -> None:
-    """See that a config's mappings and lists hold plain values.
+def check_values(content: Any, source: str, key: str = "value", depth: int = 0) -> int:
+    """See that a config's mappings and lists hold plain values, and count them.
 
     Raises:
         ConfigError: for `${...}`, which OmegaConf would replace by an environment variable or another value, and for
-            nesting without reason.
+            nesting or numbers of values without reason.
     """
     if depth > MAX_DEPTH:
         raise ConfigError(f"{source}: {key[:40]} is nested more than {MAX_DEPTH} deep")
     if isinstance(content, str) and "${" in content:
         raise ConfigError(f"{source}: {key}={content[:80]!r}: a config holds values, nothing in it is replaced")
     pairs = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    values = 1
     for name, value in pairs:
-        check_values(value, source, f"{key}.{name}" if depth else str(name), depth + 1)
+        values += check_values(value, source, f"{key}.{name}" if depth else str(name), depth + 1)
+        if values > MAX_VALUES:
+            raise ConfigError(f"{source}: {key[:40]} has more than {MAX_VALUES:,} values")
+    return values
 
 
 def from_mapping(content: Mapping[str, Any], source: str) -> DictConfig:
@@ -186,7 +200,7 @@ def parse_overrides(assignments: Sequence[str]) -> DictConfig:
             raise ConfigError(f"--set {assignment!r} must have the form KEY=VALUE, such as training.batch_size=64")
         try:
             overrides.merge_with_dotlist([assignment])
-        except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError, RecursionError) as error:
             raise ConfigError(f"--set {assignment!r:.200}: {_one_line(error)}") from error
         check_values(OmegaConf.to_container(overrides), "--set")
     return overrides

@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from omegaconf import OmegaConf
-from sd_files import FULL_SD, TINY_SD, random_sd, sd_config, text_names, write_native
+from sd_files import FULL_SD, TINY_SD, names_of_transformers, random_sd, sd_config, text_names, write_native
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from xdiffusion.build import build_model, build_sampling, override
@@ -41,15 +41,10 @@ def peers(name):
     return dict(zip(PARTS, (unet, AutoencoderKL.from_config(autoencoder_settings(model["autoencoder"], config)), text)))
 
 
-def without_prefix(names):
-    """The names of transformers 5, which has dropped `text_model.`."""
-    return {name.removeprefix("text_model."): tensor for name, tensor in names.items()}
-
-
 TO_THEIRS = {
     "network": unet_to_diffusers,
     "autoencoder": autoencoder_to_diffusers,
-    "text_encoder": lambda tensors: without_prefix(text_encoder_to_transformers(tensors)),
+    "text_encoder": lambda tensors: names_of_transformers(text_encoder_to_transformers(tensors)),
 }
 
 

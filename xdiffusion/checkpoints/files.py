@@ -24,7 +24,7 @@ from torch import Tensor, nn
 SAFETENSORS = ".safetensors"
 PICKLED = (".pt", ".ckpt", ".bin", ".pth")
 MAX_HEADER_BYTES = 8 * 2**20  # of a safetensors file; that of Stable Diffusion 1.5 has 0.15 MB
-MAX_VALUES = 1_000_000  # in a pickled file, as often as they are named
+MAX_VALUES = 100_000  # in a pickled file, as often as they are named; Stable Diffusion's trainer state has 10,000
 MAX_SHARING = 4  # what all tensors of a pickled file claim, over what it stores
 
 

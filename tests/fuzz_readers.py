@@ -1,6 +1,6 @@
 """Damage files and read them: crashes, hangs and memory of every reader of files from strangers.
 
-    python bench/fuzz_readers.py --files 10000
+    python tests/fuzz_readers.py --files 10000
 
 For each reader, N copies of a small whole file are damaged, each by a seed of its own, and read in a child process. A crash
 is anything but a value or the one error that is documented (ValueError, of which CheckpointError and ConfigError are
@@ -23,12 +23,14 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from hostile_files import READERS, Reader, mutated
 
 from xdiffusion.cli import REPOSITORY, positive_int, run
 
-if TYPE_CHECKING:
-    from hostile_files import Reader
+sys.path.append(str(REPOSITORY / "bench"))
+from measure import peak_resident
 
 HANG, KILL_AFTER = 1.0, 30  # seconds
 MEMORY = 256 * 2**20
@@ -37,6 +39,7 @@ MEMORY = 256 * 2**20
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=positive_int, default=10_000, metavar="N", help="per reader (10000)")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="leave out N that a run before did (0)")
     parser.add_argument("--seconds", type=positive_int, metavar="S", help="stop a reader after S seconds")
     parser.add_argument("--reader", metavar="TEXT", default="", help="only those with this in their names")
     parser.add_argument("--json", action="store_true", help="print JSON lines and nothing else")
@@ -45,13 +48,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    sys.path.insert(0, str(REPOSITORY / "tests"))  # the files are those that the tests damage
-    from hostile_files import READERS
-
     rows = []
     for name in READERS:
         if args.reader in name:
-            rows.append({"reader": name, **fuzz(name, args.files, args.seconds)})
+            rows.append({"reader": name, **fuzz(name, range(args.first, args.files), args.seconds)})
             print(json.dumps(rows[-1]) if args.json else line(rows[-1]), flush=True)
     return int(any(row["crashes"] or row["hangs"] or row["peak_mb"] * 2**20 > MEMORY for row in rows))
 
@@ -64,13 +64,12 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def fuzz(name: str, files: int, seconds: int | None) -> dict[str, Any]:
-    """The figures of one reader; `first` is the first crash or hang: its seed and what it was."""
+def fuzz(name: str, seeds: range, seconds: int | None) -> dict[str, Any]:
+    """The figures of one reader over the files of these seeds; `first` is the first crash or hang: its seed and what it was."""
     figures = {"files": 0, "refused": 0, "crashes": 0, "hangs": 0, "slowest": 0.0, "peak_mb": 0.0, "first": None}
     deadline = time.monotonic() + (seconds or float("inf"))
-    while figures["files"] < files and time.monotonic() < deadline:
-        seed = figures["files"]
-        for outcome in in_child(name, seed, files, deadline):
+    while figures["files"] < len(seeds) and time.monotonic() < deadline:
+        for outcome in in_child(name, seeds[figures["files"] :], deadline):
             figures["files"] += 1
             figures["refused"] += outcome["refused"]
             figures["crashes"] += outcome["crash"] is not None
@@ -78,18 +77,18 @@ def fuzz(name: str, files: int, seconds: int | None) -> dict[str, Any]:
             figures["slowest"] = max(figures["slowest"], outcome["seconds"])
             figures["peak_mb"] = max(figures["peak_mb"], outcome["bytes"] / 2**20)
             if figures["first"] is None and (outcome["crash"] or outcome["seconds"] > HANG):
-                figures["first"] = f"seed {figures['files'] - 1}: {outcome['crash'] or 'hang'}"
+                figures["first"] = f"seed {seeds[figures['files'] - 1]}: {outcome['crash'] or 'hang'}"
     return figures
 
 
-def in_child(name: str, first: int, files: int, deadline: float) -> Iterator[dict[str, Any]]:
-    """The outcomes of seeds first, first + 1, ... as a child process reports them; its death is the last of them."""
+def in_child(name: str, seeds: range, deadline: float) -> Iterator[dict[str, Any]]:
+    """The outcomes of the seeds as a child process reports them; its death is the last of them."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
         os.close(reading)
         with os.fdopen(writing, "w", buffering=1) as report, tempfile.TemporaryDirectory() as scratch, silence():
-            for outcome in outcomes(name, range(first, files), Path(scratch)):
+            for outcome in outcomes(name, seeds, Path(scratch)):
                 report.write(json.dumps(outcome) + "\n")
                 if time.monotonic() > deadline:
                     break
@@ -108,9 +107,6 @@ def in_child(name: str, first: int, files: int, deadline: float) -> Iterator[dic
 
 def outcomes(name: str, seeds: Iterable[int], folder: Path) -> Iterator[dict[str, Any]]:
     """Damage the file by each seed, and read it."""
-    from hostile_files import READERS, mutated
-    from measure import peak_resident
-
     reader = READERS[name]
     reader.write(folder)
     reader.read(folder)  # imports, and what the first read of a process costs
