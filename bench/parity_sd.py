@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from measure import device_name, significant
 from omegaconf import DictConfig, OmegaConf
+from schedulers import SCHEDULERS
 from torch import Tensor, nn
 
 from xdiffusion.build import build_model, build_sampling, load_config, override
@@ -51,29 +52,6 @@ CONFIGS = {"sd15": "sd15", "sd21": "sd21_v"}
 TOLERANCE = {"tiny": 1e-5, "full": 1e-4}
 IMAGE_TOLERANCE = 1e-3
 PROMPTS, CFG_SCALE = ["a fox in the snow"], 7.5
-SCHEDULERS = {  # sampler: (diffusers' scheduler, its settings, ours)
-    "ddim": ("DDIMScheduler", {}, "sampler.kind=ddim times.kind=timesteps times.spacing=leading times.last=first"),
-    "euler": (
-        "EulerDiscreteScheduler",
-        {"timestep_spacing": "linspace"},
-        "sampler.kind=euler times.kind=timesteps times.spacing=linspace start_noise=sigma",
-    ),
-    "euler_ancestral": (
-        "EulerAncestralDiscreteScheduler",
-        {"timestep_spacing": "linspace"},
-        "sampler.kind=euler_ancestral times.kind=timesteps times.spacing=linspace start_noise=sigma",
-    ),
-    "dpm_solver": (
-        "DPMSolverMultistepScheduler",
-        {"timestep_spacing": "linspace"},
-        "sampler.kind=dpm_solver times.kind=timesteps",
-    ),
-    "dpm_solver_karras": (
-        "DPMSolverMultistepScheduler",
-        {"timestep_spacing": "linspace", "use_karras_sigmas": True},
-        "sampler.kind=dpm_solver times.kind=karras whole_steps=true",
-    ),
-}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -14,9 +14,9 @@ text embeddings cached), then a 2-step txt2img with guidance; its largest reside
 txt2img: `generate` beside StableDiffusionPipeline, DPM-Solver++ with guidance, text encoding and decoding within the time,
 all parts in one precision; steps per second. The peak counts the weights.
 
-lora_step: `Trainer.step` as the command sets it up, beside the plain loop over UNet2DConditionModel with peft's LoRA, whose
-frozen weights are in the lower precision, as in diffusers' training script; it is handed latents and embeddings. Both: rank
-4, batch 1, gradient checkpointing, autocast. The peak is of the whole run, setting up included.
+lora_step: `Trainer.step` as the command sets it up, beside the plain loop over UNet2DConditionModel with peft's LoRA; it is
+handed latents and embeddings. Both: rank 4, batch 1, gradient checkpointing, autocast, frozen weights in the lower precision
+(ours by training.half_frozen_weights) and the LoRA in float32. The peak is of the whole run, setting up included.
 
 With --compile both networks are compiled too. Both sides are on the GPU at once: 16 GB.
 """
@@ -39,8 +39,9 @@ from statistics import median
 import torch
 from measure import Goal, Report, interleave, parser, peak_allocated, prepare, significant, timer
 from omegaconf import DictConfig
-from parity_sd import SCHEDULERS, peers, relative_error
+from parity_sd import peers, relative_error
 from peers import PeerTraining, add_peft_lora, as_function, check_same_size, count
+from schedulers import SCHEDULERS
 from torch import Tensor, nn
 
 from xdiffusion.build import build_data, build_model, build_sampling, load_config, override

@@ -27,7 +27,7 @@ def scripts(monkeypatch):
     """The scripts import each other from their own folder."""
     monkeypatch.syspath_prepend(ROOT / "bench")
     yield
-    for name in ("measure", "peers", "parity_sd"):
+    for name in ("measure", "peers", "parity_sd", "schedulers"):
         sys.modules.pop(name, None)
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import re
+import resource
 import runpy
 import subprocess
 import sys
@@ -141,6 +142,26 @@ def test_a_dry_run_tells_and_writes_nothing(tiny_run, work_folder, capsys):
     assert OmegaConf.create(out.partition("parameters:")[0]).training.batch_size == 7
     assert re.search(r"LoRA: [\d,]+ trainable parameters in \d+ layers, [\d.]+% of the network's", out)
     assert files_in(work_folder) == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "lines"),
+    [
+        ("sd15", [], []),
+        ("sd15_lora_textencoder", ["--use_lora_training"], ["LoRA: 797,184 trainable", "LoRA: 294,912 trainable"]),
+        ("sd15_textual_inversion", ["--mixed_precision", "fp16"], ["learned word <cat>: 1 trainable"]),
+        ("sd15_lora", ["--use_lora_training", "--set", "lora.init=pissa", "--set", "lora.use_dora=true"], ["LoRA: "]),
+    ],
+)
+def test_a_dry_run_of_a_large_model_makes_no_weights(name, words, lines, work_folder, capsys):
+    config_path = ROOT / f"configs/image/sd/{name}.yaml"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert run_script(TRAIN, "--config_path", config_path, *words, "--dry_run") == 0
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KB
+    assert grown < 400_000  # of 4 GB in float32
+    out = capsys.readouterr().out
+    assert re.search(r"network 859,520,964, text encoder 123,65[\d,]+ \(frozen\), autoencoder 83,653,863 ", out)
+    assert all(line in out for line in lines)
 
 
 def test_the_clip_command_writes_a_text_encoder_that_training_takes(tiny_run, work_folder, capsys):

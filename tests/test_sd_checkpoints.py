@@ -1,9 +1,11 @@
 """Stable Diffusion's files: the original names, both ways, and recognising what stands at a path."""
 
 import json
+import random
 
 import pytest
 import torch
+from hostile_files import mutated
 from sd_files import FULL_SD, TINY_SD, random_sd, sd_config, text_names, write_native
 
 from xdiffusion.build import build_model
@@ -14,6 +16,7 @@ from xdiffusion.checkpoints.native import load_model_file
 from xdiffusion.checkpoints.stable_diffusion import from_original, to_original, with_text_projection
 from xdiffusion.checkpoints.stable_diffusion_files import PREDICTION_KEY
 from xdiffusion.checkpoints.streaming import StoredTensors
+from xdiffusion.checkpoints.weight_index import read_indexed
 from xdiffusion.config import ConfigError
 from xdiffusion.loading import STABLE_DIFFUSION, load_model
 
@@ -196,6 +199,87 @@ def test_pickled_and_fp16_weights_of_a_folder_are_found_and_missing_ones_told(fo
     (folder / "vae/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"vae holds no weights: looked for .*; there is config.json"):
         load_model(folder)
+
+
+def write_sharded(weights, shards=3, variant=""):
+    """Replace a safetensors file by several and an index, as diffusers and transformers name them; returns the index."""
+    stored = dict(StoredTensors(weights))
+    places = {}
+    for i, name in enumerate(stored):
+        places[name] = f"{weights.stem}{variant}-{i % shards + 1:05}-of-{shards:05}.safetensors"
+    for file in set(places.values()):
+        save({name: tensor for name, tensor in stored.items() if places[name] == file}, weights.with_name(file))
+    weights.unlink()
+    index = weights.with_name(f"{weights.stem}.safetensors.index{variant}.json")
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return index
+
+
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_components_in_several_files_are_read_by_their_index(folder, variant):
+    write_sharded(folder / "unet/diffusion_pytorch_model.safetensors", variant=variant)
+    write_sharded(folder / "text_encoder/model.safetensors", 2, variant)
+    exact = random_sd("sd21_v_tiny").state_dict()
+    model, _ = load_model(folder)
+    assert all(torch.equal(tensor, exact[name]) for name, tensor in model.state_dict().items())
+
+
+def test_shards_of_diffusers_own_are_read(folder, tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    unet.save_pretrained(folder / "unet", max_shard_size="200KB")
+    assert len(list((folder / "unet").glob("*-of-*.safetensors"))) > 1
+    exact = random_sd("sd21_v_tiny").network.state_dict()
+    assert all(torch.equal(t, exact[n]) for n, t in load_model(folder)[0].network.state_dict().items())
+
+
+def test_an_index_that_does_not_fit_its_files_is_refused(folder, tmp_path):
+    index = write_sharded(folder / "unet/diffusion_pytorch_model.safetensors")
+    whole = json.loads(index.read_text())
+    first = next(iter(whole["weight_map"]))
+    save({first: torch.zeros(1)}, tmp_path / "elsewhere.safetensors")
+
+    def refused(content, message):
+        index.write_text(content if isinstance(content, str) else json.dumps(content))
+        with pytest.raises(CheckpointError, match=message):
+            load_model(folder)
+
+    def naming(file):
+        return {"weight_map": whole["weight_map"] | {first: file}}
+
+    absolute, outside = str(tmp_path / "elsewhere.safetensors"), "../../elsewhere.safetensors"
+    for file in (absolute, outside, "..\\elsewhere.safetensors", "C:elsewhere.safetensors", "..", "", "x.bin", 3, None):
+        refused(naming(file), r"index.json names .*, which is no .safetensors file beside it")
+    refused(naming(["x"]), r"index.json is damaged")
+    refused(naming("gone.safetensors"), r"gone.safetensors is not there, which .*index.json names")
+    refused(naming("a\0b.safetensors"), r"is not there, which")
+    other = next(file for file in whole["weight_map"].values() if file != whole["weight_map"][first])
+    refused(naming(other), rf"{other} has no tensor {first}, which .*index.json says is there")
+    for content in ("", "[]", "{}", '{"weight_map": []}', "[" * 100_000, " " * (2**23 + 1)):
+        refused(content, r"index.json is damaged")
+    index.write_text(json.dumps(whole))
+    (index.parent / other).unlink()
+    with pytest.raises(CheckpointError, match=rf"{other} is not there, which .*index.json names"):
+        load_model(folder)
+    (index.parent / other).write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=rf"{other} is not a whole safetensors file"):
+        load_model(folder)
+
+
+def test_a_damaged_index_ends_in_one_error(folder):
+    index = write_sharded(folder / "unet/diffusion_pytorch_model.safetensors")
+    content = index.read_bytes()
+    refused = 0
+    for seed in range(100):
+        index.write_bytes(mutated(content, random.Random(seed)))
+        try:
+            read_indexed(index)
+        except CheckpointError as error:
+            assert str(index.parent) in str(error)
+            refused += 1
+    assert refused > 50
 
 
 def test_other_models_and_damaged_files_are_refused(tmp_path):

@@ -12,6 +12,7 @@ from xdiffusion.training.loop import fit
 from xdiffusion.training.state import RunCheckpoints, frozen_factors, state_path, write_state
 
 BASE_HASH = "0123456789abcdef"
+HALF = ["training.mixed_precision=bf16", "training.half_frozen_weights=true"]
 VARIANTS = {
     "base": ([], False),
     "lora": (["lora.target_modules=all"], True),
@@ -20,6 +21,9 @@ VARIANTS = {
     "pissa": (["lora.init=pissa", "lora.target_modules=all", "lora.rank_pattern={conv_out: 1}"], True),
     "text encoder too": (["text_encoder_lora.rank=1", "text_encoder_lora.learning_rate=1e-3"], True),
     "bfloat16": (["training.mixed_precision=bf16"], False),
+    "half precision base": ([*HALF, "lora.target_modules=all", "text_encoder_lora.rank=1"], True),
+    "half precision base, dora": ([*HALF, "lora.use_dora=true"], True),
+    "half precision base, pissa": ([*HALF, "lora.init=pissa"], True),
 }
 
 

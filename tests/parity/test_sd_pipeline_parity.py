@@ -8,21 +8,20 @@ and the noise of each step, in this order.
 from __future__ import annotations
 
 from pathlib import Path
+from runpy import run_path
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from sd_files import names_of_transformers
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from xdiffusion.build import build_model, build_sampling, load_config, override
@@ -37,29 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS, CFG_SCALE, SIZE = 20, 7.5, 64
 TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
          "steps_offset": 1}  # fmt: skip
-# name: diffusers' scheduler with Stable Diffusion's settings, and ours
-SCHEDULERS = {
-    "ddim": (
-        lambda: DDIMScheduler(**TABLE, set_alpha_to_one=False, clip_sample=False),
-        "sampler.kind=ddim times.kind=timesteps times.spacing=leading times.last=first",
-    ),
-    "euler": (
-        lambda: EulerDiscreteScheduler(**TABLE),
-        "sampler.kind=euler times.kind=timesteps times.spacing=linspace start_noise=sigma",
-    ),
-    "euler_ancestral": (
-        lambda: EulerAncestralDiscreteScheduler(**TABLE),
-        "sampler.kind=euler_ancestral times.kind=timesteps times.spacing=linspace start_noise=sigma",
-    ),
-    "dpm_solver": (
-        lambda: DPMSolverMultistepScheduler(**TABLE),
-        "sampler.kind=dpm_solver times.kind=timesteps",
-    ),
-    "dpm_solver_karras": (
-        lambda: DPMSolverMultistepScheduler(**TABLE, use_karras_sigmas=True),
-        "sampler.kind=dpm_solver times.kind=karras whole_steps=true",
-    ),
-}
+SCHEDULERS = run_path(str(ROOT / "bench/schedulers.py"))["SCHEDULERS"]
 PROMPTS, NEGATIVE = ["a fox in the snow", "seven blue houses"], "blurry, low quality"
 
 
@@ -99,7 +76,7 @@ def model_pair(name: str) -> SimpleNamespace:
         )
     )  # fmt: skip
     names = text_encoder_to_transformers(ours.text_encoder.state_dict())
-    text.load_state_dict({name.removeprefix("text_model."): tensor for name, tensor in names.items()})
+    text.load_state_dict(names_of_transformers(names))
     return SimpleNamespace(ours=ours, config=config, unet=unet.eval(), vae=vae.eval(), text=text.eval())
 
 
@@ -108,8 +85,14 @@ def models() -> SimpleNamespace:
     return model_pair("sd15_tiny")
 
 
-def our_images(models, settings: str, start_image: StartImage | None = None):
-    assignments = [f"sampling.{word}" for word in settings.split()]
+def scheduler(name: str, **settings):
+    """Diffusers' scheduler of one of our samplers, with Stable Diffusion's settings."""
+    class_name, of_this, _ = SCHEDULERS[name]
+    return getattr(diffusers, class_name)(**TABLE, **of_this, **settings)
+
+
+def our_images(models, sampler: str, start_image: StartImage | None = None):
+    assignments = [f"sampling.{word}" for word in SCHEDULERS[sampler][2].split()]
     config = override(
         models.config,
         [*assignments, f"sampling.steps={STEPS}", f"sampling.cfg_scale={CFG_SCALE}",
@@ -139,9 +122,8 @@ def their_images(models, pipeline_class, scheduler, **inputs):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_text_to_image(models, name):
-    scheduler, settings = SCHEDULERS[name]
-    theirs = their_images(models, StableDiffusionPipeline, scheduler(), height=SIZE, width=SIZE)
-    ours = our_images(models, settings)
+    theirs = their_images(models, StableDiffusionPipeline, scheduler(name), height=SIZE, width=SIZE)
+    ours = our_images(models, name)
     assert theirs.std() > 0.05
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
@@ -149,9 +131,9 @@ def test_text_to_image(models, name):
 def test_stable_diffusion_2_predicts_v():
     """With linear projections, the other activation, and prompts padded with zeros."""
     models = model_pair("sd21_v_tiny")
-    scheduler = DPMSolverMultistepScheduler(**TABLE, prediction_type="v_prediction")
-    theirs = their_images(models, StableDiffusionPipeline, scheduler, height=SIZE, width=SIZE)
-    torch.testing.assert_close(our_images(models, SCHEDULERS["dpm_solver"][1]), theirs, rtol=0, atol=1e-4)
+    predicting_v = scheduler("dpm_solver", prediction_type="v_prediction")
+    theirs = their_images(models, StableDiffusionPipeline, predicting_v, height=SIZE, width=SIZE)
+    torch.testing.assert_close(our_images(models, "dpm_solver"), theirs, rtol=0, atol=1e-4)
 
 
 def picture():
@@ -160,22 +142,20 @@ def picture():
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_image_to_image(models, name):
-    scheduler, settings = SCHEDULERS[name]
     given = picture().expand(2, -1, -1, -1)
-    theirs = their_images(models, StableDiffusionImg2ImgPipeline, scheduler(), image=given, strength=0.6)
-    ours = our_images(models, settings, StartImage(picture(), 0.6))
+    theirs = their_images(models, StableDiffusionImg2ImgPipeline, scheduler(name), image=given, strength=0.6)
+    ours = our_images(models, name, StartImage(picture(), 0.6))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "euler_ancestral"])
 def test_inpainting(models, name):
     """Of deterministic samplers: theirs lays the first noise over what the mask keeps, an ancestral sampler's is new."""
-    scheduler, settings = SCHEDULERS[name]
     mask = torch.zeros(1, 1, SIZE, SIZE)
     mask[..., 16:48, 8:40] = 1
     theirs = their_images(
-        models, StableDiffusionInpaintPipeline, scheduler(), image=picture().expand(2, -1, -1, -1),
+        models, StableDiffusionInpaintPipeline, scheduler(name), image=picture().expand(2, -1, -1, -1),
         mask_image=mask.expand(2, -1, -1, -1), strength=0.8, height=SIZE, width=SIZE,
     )  # fmt: skip
-    ours = our_images(models, settings, StartImage(picture(), 0.8, mask))
+    ours = our_images(models, name, StartImage(picture(), 0.8, mask))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)

@@ -70,7 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="start from these weights; with --use_lora_training the frozen base",
     )
     add("--resume_from", metavar="FILE", help="continue a run from one of its checkpoints, or 'auto' from its newest")
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="autocast; weights, LoRA's too, stay float32")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="autocast; what is trained stays float32")
     add(
         "--use_lora_training",
         action="store_true",
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.manual_seed(config.training.seed)
     if args.dry_run:
-        model = build_model(config)
+        model = build_model(config, without_weights=True)
         make_trainable(model, config, lora=args.use_lora_training)
         print(describe_model(model, config))
         return 0
@@ -157,12 +157,13 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
         class_images = prepare_class_images(model, config, sampling, process.device) if "prior" in config else None
     base_hash = content_hash(model.base_weights()) if adapts else None
     make_trainable(model, config, lora=args.use_lora_training)
+    frozen_hash = content_hash(model.base_weights()) if adapts else None  # another one where they were rounded
     print(describe_model(model))
 
     trainer = Trainer(model, data, config, class_images=class_images, force_cpu=args.force_cpu)
     checkpoints = RunCheckpoints(folder, config, base_hash, tokens_only=adapts and not args.use_lora_training)
     status = train(trainer, checkpoints, config, sampling, words, args.resume_from)
-    assert base_hash in (None, content_hash(model.base_weights())), "an adapter changed its frozen base"
+    assert not adapts or content_hash(model.base_weights()) == frozen_hash, "an adapter changed its frozen base"
     return status
 
 
@@ -236,13 +237,15 @@ def take_steps(
                 checkpoints.raise_failure()
 
         def on_checkpoint(step: int) -> None:
-            if writes:
-                say = lambda path: records.say(f"step {step}: {path} ({path.stat().st_size:,} bytes)")  # noqa: E731
-                checkpoints.save(trainer, step, say)
+            say = lambda path: records.say(f"step {step}: {path} ({path.stat().st_size:,} bytes)")  # noqa: E731
+            checkpoints.save(trainer, step, say)
 
         def on_sample(step: int) -> None:
+            if not (writes or trainer.sharded):  # sharded weights compute in all processes together
+                return
+            path = picture_of(step) if writes else None
+            page = draw_preview(trainer.model, prompts, sampling, path, f"step {step}")
             if writes:
-                page = draw_preview(trainer.model, prompts, sampling, picture_of(step), f"step {step}")
                 records.image("samples", page, step)
                 records.say(f"step {step}: {picture_of(step)}")
 

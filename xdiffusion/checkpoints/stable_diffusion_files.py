@@ -1,7 +1,7 @@
 """Stable Diffusion's files as others write them, read under our names: which model it is, and its tensors, still unread.
 
     original    one file, .safetensors or .ckpt, with the names of `stable_diffusion`
-    diffusers   a folder with unet/, vae/ and text_encoder/
+    diffusers   a folder with unet/, vae/ and text_encoder/, each one file or several with an index
 
 The shapes tell the architecture. Whether a 2.x model predicts eps or v they do not tell: that is in the scheduler's
 settings of a folder, in the header of a file that says so, or in the file's name.
@@ -25,6 +25,7 @@ from xdiffusion.checkpoints.diffusers import (
 from xdiffusion.checkpoints.files import PICKLED, CheckpointError, is_archive, is_pipeline_folder, load_pickled
 from xdiffusion.checkpoints.stable_diffusion import UNET, from_original, with_text_projection
 from xdiffusion.checkpoints.streaming import StoredTensors
+from xdiffusion.checkpoints.weight_index import read_indexed
 
 PREDICTION_KEY = "modelspec.prediction_type"  # of a file's header, as the field's model specification names it
 _ARCHITECTURES = {  # (width of the UNet's first level, width of the text embedding)
@@ -124,19 +125,16 @@ def _stored(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
 def _folder_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for component, (part, table) in _COMPONENTS.items():
-        stored, _ = _stored(_weight_file(folder / component))
+        path = _weight_file(folder / component)
+        stored = read_indexed(path) if path.suffix == ".json" else _stored(path)[0]
         tensors |= {f"{part}.{name}": tensor for name, tensor in table(stored).items()}
     return tensors
 
 
 def _weight_file(folder: Path) -> Path:
-    """The weights of a component: in full precision before fp16, safetensors before pickled."""
-    candidates = [
-        folder / f"{name}{variant}{suffix}"
-        for suffix in (".safetensors", ".bin")
-        for variant in ("", ".fp16")
-        for name in _WEIGHTS
-    ]
+    """The weights of a component, or their index: in full precision before fp16, safetensors before pickled."""
+    kinds = ("{}.safetensors", "{}.safetensors.index.json", "{}.fp16.safetensors", "{}.safetensors.index.fp16.json")
+    candidates = [folder / kind.format(name) for kind in (*kinds, "{}.bin", "{}.fp16.bin") for name in _WEIGHTS]
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
         present = ", ".join(sorted(p.name for p in folder.glob("*"))) or "nothing"

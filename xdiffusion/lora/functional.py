@@ -8,14 +8,15 @@ more positions than features it is cheaper to form W' = W + s B A, a matrix of W
 
 which keeps x alone and differs by rounding only. For a weight of up to SMALL_WEIGHT entries the gradient of W' itself, g^T x,
 is one product that is no slower than these four thin ones, and automatic differentiation does it all without coming back
-to Python. With B = 0 every way is bit-identical to the layer without LoRA. In a convolution x A^T is the convolution of x
-with A, and the last product its weight gradient.
+to Python. A W in half precision beside factors in float32 takes the plain formula (`holds_updates`). With B = 0 every way
+is bit-identical to the layer without LoRA. In a convolution x A^T is the convolution of x with A, and the last product its
+weight gradient.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 SMALL_WEIGHT = 128 * 128
+Product = tuple[Tensor, Tensor, float]  # A, B and what their product is multiplied by
 
 
 class Geometry(NamedTuple):
@@ -44,6 +46,9 @@ def lora_linear(
     scaling: float,
 ) -> Float[Tensor, "*B O"]:
     """x (W + scaling B A)^T + b, through W' where that pays and the base is frozen, else by the plain formula."""
+    if not holds_updates(weight, lora_A):
+        x = x.to(_dtype_to_compute_in(x))  # once for W and A
+        return plain_lora_linear(x, x, weight, bias, lora_A, lora_B, scaling)
     if _trains(weight, bias) or not merging_pays(x.numel() // x.shape[-1], weight):
         return plain_lora_linear(x, x, weight, bias, lora_A, lora_B, scaling)
     if weight.numel() <= SMALL_WEIGHT:
@@ -79,6 +84,9 @@ def lora_conv(
 
     convolve: the base layer's own way to convolve, with F.conv2d's arguments; None for torch's.
     """
+    if not holds_updates(weight, lora_A):
+        x = x.to(_dtype_to_compute_in(x))
+        return plain_lora_conv(x, x, weight, bias, lora_A, lora_B, scaling, geometry, convolve)
     positions = x[:, 0].numel() // math.prod(geometry.stride)
     # convolutions reorder their weight on every call: measured, W' pays from about four times the positions on
     if _trains(weight, bias) or not merging_pays(positions // 4, weight):
@@ -101,6 +109,23 @@ def plain_lora_conv(
     of_torch = F.conv2d if weight.dim() == 4 else F.conv1d
     branch = of_torch(of_torch(branch_x, lora_A.to(x.dtype), None, *geometry), lora_B.to(x.dtype))
     return (convolve or of_torch)(x, weight, bias, *geometry) + scaling * branch
+
+
+def joined(products: Sequence[Product]) -> Product:
+    """One product that is the sum of several: the ranks side by side."""
+    if len(products) == 1:
+        return products[0]
+    lora_A = torch.cat([lora_A for lora_A, _, _ in products])
+    return lora_A, torch.cat([strength * lora_B for _, lora_B, strength in products], dim=1), 1.0
+
+
+def holds_updates(weight: Tensor, lora_A: Tensor) -> bool:
+    """Whether W' in W's dtype shows what the factors add.
+
+    A W in half precision lies on that dtype's numbers: where the update is less than half a last place, W' rounded to them is
+    W. A float32 W does not, and rounding W' keeps the update on average.
+    """
+    return weight.dtype == lora_A.dtype or torch.promote_types(weight.dtype, lora_A.dtype) == weight.dtype
 
 
 def merging_pays(positions: int, weight: Float[Tensor, "O *I"]) -> bool:

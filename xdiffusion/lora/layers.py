@@ -30,7 +30,10 @@ from torch import Tensor, nn
 from xdiffusion.checkpoints.lora_file import LoRAFactors
 from xdiffusion.lora.functional import (
     Geometry,
+    Product,
     dora_weight,
+    holds_updates,
+    joined,
     lora_conv,
     lora_linear,
     merged_weight,
@@ -41,14 +44,12 @@ from xdiffusion.lora.functional import (
 from xdiffusion.lora.initialise import initial_factors
 from xdiffusion.lora.settings import DEFAULT_ADAPTER, AdapterSettings, Init, LoRAError, check_factors, check_settings
 
-Product = tuple[Tensor, Tensor, float]  # A, B and what their product is multiplied by
-
 
 class LoRALayer(nn.Module):
     """The adapters of one layer, mixed into the layer's own class.
 
     lora_A[name]: (rank, in, *kernel) and lora_B[name]: (out, rank, *ones); lora_magnitude[name]: (out,), of DoRA adapters;
-    lora_A_initial[name] and lora_B_initial[name]: frozen, of PiSSA adapters. All float32.
+    lora_A_initial[name] and lora_B_initial[name]: frozen, of PiSSA adapters. All float32, also where W is in half precision.
     """
 
     weight: Tensor
@@ -188,7 +189,7 @@ class LoRALayer(nn.Module):
 
     def delta(self, name: str) -> Tensor:
         """The update of one adapter alone, as trained (at scale 1): W's shape, float32."""
-        product = _joined(self._products(name, self.adapters[name].scaling))
+        product = joined(self._products(name, self.adapters[name].scaling))
         if self.adapters[name].use_dora:
             weight = self.weight.to(product[0].dtype)
             return dora_weight(weight, weight, *product, self.lora_magnitude[name]) - weight
@@ -201,20 +202,24 @@ class LoRALayer(nn.Module):
             return self.weight
         if not any(self.adapters[name].use_dora for name in names):
             return merged_weight(self.weight, *self._product_of(names))
+        return self._unrounded_weight(names).to(self.weight.dtype)
+
+    def _unrounded_weight(self, names: Sequence[str]) -> Tensor:
+        """W' with these adapters, in their dtype."""
         weight = base = self.weight.to(self.lora_A[names[0]].dtype)
         for name in names:
             settings = self.adapters[name]
             if settings.use_dora:
-                product = _joined(self._products(name, settings.scaling))
+                product = joined(self._products(name, settings.scaling))
                 with_it = dora_weight(weight, base, *product, self.lora_magnitude[name])
                 weight = torch.lerp(weight, with_it, settings.scale)
             else:
                 weight = merged_weight(weight, *self._product_of([name]))
-        return weight.to(self.weight.dtype)
+        return weight
 
     def _product_of(self, names: Sequence[str]) -> Product:
         """The product that is the sum of the updates of these adapters, none of them DoRA, at their scales."""
-        return _joined([p for name in names for p in self._products(name, self.adapters[name].strength)])
+        return joined([p for name in names for p in self._products(name, self.adapters[name].strength)])
 
     def _products(self, name: str, strength: float) -> list[Product]:
         products = [(self.lora_A[name], self.lora_B[name], strength)]
@@ -226,18 +231,19 @@ class LoRALayer(nn.Module):
         names = self.enabled_adapters()
         if not names:
             return self._base_forward(x, self.weight, self.bias)
-        if self.keeps_weight:
+        if self.keeps_weight and self._holds_updates(names):
             if self.kept_weight is None:
                 self.kept_weight = self.effective_weight()
             return self._base_forward(x, self.kept_weight, self.bias)
         dropout = max(self.adapters[name].dropout for name in names) if self.training else 0.0
         if self._is_product(names):
             return self._lora_forward(x, dropout, self._product_of(names))
-        weight = self.effective_weight()
-        if not dropout:
+        exact = self._holds_updates(names)
+        weight = self.effective_weight() if exact else self._unrounded_weight(names)
+        if exact and not dropout:
             return self._base_forward(x, weight, self.bias)
-        update = self._base_forward(F.dropout(x, dropout), weight - self.weight, None)
-        return self._base_forward(x, self.weight, self.bias) + update
+        update = (weight - self.weight).to(self.weight.dtype)  # rounded apart from W, in which it would be lost
+        return self._base_forward(x, self.weight, self.bias) + self._base_forward(F.dropout(x, dropout), update, None)
 
     def keep_results(self) -> None:
         """Form W' once, at the next call, for all calls until `drop_results`."""
@@ -247,8 +253,16 @@ class LoRALayer(nn.Module):
         self.keeps_weight, self.kept_weight = False, None
 
     def _is_product(self, names: Sequence[str]) -> bool:
-        """Whether the update of x is B (A x), which DoRA's, with its norm, is not."""
-        return not any(self.adapters[name].use_dora for name in names)
+        """Whether the update of x is B (A x), which DoRA's, with its norm, is not.
+
+        PiSSA's is the difference of two products that are much larger, which half precision would lose.
+        """
+        if any(self.adapters[name].use_dora for name in names):
+            return False
+        return not any(name in self.lora_A_initial for name in names) or self._holds_updates(names)
+
+    def _holds_updates(self, names: Sequence[str]) -> bool:
+        return holds_updates(self.weight, self.lora_A[names[0]])
 
     @abstractmethod
     def _base_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -257,14 +271,6 @@ class LoRALayer(nn.Module):
     @abstractmethod
     def _lora_forward(self, x: Tensor, dropout: float, product: Product) -> Tensor:
         """What the base layer computes, with a product added to its weight; dropout acts on the product's input."""
-
-
-def _joined(products: Sequence[Product]) -> Product:
-    """One product that is the sum of several: the ranks side by side."""
-    if len(products) == 1:
-        return products[0]
-    lora_A = torch.cat([lora_A for lora_A, _, _ in products])
-    return lora_A, torch.cat([strength * lora_B for _, lora_B, strength in products], dim=1), 1.0
 
 
 class LoRALinear(LoRALayer, nn.Linear):

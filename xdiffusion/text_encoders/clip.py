@@ -107,7 +107,7 @@ class CLIPTextEncoder(nn.Module):
             return self.token_embedding(tokens)
         learned = self.learned_embedding[(tokens - VOCAB_SIZE).clamp(min=0)]
         known = self.token_embedding(tokens.clamp(max=VOCAB_SIZE - 1))
-        return torch.where((tokens >= VOCAB_SIZE)[..., None], learned, known)
+        return torch.where((tokens >= VOCAB_SIZE)[..., None], learned.to(known.dtype), known)
 
     def encode(self, prompts: list[str], syntax: PromptSyntax = "plain") -> Float[Tensor, "B L D"]:
         """The hidden states of B prompts, on the encoder's device.

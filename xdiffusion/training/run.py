@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -19,6 +20,7 @@ from xdiffusion.training.state import RunCheckpoints
 from xdiffusion.training.textual_inversion import TextualInversionSettings, learn_token
 
 OUTPUT_ROOT = Path("output")
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def run_folder(config: DictConfig, config_path: str, output_path: str | None, *, lora: bool) -> Path:
@@ -82,8 +84,22 @@ def make_trainable(model: DiffusionModel, config: DictConfig, *, lora: bool) -> 
 
     That is the network; or fresh LoRAs, `lora:` of it and `text_encoder_lora:` of the text encoder; or, where there is a
     section `textual_inversion:`, the learned word instead of the network, or beside the LoRAs (pivotal tuning).
+
+    With `training.half_frozen_weights` the network and the text encoder are rounded first: DoRA's lengths and PiSSA's
+    factors are then those of the weights that the run has.
+
+    Raises:
+        ValueError: for settings that the model cannot have, or half_frozen_weights where the network is trained.
     """
     model.requires_grad_(False)
+    if config.training.half_frozen_weights:
+        if not (lora or "textual_inversion" in config):
+            raise ValueError(
+                "training.half_frozen_weights=true is for runs that train a LoRA or a learned word alone: this one trains "
+                "the network, whose weights stay float32"
+            )
+        for part in (model.network, model.text_encoder):  # the autoencoder's errors would be seen
+            part.to(dtype=HALF.get(config.training.mixed_precision))
     if lora:
         for part, section in ((model.network, "lora"), (model.text_encoder, "text_encoder_lora")):
             if section in config:

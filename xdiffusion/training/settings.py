@@ -16,8 +16,12 @@ class TrainingSettings:
     caption_dropout: share of captions replaced by the empty prompt, for guidance ([CFG] algorithm 1).
     ema_decay: largest decay of the weights' moving average; 0 turns it off.
     save_and_sample_every_n: steps between checkpoints with a sample grid; the last step always has one.
-    mixed_precision: "no", or autocast to "fp16" / "bf16"; weights stay float32.
+    mixed_precision: "no", or autocast to "fp16" / "bf16"; what is trained stays float32.
+    half_frozen_weights: of a run that trains adapters or words alone: hold the network and the text encoder, which are
+        frozen, in mixed_precision's dtype too, in half the memory. No effect with "no".
     gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+    shard_weights: of several processes, each holds a share of the network's weights, gradients, moments and average
+        (FSDP), not the whole; for runs that train all of the network. No effect on one process.
     compile: torch.compile the network.
     seed: of weights, data order, noise and captions.
     keep_last, keep_every: once more than keep_last checkpoints stand there, older ones are deleted, but for those of steps
@@ -36,7 +40,9 @@ class TrainingSettings:
     ema_decay: float = 0.999
     save_and_sample_every_n: int = 1000
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    half_frozen_weights: bool = False
     gradient_checkpointing: bool = False
+    shard_weights: bool = False
     compile: bool = False
     seed: int = 0
     keep_last: int | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from xdiffusion.data.captioned_images import CaptionedImages
 from xdiffusion.data.image_set import ImageSet
@@ -33,7 +34,7 @@ class TextualInversionSettings:
 
 
 def learn_token(encoder: CLIPTextEncoder, settings: TextualInversionSettings) -> None:
-    """Give a frozen text encoder the new word, with embeddings that alone of it are trainable.
+    """Give a frozen text encoder the new word, with embeddings that alone of it are trainable, in float32.
 
     Raises:
         ValueError: for settings that no encoder can have.
@@ -50,7 +51,8 @@ def learn_token(encoder: CLIPTextEncoder, settings: TextualInversionSettings) ->
         raise ValueError(f"textual_inversion.token={settings.token!r} is a word already: put it in <>")
     start = torch.tensor(ids, device=encoder.token_embedding.weight.device)[torch.arange(settings.vectors) % len(ids)]
     encoder.add_tokens({settings.token: encoder.token_embedding.weight.detach()[start]})
-    encoder.learned_embedding.requires_grad_(True)
+    in_float32 = encoder.learned_embedding.detach().float()  # the table may be in half precision
+    encoder.learned_embedding = nn.Parameter(in_float32)
 
 
 def check_token_is_named(data: ImageSet | CaptionedImages | Shards, token: str) -> None:

@@ -1,0 +1,50 @@
+"""Weights cut into several safetensors files, with an index that says which tensor is in which.
+
+    model.safetensors.index.json    {"weight_map": {tensor: "model-00001-of-00002.safetensors", ...}, ...}
+
+The names are those of whoever made the folder: none may lead out of it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PureWindowsPath
+
+from torch import Tensor
+
+from xdiffusion.checkpoints.files import MAX_HEADER_BYTES, SAFETENSORS, CheckpointError
+from xdiffusion.checkpoints.streaming import StoredTensors
+
+
+def read_indexed(index: Path) -> dict[str, Tensor]:
+    """The tensors that an index names, mapped, by name; all files lie beside it.
+
+    Raises:
+        CheckpointError: if the index is damaged or names a file elsewhere, or a file or a tensor in it is missing.
+    """
+    places = _weight_map(index)
+    shards = {}
+    for file in dict.fromkeys(places.values()):
+        if not (index.parent / file).is_file():
+            raise CheckpointError(f"{index.parent / file} is not there, which {index.name} names")
+        shards[file] = StoredTensors(index.parent / file)
+    for name, file in places.items():
+        if name not in shards[file]:
+            raise CheckpointError(f"{index.parent / file} has no tensor {name}, which {index.name} says is there")
+    return {name: shards[file][name] for name, file in places.items()}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """File by tensor, every file a safetensors file's name without a folder."""
+    try:
+        if index.stat().st_size > MAX_HEADER_BYTES:
+            raise ValueError(f"it has {index.stat().st_size:,} bytes; allowed are {MAX_HEADER_BYTES:,}")
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = set(places.values())
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error})") from error
+    for file in files:
+        # read as Windows does, a path is one there or here
+        if not isinstance(file, str) or PureWindowsPath(file).name != file or not file.endswith(SAFETENSORS):
+            raise CheckpointError(f"{index} names {file!r:.100}, which is no {SAFETENSORS} file beside it")
+    return places
