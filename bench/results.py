@@ -264,13 +264,16 @@ def cached(folder: Path, budget: dict[str, Any], make: Callable[[], Row]) -> Row
 
 def document(rows: Sequence[Row], args: argparse.Namespace) -> str:
     """docs/results.md: for each data set the means over seeds, then every row with its intervals."""
-    command = f"python bench/results.py {' '.join(args.argv)}".strip()
+    places = ("--output_path", "--markdown")  # of this machine
+    words = [w for w, before in zip(args.argv, ["", *args.argv]) if w not in places and before not in places]
+    command = " ".join(["python bench/results.py", *words])
     parts = [
         "# Results\n\nWritten by `bench/results.py`, from random weights; its text says what each side is. Ours and theirs "
         "(diffusers + peft, by learning rate) have the same images, steps, batch size and, nearly, parameters. Scores are "
         "those of `sampling/image/evaluate.py --full --intervals` on "
         f"{args.num_samples} samples.\n\n    {command}\n\n"
-        f"Processor: {device_name('cpu')}, threads: {args.threads}. Seconds are of the training steps.\n"
+        f"Processor: {device_name('cpu')}, threads: {args.threads}. Seconds are of the training "
+        "steps, with whatever else the machine did; `bench/train_step.py` compares speed.\n"
     ]
     for name in dict.fromkeys(r["data"] for r in rows):
         for kind, title in (("base", "base models"), ("lora", "LoRAs of the inverted style")):
