@@ -115,7 +115,7 @@ def writes(megabytes: int, rounds: int) -> tuple[list[float], list[float]]:
         trainable=trainable,
         optimizer=optimizer,
         ema=EMA(list(trainable.values()), 0.9),
-        accelerator=SimpleNamespace(scaler=None),
+        accelerator=SimpleNamespace(scaler=None, is_main_process=True),
         watch=LossWatch(None),
         rollbacks=0,
     )

@@ -170,6 +170,12 @@ class UNet(nn.Module):
         h = self.conv_out(F.silu(self.conv_norm_out(h)))
         return F.pixel_shuffle(h, self.patch_size) if self.patch_size > 1 else h
 
+    def blocks(self) -> list[nn.Module]:
+        """The modules with nearly all of the weights, each called as a whole; sharded weights are gathered one by one."""
+        levels = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        parts = (m for level in levels for m in (*level.resnets, *level.attentions, level.downsample, level.upsample))
+        return [part for part in parts if part is not None and any(True for _ in part.parameters())]
+
     def _stage(self, level: _Level, i: int, h: Tensor, time: Tensor, context: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(level.stage, i, h, time, context, use_reentrant=False)

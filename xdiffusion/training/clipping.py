@@ -8,16 +8,23 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from xdiffusion.training.sharded_weights import is_sharded, local
+
 
 @torch.no_grad()
 def clip_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients down to a norm of max_norm if they are above it; returns their norm before, after unscaling (fp16).
 
-    Bit for bit what torch.nn.utils.clip_grad_norm_ does.
+    Bit for bit what torch.nn.utils.clip_grad_norm_ does; of sharded gradients it is the norm of all processes' rows.
     """
     accelerator.unscale_gradients()
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = list(map(local, found))
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if any(map(is_sharded, found)):
+        square = norm.square()
+        torch.distributed.all_reduce(square)
+        norm = square.sqrt()
     factor = max_norm / (norm + 1e-6)
     if factor < 1:
         torch._foreach_mul_(gradients, factor)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from xdiffusion.training.sharded_weights import local
+
 
 class EMA:
     """average <- decay * average + (1 - decay) * weights, after each step.
@@ -18,6 +20,9 @@ class EMA:
     Args:
         parameters: the trained weights.
         decay: the ceiling in [0, 1); 0 makes the average the weights themselves.
+
+    Attributes:
+        average: tensors like the parameters; within `in_place()` the weights, which the model does not hold then.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float):
@@ -26,27 +31,32 @@ class EMA:
         self.parameters = list(parameters)
         self.decay = decay
         self.average = [p.detach().clone() for p in self.parameters]
-        self._trained: list[torch.Tensor] | None = None
+        self._in_place = False
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after `step` steps (the first is 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.average, [p.data for p in self.parameters], 1 - decay)
+        torch._foreach_lerp_(list(map(local, self.average)), list(map(local, self.parameters)), 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within this block the model holds the average; the trained weights come back after it, untouched."""
-        self._trained = [p.data for p in self.parameters]
-        for parameter, average in zip(self.parameters, self.average):
-            parameter.data = average
+        self._exchange()
         try:
             yield
         finally:
-            for parameter, data in zip(self.parameters, self._trained):
-                parameter.data = data
-            self._trained = None
+            self._exchange()
 
     def trained(self) -> list[torch.Tensor]:
         """The weights without averaging, wherever they are now."""
-        return [p.data for p in self.parameters] if self._trained is None else self._trained
+        return self.average if self._in_place else [p.data for p in self.parameters]
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Weights and average change places, value by value: a sharded parameter cannot be given other memory."""
+        for parameter, average in zip(map(local, self.parameters), map(local, self.average)):
+            weights = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(weights)
+        self._in_place = not self._in_place

@@ -39,6 +39,7 @@ from xdiffusion.training.processes import (
 from xdiffusion.training.randomness import generator_at
 from xdiffusion.training.row_threads import RowThreads, shares_of_a_step
 from xdiffusion.training.settings import OptimizerSettings, TrainingSettings
+from xdiffusion.training.sharded_weights import check_can_be_sharded, shard
 from xdiffusion.training.sources import Sources
 
 
@@ -89,13 +90,17 @@ class Trainer:
         AcceleratorState._reset_state()  # else a second run in this process must have the first one's precision
         self.accelerator = Accelerator(mixed_precision=self.settings.mixed_precision, cpu=force_cpu)
         check_shares(self.accelerator, self.settings)
+        check_can_be_sharded(model, self.settings, self.optimizer_settings)
+        self.sharded = self.settings.shard_weights and self.accelerator.num_processes > 1
         self.watch = LossWatch(self.settings.stop_above)
         self.rollbacks = 0  # how often the run went back; each time with other noise
         self.model = model.train()
         self.data = data
-        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.sources = Sources(model, data, class_images, config, self.settings, self.accelerator.device)
         self.batches, self.embed = self.sources.batches, self.sources.embed
+        if self.sharded:
+            shard(model.network, self.accelerator.device)
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.unwrapped = [p for name, p in self.trainable.items() if not name.startswith("network.")]
         self.ema = EMA(list(self.trainable.values()), self.settings.ema_decay)
         model.network.gradient_checkpointing = self.settings.gradient_checkpointing
@@ -103,7 +108,8 @@ class Trainer:
         groups = by_relative_rate(self.trainable, config)
         self.relative_rates = list(groups)
         optimizer = build_optimizer(groups.values(), self.optimizer_settings)
-        self.network, self.optimizer = spread(self.accelerator, network), self.accelerator.prepare(optimizer)
+        self.network = network if self.sharded else spread(self.accelerator, network)
+        self.optimizer = self.accelerator.prepare(optimizer)
         shares = shares_of_a_step(model, self.settings, self.accelerator.device, self.accelerator.num_processes)
         self.row_threads = RowThreads(self.trainable.values(), shares) if shares > 1 else None
         self.sources_lock = Lock()  # caches of embeddings grow as they are asked
@@ -128,7 +134,7 @@ class Trainer:
         dropout.manual_seed(generator_at(self.settings.seed, stream, step).initial_seed())
         parts, total = self.settings.gradient_accumulation_steps, 0.0
         for part in range(parts):
-            with only_add_up_last(self.accelerator, self.network, part == parts - 1):
+            with only_add_up_last(self.accelerator, self.network, part == parts - 1, self.sharded):
                 total = total + self._backward_part(step, part * processes + rank, parts * processes)
         total = summed(self.accelerator, total, self.unwrapped)
         max_norm = self.optimizer_settings.max_grad_norm
@@ -158,7 +164,8 @@ class Trainer:
             shares = self.row_threads.shares
             return self.row_threads.backward(lambda i: self._part_loss(step, part * shares + i, parts * shares))
         part_loss = self._part_loss(step, part, parts)
-        self.accelerator.backward(part_loss)
+        # of sharded gradients torch takes the mean over the processes, not the sum
+        self.accelerator.backward(part_loss * self.accelerator.num_processes if self.sharded else part_loss)
         return part_loss.detach()
 
     def _part_loss(self, step: int, part: int, parts: int) -> torch.Tensor:

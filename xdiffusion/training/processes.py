@@ -2,7 +2,7 @@
 
 A process' loss is its share of the batch's mean, so the sum of the gradients, not their mean, is the batch's: a run has
 the same losses, to rounding, on however many processes it runs. torch's DistributedDataParallel adds up while the backward
-pass goes on; parameters outside the network (a text encoder's LoRA) are added up after it.
+pass goes on, FSDP too (see `sharded_weights`); parameters outside the network (a text encoder's LoRA) are added up after it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGA
 
 
 def check_shares(accelerator: Accelerator, settings: TrainingSettings) -> None:
-    """Raise ValueError where the processes cannot share a batch equally, or would share out the weights too."""
+    """Raise ValueError where the processes cannot share a batch equally, or are launched to share out the weights too."""
     if accelerator.distributed_type in SHARDED:
         raise ValueError(
-            f"distributed type {accelerator.distributed_type.value}: the trainer keeps whole weights and their average in "
-            "every process; allowed are one process, and DDP on several"
+            f"distributed type {accelerator.distributed_type.value}: the trainer shards weights itself, with torch's FSDP2; "
+            "launch the processes as for DDP (MULTI_GPU) and set training.shard_weights=true"
         )
     parts = settings.gradient_accumulation_steps * accelerator.num_processes
     if settings.batch_size % parts:
@@ -50,9 +50,13 @@ def spread(accelerator: Accelerator, network: nn.Module) -> nn.Module:
     return network
 
 
-def only_add_up_last(accelerator: Accelerator, network: nn.Module, last: bool) -> AbstractContextManager:
-    """Of a batch's accumulation parts, the last alone has to talk to the other processes."""
-    return nullcontext() if last or accelerator.num_processes == 1 else accelerator.no_sync(network)
+def only_add_up_last(accelerator: Accelerator, network: nn.Module, last: bool, sharded: bool) -> AbstractContextManager:
+    """Of a batch's accumulation parts, the last alone has to talk to the other processes.
+
+    With sharded weights each does: until then its gradients would be whole ones.
+    """
+    alone = last or accelerator.num_processes == 1 or sharded
+    return nullcontext() if alone else accelerator.no_sync(network)
 
 
 def summed(accelerator: Accelerator, loss: Tensor, unwrapped: Sequence[nn.Parameter]) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch.optim import Optimizer
 
 from xdiffusion.checkpoints.files import (
     CheckpointError,
@@ -34,6 +35,7 @@ from xdiffusion.checkpoints.native import load_model_file, save_model
 from xdiffusion.lora.weights import save_lora_weights
 from xdiffusion.training.exports import export_lora, export_paths
 from xdiffusion.training.loop import Trainer
+from xdiffusion.training.sharded_weights import gathered, laid_out_as, local, rows_of
 
 SET_ASIDE = ".earlier"
 
@@ -63,6 +65,8 @@ class RunCheckpoints:
     def save(self, trainer: Trainer, step: int, on_saved: Callable[[Path], None] | None = None) -> None:
         """Copy weights (the moving average must be in place) and state of a step; a thread writes them meanwhile.
 
+        Every process calls it, since sharded weights are gathered from all; the first alone copies and writes.
+
         Args:
             on_saved: called by that thread with the weights' path once both files are on the disk.
 
@@ -70,13 +74,13 @@ class RunCheckpoints:
             CheckpointError: if the write before this one failed.
         """
         self.finish()
-        path, state = self.path(step), host_copy(self._state(trainer, step))
-        image_shape = trainer.model.image_shape
+        path, writes, image_shape = self.path(step), trainer.accelerator.is_main_process, trainer.model.image_shape
+        state = host_copy(self._state(trainer, step), writes)
+        tensors = None if self.base_hash else host_copy(trainer.model.state_dict(), writes)
+        if not writes:
+            return
         if self.base_hash:  # small: written here and now
             self._save_adapter(trainer, path, step)
-            tensors = None
-        else:
-            tensors = host_copy(trainer.model.state_dict())
 
         def write() -> None:
             try:
@@ -143,6 +147,7 @@ class RunCheckpoints:
             _copy_into(dict(zip(trainer.trainable, trainer.ema.average)), average)
             _copy_into(trainer.trainable, state["trained"])
             _copy_into(frozen_factors(trainer), state["frozen"])
+            _lay_out_moments(state["optimizer"], trainer.optimizer)
             trainer.optimizer.load_state_dict(state["optimizer"])
             if trainer.accelerator.scaler is not None and state["scaler"]:
                 trainer.accelerator.scaler.load_state_dict(state["scaler"])
@@ -271,13 +276,14 @@ def frozen_factors(trainer: Trainer) -> dict[str, Tensor]:
     return {n: p.data for n, p in trainer.model.named_parameters() if ".lora_" in n and not p.requires_grad}
 
 
-def host_copy(tree: Any) -> Any:
-    """Dicts and lists of tensors, copied to host memory."""
+def host_copy(tree: Any, keep: bool = True) -> Any:
+    """Dicts and lists of tensors, copied to host memory; without keep None for each, after its part in gathering it."""
     if isinstance(tree, Tensor):
-        return tree.detach().to("cpu", copy=True)
+        whole = gathered(tree)
+        return whole.to("cpu", copy=True) if keep else None
     if isinstance(tree, dict):
-        return {key: host_copy(value) for key, value in tree.items()}
-    return type(tree)(map(host_copy, tree)) if isinstance(tree, (list, tuple)) else tree
+        return {key: host_copy(value, keep) for key, value in tree.items()}
+    return type(tree)(host_copy(value, keep) for value in tree) if isinstance(tree, (list, tuple)) else tree
 
 
 def plain_and_tensors(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -317,4 +323,12 @@ def _copy_into(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
     for name, tensor in target.items():
         if tensor.shape != source[name].shape:
             raise ValueError(f"{name} has shape {tuple(source[name].shape)}, not {tuple(tensor.shape)}")
-        tensor.data.copy_(source[name])
+        local(tensor).copy_(rows_of(source[name], tensor))
+
+
+def _lay_out_moments(state: dict[str, Any], optimizer: Optimizer) -> None:
+    """Make moments that a run of any number of processes has saved those of this one's parameters."""
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    for i, moments in state["state"].items():
+        alike = {name: value for name, value in moments.items() if getattr(value, "shape", None) == parameters[i].shape}
+        moments.update({name: laid_out_as(parameters[i], value) for name, value in alike.items()})
