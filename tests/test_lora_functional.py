@@ -11,11 +11,11 @@ IN, OUT, RANK, SCALING = 6, 5, 2, 0.75
 MANY, FEW = (3, 8), (2,)  # leading shapes of x for which merging pays, and does not
 
 
-@pytest.fixture(autouse=True, params=["large weight", "small weight"])
+@pytest.fixture(autouse=True, params=["large weight", "small product"])
 def small_weight(request, monkeypatch):
     """The weights of these tests count as large, or as small, whose gradient automatic differentiation finds."""
-    monkeypatch.setattr("xdiffusion.lora.functional.SMALL_WEIGHT", 10**6 if request.param == "small weight" else 0)
-    return request.param == "small weight"
+    monkeypatch.setattr("xdiffusion.lora.functional.SMALL_PRODUCT", 10**9 if request.param == "small product" else 0)
+    return request.param == "small product"
 
 
 def inputs(leading=MANY, dtype=torch.float32, bias=True, trains=("x", "lora_A", "lora_B")):
