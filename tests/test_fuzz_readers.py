@@ -1,6 +1,7 @@
 """The fuzzer sees what it looks for."""
 
 import json
+import mmap
 import os
 import time
 
@@ -14,7 +15,8 @@ def write(folder):
 
 
 def memory(folder):
-    bytes(1) * 2**26 + b"1"  # more than malloc may have lying about from an earlier test
+    with mmap.mmap(-1, 2**24) as fresh:  # malloc may have memory lying about from an earlier test
+        fresh.write(bytes(2**24))
 
 
 @pytest.mark.parametrize(
