@@ -196,10 +196,10 @@ def test_a_file_that_does_not_fit_leaves_the_model_as_it_was(tensors, message, t
     path = tmp_path / "lora.safetensors"
     save_tensors(path, tensors)
     target = model()
-    refused(target, path, message)
+    assert_refused(target, path, message)
 
 
-def refused(target, path, message, **arguments):
+def assert_refused(target, path, message, **arguments):
     before, kinds = copies(target.state_dict()), [type(layer) for layer in target]
     with pytest.raises((LoRAError, CheckpointError), match=message):
         load_lora_weights(target, path, **arguments)
@@ -211,14 +211,14 @@ def test_a_name_that_the_model_has_is_refused_before_anything_changes(tmp_path):
     save_lora_weights(adapted(MIXED), tmp_path / "lora.safetensors")
     target = model()
     apply_lora_to_model(target, 1, 1.0, 0.0, ["2"])  # "0" comes first in the file, and is free
-    refused(target, tmp_path / "lora.safetensors", "2 has an adapter named 'default' already")
+    assert_refused(target, tmp_path / "lora.safetensors", "2 has an adapter named 'default' already")
 
 
 def test_another_base_is_refused_where_both_are_known(tmp_path):
     known, unknown = tmp_path / "known.safetensors", tmp_path / "unknown.safetensors"
     save_lora_weights(adapted(MIXED), known, base_hash="abc")
     save_lora_weights(adapted(MIXED), unknown)
-    refused(model(), known, "was trained on another base: it names abc, this model is def", base_hash="def")
+    assert_refused(model(), known, "was trained on another base: it names abc, this model is def", base_hash="def")
     for path, base_hash in ((known, "abc"), (known, None), (unknown, "def")):
         assert load_lora_weights(model(), path, base_hash=base_hash).matched == ["0", "2"]
 
