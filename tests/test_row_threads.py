@@ -36,6 +36,15 @@ def test_the_shares_add_up_to_the_whole_gradient():
     assert unused.grad is None and not total.requires_grad
 
 
+def test_a_parameter_that_only_some_shares_reach_has_their_gradient():
+    """A text encoder's, say, where all captions of the other share are dropped."""
+    of_first, of_last = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    threads = RowThreads([of_first, of_last], 2)
+    threads.backward(lambda i: (of_last if i else of_first).sum() * (3.0 + i))
+    assert torch.equal(of_first.grad, torch.full((2,), 3.0))
+    assert torch.equal(of_last.grad, torch.full((2,), 4.0))
+
+
 def test_a_share_that_fails_fails_the_step():
     threads = RowThreads([torch.nn.Parameter(torch.ones(1))], 2)
     with pytest.raises(ZeroDivisionError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +49,11 @@ class RowThreads:
     @torch.no_grad()
     def add_up(self, gradients: Sequence[Sequence[Tensor | None]], i: int) -> None:
         """Add the shares' gradients of every `shares`-th parameter to it, from parameter i on."""
-        mine = range(i, len(self.parameters), self.shares)
-        reached = [k for k in mine if gradients[0][k] is not None]
-        total = [gradients[0][k] for k in reached]
-        for share in gradients[1:] if reached else ():
-            total = torch._foreach_add(total, [share[k] for k in reached])
-        for k, gradient in zip(reached, total):
-            parameter = self.parameters[k]
+        for k in range(i, len(self.parameters), self.shares):
+            parts = [share[k] for share in gradients if share[k] is not None]
+            if not parts:
+                continue
+            parameter, gradient = self.parameters[k], reduce(torch.add, parts)
             if parameter.grad is None:
                 parameter.grad = _laid_out_as(parameter, gradient)
             else:
