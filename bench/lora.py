@@ -1,12 +1,14 @@
-"""What a LoRA costs where it is used: sampling with it, unmerged and merged, and converting files of Stable Diffusion's size.
+"""What a LoRA costs where it is used: in a training step, in sampling, and in converting files of Stable Diffusion's size.
 
     python bench/lora.py
 
-Sampling: the digits' model with the LoRA of its config, 32 images, 10 steps with guidance; "theirs" is the same model
-without a LoRA, and the same model a second time says how far apart two equal models are measured. Conversion: a LoRA of
-rank 16 for all linear layers of Stable Diffusion 1.5, from each format that is written to native and back, each in a
-fresh process that has torch; seconds, and by how much the process grows.
-The layer alone is in bench/lora_linear.py, the training step in bench/train_step.py.
+Training: steps of one trainer on the digits' UNet, with our adapters and with peft's on the same module (q, k, v and out
+projections, rank 4); bench/train_step.py has the step beside diffusers + peft. Sampling: the digits' model with the LoRA of
+its config, 32 images, 10 steps with guidance; "theirs" is the same model without a LoRA, and the same model a second time
+says how far apart two equal models are measured. Conversion: a LoRA of rank 16 for all linear layers of Stable Diffusion
+1.5, from each format that is written to native and back, each in a fresh process that has torch; seconds, and by how much
+the process grows.
+The layer alone is in bench/lora_linear.py.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,12 +27,15 @@ from xdiffusion.build import build_model, build_sampling, load_config
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import FORMATS, sd_layer_table, write_lora
 from xdiffusion.cli import positive_int, run
-from xdiffusion.lora import get_lora_parameters, merge_lora_weights
+from xdiffusion.data.digits import load_digits
+from xdiffusion.lora import apply_lora_to_model, get_lora_parameters, merge_lora_weights
 from xdiffusion.model import DiffusionModel, generate, generators_for
+from xdiffusion.training.loop import Trainer
 from xdiffusion.training.run import make_trainable
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
-UNMERGED, MERGED = Goal(1.10), Goal(1.01)
+RANK, TARGETS = 4, ["to_q", "to_k", "to_v", "to_out"]
+STEP, UNMERGED, MERGED = Goal(0.85), Goal(1.10), Goal(1.01)
 SECONDS, MIB = Goal(2.0, of="ours"), Goal(200.0, of="ours")
 CONVERT = """
 import json, sys, time, torch
@@ -44,6 +49,28 @@ def convert():
 grown = peak_resident(convert)
 print(json.dumps([time.perf_counter() - started, grown / 2**20]))
 """
+
+
+def training_step(side: str, device: torch.device) -> Callable[[], object]:
+    """The digits' model of its config with a fresh LoRA of ours or of peft's, in a run of our trainer."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = load_config(CONFIG, ["model.text_encoder.pretrained=null", "training.num_training_steps=10000"])
+    torch.manual_seed(0)
+    model = build_model(config).requires_grad_(False)
+    if side == "ours":
+        apply_lora_to_model(model.network, rank=RANK, alpha=RANK, target_modules=TARGETS)
+    else:
+        inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS), model.network)
+    trainer = Trainer(model.to(device), load_digits(24), config, force_cpu=device.type == "cpu")
+    steps = iter(range(1, 10_001))
+    return lambda: trainer.step(next(steps))
+
+
+def measure_training(rounds: int, device: torch.device, report: Report) -> None:
+    """Seconds of a step with our adapters and with peft's."""
+    timers = {side: timer(training_step(side, device), device, calls=3) for side in ("ours", "theirs")}
+    report.add("lora_step_same_module", **interleave(timers, rounds), goal=STEP)
 
 
 def models() -> dict[str, DiffusionModel]:
@@ -109,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = flags.parse_args(argv)
     device = prepare(args)
     report = Report(args)
+    measure_training(args.rounds, device, report)
     measure_sampling(args.num_samples, args.rounds, device, report)
     measure_conversion(args.rank, min(args.rounds, 3), report)
     report.finish()

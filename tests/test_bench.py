@@ -131,9 +131,13 @@ def test_time_to_quality(capsys, work_folder, quick_judge):
 def test_lora(capsys, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     found = results(capsys, "lora", "--num_samples", 1, "--rank", 1)
-    assert {"lora_sampling_unmerged", "lora_sampling_merged", "lora_convert_kohya", "lora_convert_kohya_peak"} <= {
-        *found
-    }
+    assert {
+        "lora_step_same_module",
+        "lora_sampling_unmerged",
+        "lora_sampling_merged",
+        "lora_convert_kohya",
+        "lora_convert_kohya_peak",
+    } <= {*found}
     assert all(f["modules"] == 256 for name, f in found.items() if "convert" in name)
 
 

@@ -98,6 +98,36 @@ def test_the_weights_after_some_steps_are_those_without_threads(two_threads, lor
         assert (ends[0][name] - ends[1][name]).norm() < 0.05 * moved, name
 
 
+def test_the_step_takes_no_more_cores_beside_its_threads_than_one_of_them(two_threads, monkeypatch):
+    """OpenMP's team of the main thread would spin on the cores of the others."""
+    trainer, seen = tiny_trainer(tiny_config()), []
+    monkeypatch.setattr(trainer.ema, "update", lambda step: seen.append(torch.get_num_threads()))
+    trainer.step(1)
+    assert seen == [1] and torch.get_num_threads() == 2
+    trainer.row_threads = None
+    trainer.step(2)
+    assert seen == [1, 2]
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"init": "pissa"}, {"use_rslora": True}], ids=str)
+def test_every_kind_of_adapter_has_the_gradient_of_one_piece(two_threads, settings):
+    gradients = []
+    for threaded in (True, False):
+        model = tiny_model(tiny_config()).requires_grad_(False)
+        apply_lora_to_model(model.network, rank=2, target_modules=["to_q", "to_out", "conv1"], **settings)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data.add_(0.05)
+        trainer = Trainer(model, tiny_images(), tiny_config(), force_cpu=True)
+        assert trainer.row_threads.layers
+        if not threaded:
+            trainer.row_threads = None
+        gradients.append(gradients_of_a_step(trainer))
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, whole in gradients[1].items():
+        assert torch.allclose(gradients[0][name], whole, rtol=2e-3, atol=1e-4 * float(whole.abs().max())), name
+
+
 def test_a_trained_text_encoder_gets_its_gradient_from_all_rows(two_threads):
     config = tiny_config()
     gradients = []

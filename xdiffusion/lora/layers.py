@@ -245,9 +245,9 @@ class LoRALayer(nn.Module):
         update = (weight - self.weight).to(self.weight.dtype)  # rounded apart from W, in which it would be lost
         return self._base_forward(x, self.weight, self.bias) + self._base_forward(F.dropout(x, dropout), update, None)
 
-    def keep_results(self) -> None:
-        """Form W' once, at the next call, for all calls until `drop_results`."""
-        self.keeps_weight = True
+    def keep_results(self, weight: Tensor | None = None) -> None:
+        """Compute with this W' until `drop_results`, or (None) with that of the next call."""
+        self.keeps_weight, self.kept_weight = True, weight
 
     def drop_results(self) -> None:
         self.keeps_weight, self.kept_weight = False, None

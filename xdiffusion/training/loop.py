@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import Lock
 
@@ -22,6 +22,7 @@ from torch import nn
 
 from xdiffusion.data.captioned_images import CaptionedImages
 from xdiffusion.diffusion.objective import loss
+from xdiffusion.lora.formed_weights import layers_to_form
 from xdiffusion.model import DiffusionModel
 from xdiffusion.training.batches import Data
 from xdiffusion.training.clipping import clip_gradients
@@ -111,7 +112,7 @@ class Trainer:
         self.network = network if self.sharded else spread(self.accelerator, network)
         self.optimizer = self.accelerator.prepare(optimizer)
         shares = shares_of_a_step(model, self.settings, self.accelerator.device, self.accelerator.num_processes)
-        self.row_threads = RowThreads(self.trainable.values(), shares) if shares > 1 else None
+        self.row_threads = RowThreads(self.trainable.values(), shares, layers_to_form(model)) if shares > 1 else None
         self.sources_lock = Lock()  # caches of embeddings grow as they are asked
 
     def step(self, step: int) -> StepMetrics:
@@ -121,6 +122,10 @@ class Trainer:
             TrainingDiverged: before any weight is changed by a loss or gradient that is not finite, or by a loss above
                 `training.stop_above` times the median of those before.
         """
+        with self.row_threads.as_one_of_them() if self.row_threads is not None else nullcontext():
+            return self._step(step)
+
+    def _step(self, step: int) -> StepMetrics:
         started = time.perf_counter()
         learning_rate = learning_rate_at(step, self.settings.num_training_steps, self.optimizer_settings)
         for group, relative_rate in zip(self.optimizer.param_groups, self.relative_rates):

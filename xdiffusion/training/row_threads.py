@@ -1,18 +1,22 @@
 """On a CPU: each core takes its rows of the batch through the whole network, forward and backward.
 
 The operations of a small network are too short to be shared out one by one: at each of them the cores wait for each other.
-Rows are independent until their gradients are added, so each share of them has a thread, and its part of the cores.
+Rows are independent until their gradients are added, so each share of them has a thread, and its part of the cores. What
+concerns weights alone, forming W' of a LoRA say, is done once for all shares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
+from xdiffusion.lora.formed_weights import formed_once
+from xdiffusion.lora.layers import LoRALayer
 from xdiffusion.model import DiffusionModel
 from xdiffusion.training.settings import TrainingSettings
 
@@ -25,45 +29,64 @@ class RowThreads:
     Args:
         parameters: what to differentiate by.
         shares: threads, each with one share.
+        layers: whose W' is formed once for all shares; their parameters may be among `parameters`.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], shares: int):
-        self.parameters = list(parameters)
-        self.shares = shares
-        cores = max(1, torch.get_num_threads() // shares)
-        self.pool = ThreadPoolExecutor(shares, "rows", initializer=torch.set_num_threads, initargs=(cores,))
+    def __init__(self, parameters: Iterable[nn.Parameter], shares: int, layers: Sequence[LoRALayer] = ()):
+        self.shares, self.layers = shares, layers
+        in_weights = {id(p) for layer in layers for name in layer.adapters for p in layer.trained_parameters(name)}
+        self.parameters = [p for p in parameters if id(p) not in in_weights]
+        self.cores = max(1, torch.get_num_threads() // shares)
+        self.pool = ThreadPoolExecutor(shares, "rows", initializer=torch.set_num_threads, initargs=(self.cores,))
 
     def backward(self, loss_of_share: Callable[[int], Tensor]) -> Tensor:
         """The sum of the shares' losses; its gradient is added to that of the parameters.
 
         The shares are added up in their order, so the result does not depend on which thread is done first.
         """
-        losses, gradients = zip(*self.pool.map(lambda i: self.differentiate(loss_of_share(i)), range(self.shares)))
-        list(self.pool.map(lambda i: self.add_up(gradients, i), range(self.shares)))
+        with formed_once(self.layers) as weights:
+            leaves = [*self.parameters, *weights]
+
+            def differentiate(i: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+                loss = loss_of_share(i)
+                return loss.detach(), torch.autograd.grad(loss, leaves, allow_unused=True)
+
+            losses, gradients = zip(*self.pool.map(differentiate, range(self.shares)))
+            list(self.pool.map(lambda i: self.add_up(leaves, gradients, i), range(self.shares)))
         return torch.stack(losses).sum()
 
-    def differentiate(self, loss: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """A share's loss, and its gradient."""
-        return loss.detach(), torch.autograd.grad(loss, self.parameters, allow_unused=True)
-
     @torch.no_grad()
-    def add_up(self, gradients: Sequence[Sequence[Tensor | None]], i: int) -> None:
-        """Add the shares' gradients of every `shares`-th parameter to it, from parameter i on."""
-        for k in range(i, len(self.parameters), self.shares):
+    def add_up(self, leaves: Sequence[Tensor], gradients: Sequence[Sequence[Tensor | None]], i: int) -> None:
+        """Add the shares' gradients of every `shares`-th leaf to it, from leaf i on."""
+        for k in range(i, len(leaves), self.shares):
             parts = [share[k] for share in gradients if share[k] is not None]
             if not parts:
                 continue
-            parameter, gradient = self.parameters[k], reduce(torch.add, parts)
-            if parameter.grad is None:
-                parameter.grad = _laid_out_as(parameter, gradient)
+            leaf, gradient = leaves[k], reduce(torch.add, parts)
+            if leaf.grad is None:
+                leaf.grad = _laid_out_as(leaf, gradient)
             else:
-                parameter.grad += gradient
+                leaf.grad += gradient
+
+    @contextmanager
+    def as_one_of_them(self) -> Iterator[None]:
+        """Within this block the calling thread has no more cores than a share has.
+
+        A team of OpenMP threads spins for a while when it is done, on the cores that the shares need: beside another busy
+        process a step with one took six times as long.
+        """
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.cores)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
-def _laid_out_as(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+def _laid_out_as(leaf: Tensor, gradient: Tensor) -> Tensor:
     """The gradient in its parameter's memory layout, which the fused AdamW relies on and `backward()` would see to."""
-    same = gradient.stride() == parameter.stride()
-    return gradient if same else torch.empty_like(parameter).copy_(gradient)
+    same = gradient.stride() == leaf.stride()
+    return gradient if same else torch.empty_like(leaf).copy_(gradient)
 
 
 def shares_of_a_step(model: DiffusionModel, settings: TrainingSettings, device: torch.device, processes: int) -> int:
