@@ -2,9 +2,11 @@
 
 import copy
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from torch import nn
@@ -61,11 +63,11 @@ def outputs(unet, text_encoder):
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0", ".q_proj", ".k_proj", ".v_proj", ".out_proj")
 
 
-def random_lora(table, targets, alphas=(1.0, 3.0, 0.5, 7.0), **fields):
+def random_lora(table, targets, alphas=(1.0, 3.0, 0.5, 7.0), ranks=(2, 3, 4), **fields):
     generator = torch.Generator().manual_seed(4)
     modules = {}
     for i, name in enumerate(n for n in table if n.endswith(targets)):
-        rank, (out_size, *inner) = 2 + i % 3, table[name]
+        rank, (out_size, *inner) = ranks[i % len(ranks)], table[name]
         lora_A = torch.randn(rank, *inner, generator=generator) / 4
         lora_B = torch.randn(out_size, rank, *[1] * (len(inner) - 1), generator=generator) / 4
         modules[name] = LoRAFactors(lora_A, lora_B, alphas[i % len(alphas)], **fields)
@@ -90,8 +92,11 @@ EVERYWHERE = (*ATTENTION, ".conv1", ".proj_in", ".ff.net.0.proj", ".ff.net.2", "
 @pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
 @pytest.mark.parametrize("format", ["diffusers", "diffusers-sd15"])
 def test_diffusers_loads_our_files(format, rslora, tmp_path):
-    assert_diffusers_gives_our_outputs(random_lora(TABLE, ATTENTION, use_rslora=rslora), format, tmp_path)
-    assert_diffusers_gives_our_outputs(random_lora(TABLE.part("unet"), EVERYWHERE), format, tmp_path)
+    # the script style has no alphas, and diffusers before 0.40 took one layer's rank for the alpha of all
+    ranks = (3,) if format == "diffusers-sd15" and Version(diffusers.__version__) < Version("0.40") else (2, 3, 4)
+    everywhere = random_lora(TABLE.part("unet"), EVERYWHERE, ranks=ranks)
+    assert_diffusers_gives_our_outputs(random_lora(TABLE, ATTENTION, ranks=ranks, use_rslora=rslora), format, tmp_path)
+    assert_diffusers_gives_our_outputs(everywhere, format, tmp_path)
 
 
 def test_diffusers_loads_our_kohya_files(tmp_path):

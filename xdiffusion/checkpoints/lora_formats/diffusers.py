@@ -5,7 +5,8 @@
     diffusers-processors  unet.<path>.attn1.processor.to_q_lora.down.weight         old; read only
 
 No tensor holds an alpha: without a header scaling is 1. The PEFT style carries alphas, rsLoRA and DoRA in the header
-(`lora_adapter_metadata`, the fields of peft's LoraConfig for each component) wherever scaling is not 1.
+(`lora_adapter_metadata`, the fields of peft's LoraConfig for each component) wherever scaling is not 1. Where layers of a
+file without alphas have different ranks, diffusers before 0.40 gives most of them a wrong strength.
 """
 
 from __future__ import annotations
