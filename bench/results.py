@@ -233,7 +233,7 @@ def rows_of(config_path: Path, data_dir: str | None, seeds: int, args: argparse.
     def row(kind: str, side: str, seed: int, make: Callable[..., Row], *more: Any) -> Row:
         about = {"data": f"{data.name}, {len(data.train):,} images", "side": side, "kind": kind, "seed": seed}
         place = folder / f"{kind}-{side.replace(' ', '-')}-seed{seed}"
-        rows.append(about | cached(place, budget, lambda: make(place, setting, seed, *more)))
+        rows.append(cached(place, budget, lambda: make(place, setting, seed, *more)) | about)  # a score has a seed too
         return rows[-1]
 
     for seed in range(seeds):

@@ -189,13 +189,13 @@ def test_results_are_made_once(work_folder, quick_judge, monkeypatch, capsys):
     monkeypatch.setattr(script, "PEER_SAMPLING", [*script.PEER_SAMPLING, "sampling.steps=2"])
     tiny = [*TINY_CONFIG, f"data.image_size={SIZE}", "lora.target_modules=attention"]
     settings = [word for override in tiny for word in ("--set", override)]
-    few = ["--seeds", 1, "--num_training_steps", 2, "--num_samples", 20, "--intervals", 2, "--peer_learning_rate", 1e-3]
+    few = ["--seeds", 2, "--num_training_steps", 2, "--num_samples", 20, "--intervals", 2, "--peer_learning_rate", 1e-3]
     words = [*map(str, [*few, "--threads", 1, "--markdown", "docs/results.md"]), *settings]
     assert script.main(words) == 0
     document = (work_folder / "docs/results.md").read_text()
     rows = [json.loads(path.read_text()) for path in sorted(work_folder.rglob("row.json"))]
-    assert len(rows) == 4
-    base, peer_base, lora, peer_lora = rows
+    assert len(rows) == 8
+    base, _, peer_base, _, lora, _, peer_lora, _ = rows
     assert peer_base["parameters"] == pytest.approx(base["parameters"], rel=0.25)  # widths of 8 leave little choice
     assert peer_lora["rank"] >= 1 and peer_lora["gap_closed"] != 0
     assert peer_base["bits_per_dim"] > 0 and lora["gap_closed"] is not None
@@ -203,12 +203,14 @@ def test_results_are_made_once(work_folder, quick_judge, monkeypatch, capsys):
         low, high = row["frechet_distance_interval"]
         assert f"{row['frechet_distance']:.3f} [{low:.3f}, {high:.3f}]" in document
         assert f"{row['parameters']:,}" in document
+    assert document.count("| ours | 0 |") == document.count("| ours | 1 |") == 2
 
-    next(work_folder.glob("output/results/*/lora-theirs*/row.json")).unlink()
+    (again,) = work_folder.glob("output/results/*/lora-theirs*-seed0/row.json")
+    again.unlink()
     monkeypatch.setattr(script, "call_script", None)  # ours must not be trained again
     assert script.main(words) == 0
-    again = json.loads(next(work_folder.glob("output/results/*/lora-theirs*/row.json")).read_text())
-    assert again["prompt_accuracy"] == peer_lora["prompt_accuracy"]
-    assert again["gap_closed"] == peer_lora["gap_closed"]
+    made_again = json.loads(again.read_text())
+    assert made_again["prompt_accuracy"] == peer_lora["prompt_accuracy"]
+    assert made_again["gap_closed"] == peer_lora["gap_closed"]
     with pytest.raises(ValueError, match=r"row.json is of another budget; name another folder with --output_path"):
         script.main([*words, "--num_samples", "30"])
