@@ -86,6 +86,8 @@ def steps(config: Any, lora: bool, rounds: int, device: torch.device) -> tuple[l
         trainer.accelerator.backward = timed(trainer.accelerator.backward)
     else:
         trainer.row_threads.differentiate = timed(trainer.row_threads.differentiate)
+        for layer in trainer.row_threads.layers:  # what is formed once a step is a part of both passes
+            layer.effective_weight = timed(layer.effective_weight)
     whole, parts = [], []
     with tempfile.TemporaryDirectory() as folder, Records(Path(folder), 1, rounds + 3) as records:
         for step in range(1, rounds + 4):

@@ -4,10 +4,13 @@ import importlib.util
 import json
 import sys
 
+import pytest
+import torch
 from commands import ROOT
 
 
-def test_overhead(capsys, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_overhead(threads, capsys, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "bench")
     spec = importlib.util.spec_from_file_location("bench_overhead", ROOT / "bench/overhead.py")
     module = importlib.util.module_from_spec(spec)
@@ -21,7 +24,9 @@ def test_overhead(capsys, monkeypatch):
     tiny += ["model.network.patch_size=1", "model.text_encoder.layers=1", "model.text_encoder.width=8"]
     tiny += ["training.batch_size=4", "lora.target_modules=attention"]
     words = [word for setting in tiny for word in ("--set", setting)]
-    assert module.main(["--rounds", "2", "--threads", "1", "--json", "--megabytes", "13", *words]) == 0
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the benchmark sets both
+    assert module.main(["--rounds", "2", "--threads", str(threads), "--json", "--megabytes", "13", *words]) == 0
+    torch.set_num_threads(1)
     sys.modules.pop("measure", None)
     lines = {line["figure"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
     assert lines.keys() == {"overhead_base", "overhead_lora", "checkpoint"}

@@ -47,13 +47,14 @@ class RowThreads:
         with formed_once(self.layers) as weights:
             leaves = [*self.parameters, *weights]
 
-            def differentiate(i: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-                loss = loss_of_share(i)
-                return loss.detach(), torch.autograd.grad(loss, leaves, allow_unused=True)
-
-            losses, gradients = zip(*self.pool.map(differentiate, range(self.shares)))
+            shares = self.pool.map(lambda i: self.differentiate(loss_of_share(i), leaves), range(self.shares))
+            losses, gradients = zip(*shares)
             list(self.pool.map(lambda i: self.add_up(leaves, gradients, i), range(self.shares)))
         return torch.stack(losses).sum()
+
+    def differentiate(self, loss: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """A share's loss, and its gradient."""
+        return loss.detach(), torch.autograd.grad(loss, leaves, allow_unused=True)
 
     @torch.no_grad()
     def add_up(self, leaves: Sequence[Tensor], gradients: Sequence[Sequence[Tensor | None]], i: int) -> None:
