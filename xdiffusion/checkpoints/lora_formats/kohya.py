@@ -2,7 +2,8 @@
 
 Scaling is alpha / rank with alpha a tensor of each module; a file without alphas means alpha = rank. Underscores for
 dots are not unique, so module names come from a table of the model's layers, never from the key alone. (diffusers 0.42
-gives every attention layer of such a file the most frequent alpha; where alphas differ, write its own format for it.)
+gives every attention layer of such a file the most frequent alpha; where alphas differ, write its own format for it.
+Before 0.39 it leaves out conv_in, conv_out and the time embedding of such a file.)
 """
 
 from __future__ import annotations
