@@ -215,6 +215,7 @@ def test_interpolations_are_refused(write):
         ("model.network.channels=[8,true]", "model.network.channels=[8, True] must be a list of int"),
         ("model.text_encoder.pretrained=5", "model.text_encoder.pretrained=5 must be str or null"),
         ("training=5", "training must be a mapping of keys, not 5"),
+        ("model={network: [unet]}", "model.network must be a mapping of keys, not ['unet']"),
         ("sampling.sampler=ddim", "sampling.sampler must be a mapping of keys, not 'ddim'"),
         ("lora.training=5", "lora.training must be a mapping of keys, not 5"),
         ("lora.init=zero", "lora.init='zero' must be one of zero_b, pissa, orthogonal"),
@@ -298,3 +299,11 @@ def test_checking_a_config_loads_no_torch(write):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("section", ["data", "model", "diffusion", "training", "sampling", "lora"])
+def test_a_section_that_is_a_list_is_named(write, section):
+    others = [line for line in SMALLEST.splitlines(keepends=True) if not line.startswith(section)]
+    path = write(config="".join(others) + f"{section}: [kind]\n")
+    with pytest.raises(ConfigError, match=rf"{section} must be a mapping of keys, not \['kind'\]"):
+        load_config(path)

@@ -210,13 +210,20 @@ def with_overrides(config: DictConfig, overrides: DictConfig, schema: Schema) ->
     """overrides on top of config; where they change a slot's kind, keys that the new kind does not have are dropped."""
     merged = OmegaConf.create(OmegaConf.to_container(config))
     for path, slot in _slots(schema):
-        kind = OmegaConf.select(overrides, f"{path}.kind")
-        given = OmegaConf.select(merged, path)
+        kind, given = _at(overrides, f"{path}.kind"), _at(merged, path)
         if isinstance(given, DictConfig) and kind not in (None, given.get("kind")):
             target = slot.kinds.get(str(kind).removesuffix(slot.suffix))
             kept = {*signature(target), *slot.extra} if target else set(given)
             OmegaConf.update(merged, path, {k: v for k, v in given.items() if k in kept}, merge=False)
     return merge(f"the overrides {overrides}", merged, overrides)
+
+
+def _at(config: DictConfig, path: str) -> Any:
+    """The value at a dotted path; None where a section on the way is none, which `resolve` will say (omegaconf raises)."""
+    value: Any = config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, DictConfig) else None
+    return value
 
 
 def _slots(children: Mapping[str, Section | Slot | Overlay], where: str = "") -> Iterator[tuple[str, Slot]]:
