@@ -34,6 +34,7 @@ from xdiffusion.cli import REPOSITORY, positive_int, run
 from xdiffusion.training.divergence import LossWatch
 from xdiffusion.training.ema import EMA
 from xdiffusion.training.loop import Trainer
+from xdiffusion.training.packed_weights import PackedWeights
 from xdiffusion.training.records import Records
 from xdiffusion.training.run import make_trainable
 from xdiffusion.training.state import RunCheckpoints
@@ -108,15 +109,18 @@ def writes(megabytes: int, rounds: int) -> tuple[list[float], list[float]]:
     model = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(layers))
     model.image_shape = (1, size, size)
     trainable = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    for parameter in trainable.values():
+    packed = PackedWeights({1.0: list(trainable.values())})
+    optimizer = torch.optim.AdamW(packed.updated, fused=True)
+    for parameter in packed.updated:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     trainer = SimpleNamespace(
         model=model,
         trainable=trainable,
         optimizer=optimizer,
-        ema=EMA(list(trainable.values()), 0.9),
+        packed=packed,
+        by_name=lambda tensors: dict(zip(trainable, packed.parts(tensors))),
+        ema=EMA(packed.updated, 0.9),
         accelerator=SimpleNamespace(scaler=None, is_main_process=True),
         watch=LossWatch(None),
         rollbacks=0,

@@ -203,17 +203,20 @@ class PeerTraining:
         unet: its weights that require gradients are trained.
         warmup_steps: of the learning rate.
         learning_rate: the tutorial's, unless said otherwise.
+        average: keep diffusers' moving average of the weights, as its training scripts do with --use_ema.
     """
 
-    def __init__(self, unet: nn.Module, warmup_steps: int = 500, learning_rate: float = 1e-4):
+    def __init__(self, unet: nn.Module, warmup_steps: int = 500, learning_rate: float = 1e-4, *, average: bool = False):
         from diffusers import DDPMScheduler
         from diffusers.optimization import get_constant_schedule_with_warmup
+        from diffusers.training_utils import EMAModel
 
         self.unet = unet.train()
         self.scheduler = DDPMScheduler(num_train_timesteps=1000)
         self.trainable = [p for p in unet.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=learning_rate)
         self.warmup = get_constant_schedule_with_warmup(self.optimizer, warmup_steps)
+        self.ema = EMAModel(self.trainable) if average else None
 
     def step(self, x0: Tensor, context: Tensor) -> float:
         """One optimizer step; returns its loss."""
@@ -227,6 +230,8 @@ class PeerTraining:
         self.optimizer.step()
         self.warmup.step()
         self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.step(self.trainable)
         return loss.item()
 
 

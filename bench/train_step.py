@@ -5,9 +5,10 @@
 
 Ours is `Trainer.step`, all of it: batch, captions, text embedding, objective, clipping, AdamW, moving average. Theirs
 is UNet2DConditionModel of the same architecture and the same weights (the largest difference of a forward pass is
-printed) in its tutorial's plain loop: DDPMScheduler.add_noise, F.mse_loss, clip_grad_norm_, AdamW at its defaults. It
-is handed images and text embeddings for free, and keeps no moving average. LoRA: rank 4 on the q, k, v and out
-projections of all attentions, by peft on their side. float32, the same batch size.
+printed) in its tutorial's plain loop: DDPMScheduler.add_noise, F.mse_loss, clip_grad_norm_, AdamW at its defaults, and for
+the base the moving average of its training scripts (EMAModel; `ratio_without_their_average` is over the loop without it).
+It is handed images and text embeddings for free. LoRA: rank 4 on the q, k, v and out projections of all attentions, by peft
+on their side, without an average. float32, the same batch size.
 
 Peak memory: on a GPU what one step allocates at its worst moment beyond what was held before it; on a CPU, where our rows
 run in threads that torch's profiler does not see, by how much a fresh process grows over three steps beyond its size with
@@ -22,9 +23,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
-from measure import Goal, Report, interleave, parser, peak_allocated, peak_resident, prepare, timer
+from measure import Goal, Report, interleave, parser, peak_allocated, peak_resident, prepare, significant, timer
 from peers import (
     CONTEXT_DIM,
     CONTEXT_LENGTH,
@@ -74,15 +76,15 @@ def our_step(size: Size, kind: str, device: torch.device) -> Callable[[], Step]:
     return start
 
 
-def peer_step(size: Size, kind: str, device: torch.device) -> Callable[[], Step]:
-    """The same for diffusers, on one batch that lies ready on the device."""
+def peer_step(size: Size, kind: str, device: torch.device, average: bool | None = None) -> Callable[[], Step]:
+    """The same for diffusers, on one batch that lies ready on the device; average: None is with one for the base."""
     unet = peer_unet(size)
     if kind == "lora":
         add_peft_lora(unet, RANK)
     unet.to(device)
 
     def start() -> Step:
-        training = PeerTraining(unet)
+        training = PeerTraining(unet, average=kind == "base" if average is None else average)
         x0 = folded_digits(size).train.floats(slice(size.batch_size)).to(device)
         context = torch.randn(size.batch_size, CONTEXT_LENGTH, CONTEXT_DIM, device=device)
         return lambda: training.step(x0, context)
@@ -144,9 +146,12 @@ def measure(size_name: str, kind: str, args: argparse.Namespace, device: torch.d
     size, figure = SIZES[size_name], f"{KINDS[kind]}_{size_name}"
     details = {"batch_size": size.batch_size, "shape": size.shape} | checks(size, kind, device)
     steps = {side: make(size, kind, device)() for side, make in SIDES.items()}
-    timers = {side: timer(step, device, args.calls) for side, step in steps.items()}
-    seconds = interleave(timers, args.rounds)
-    report.add(figure, **seconds, goal=GOAL, **details)
+    timed = steps | ({"plain": peer_step(size, kind, device, average=False)()} if kind == "base" else {})
+    seconds = interleave({side: timer(step, device, args.calls) for side, step in timed.items()}, args.rounds)
+    without = {}
+    if plain := seconds.pop("plain", None):
+        without["ratio_without_their_average"] = significant(median(seconds["ours"]) / median(plain))
+    report.add(figure, **seconds, goal=GOAL, **without, **details)
 
     if device.type == "cuda":
         peaks = {side: [peak_allocated(step, device) / 2**20] for side, step in steps.items()}

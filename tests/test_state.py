@@ -81,9 +81,9 @@ def test_a_checkpoint_holds_the_average_and_its_state_the_weights(tmp_path):
     train(trainer, files)
     saved = load_model_file(tmp_path / "diffusion-5.safetensors")
     assert saved.tensors.keys() == trainer.model.state_dict().keys()
-    for (name, parameter), average in zip(trainer.trainable.items(), trainer.ema.average):
+    for name, average in trainer.by_name(trainer.ema.average).items():
         assert torch.equal(saved.tensors[name], average)
-        assert not torch.equal(average, parameter)
+        assert not torch.equal(average, trainer.trainable[name])
     assert (saved.step, saved.image_shape) == (5, (1, 12, 12))
     assert saved.config["training"]["num_training_steps"] == 5
     state = load_pickled(tmp_path / "diffusion-5.state.pt")

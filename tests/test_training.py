@@ -72,7 +72,7 @@ def test_a_step_written_out():
         assert metrics[step - 1].images_per_second > 0
     before = flat(tiny_model(config).network.parameters())
     assert_moved_alike(before, flat(trainer.model.network.parameters()), flat(parameters))
-    assert_moved_alike(before, flat(trainer.ema.average), flat(averages))
+    assert_moved_alike(before, flat(trainer.by_name(trainer.ema.average).values()), flat(averages))
 
 
 def test_training_repeats_bit_for_bit_and_the_seed_matters():
@@ -165,8 +165,8 @@ def test_learning_rates_by_part_and_factor():
     """Every group follows the schedule, times its own rate over the network's."""
     trainer = tiny_trainer(tiny_config(*TEXT, "optimizer.lora_plus_ratio=4"), lora=True)
     metrics = trainer.step(1)
-    names = {id(p): name for name, p in trainer.trainable.items()}
-    rates = {names[id(p)]: group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    filled = [torch.full_like(p, group["lr"]) for group in trainer.optimizer.param_groups for p in group["params"]]
+    rates = {name: float(rate.max()) for name, rate in trainer.by_name(filled).items()}
     assert rates.keys() == trainer.trainable.keys()
     for name, rate in rates.items():
         of_part = 0.1 if name.startswith("text_encoder.") else 1.0
@@ -222,10 +222,10 @@ def test_fit_saves_in_its_rhythm_with_the_average_in_place():
 
     def on_step(metrics):
         steps.append(metrics.step)
-        averages.append([a.clone() for a in trainer.ema.average])
+        averages.append(copies(trainer.by_name(trainer.ema.average)))
 
     def on_checkpoint(step):
-        assert all(torch.equal(p, a) for p, a in zip(trainer.trainable.values(), averages[-1]))
+        assert equal_bits(trainer.trainable, averages[-1])
         assert not trainer.model.training
         checkpoints.append(step)
 

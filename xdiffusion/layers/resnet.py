@@ -20,7 +20,6 @@ class ResBlock(nn.Module):
         time_conditioning: "scale_shift" modulates the second norm, norm(h) * (1 + scale) + shift ([iDDPM] section 3.4,
             [ADM]); "add" adds a projection of the time to h ([DDPM], Stable Diffusion).
         norm_groups, norm_eps: of the GroupNorms.
-        dropout: before the second convolution.
     """
 
     def __init__(
@@ -32,7 +31,6 @@ class ResBlock(nn.Module):
         time_conditioning: Literal["scale_shift", "add"] = "scale_shift",
         norm_groups: int = 32,
         norm_eps: float = 1e-5,
-        dropout: float = 0.0,
     ):
         super().__init__()
         self.time_conditioning = time_conditioning
@@ -42,7 +40,6 @@ class ResBlock(nn.Module):
             width = 2 * out_channels if time_conditioning == "scale_shift" else out_channels
             self.time_emb_proj = nn.Linear(time_dim, width)
         self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=norm_eps)
-        self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv3x3(out_channels, out_channels)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
@@ -57,7 +54,7 @@ class ResBlock(nn.Module):
             h = self.norm2(h) * (1 + scale) + shift
         else:
             h = self.norm2(h + self.time_emb_proj(F.silu(time))[:, :, None, None])
-        return self.conv_shortcut(x) + self.conv2(self.dropout(F.silu(h)))
+        return self.conv_shortcut(x) + self.conv2(F.silu(h))
 
 
 class Downsample(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import Lock
@@ -24,11 +24,12 @@ from xdiffusion.data.captioned_images import CaptionedImages
 from xdiffusion.diffusion.objective import loss
 from xdiffusion.lora.formed_weights import layers_to_form
 from xdiffusion.model import DiffusionModel
-from xdiffusion.training.batches import Data
+from xdiffusion.training.batches import Data, Part
 from xdiffusion.training.clipping import clip_gradients
 from xdiffusion.training.divergence import LossWatch, TrainingDiverged
 from xdiffusion.training.ema import EMA
 from xdiffusion.training.optimizer import build_optimizer
+from xdiffusion.training.packed_weights import LARGEST_PACKED, PackedWeights
 from xdiffusion.training.processes import (
     check_shares,
     largest,
@@ -99,21 +100,28 @@ class Trainer:
         self.data = data
         self.sources = Sources(model, data, class_images, config, self.settings, self.accelerator.device)
         self.batches, self.embed = self.sources.batches, self.sources.embed
+        model.network.gradient_checkpointing = self.settings.gradient_checkpointing
+        self.network = torch.compile(model.network) if self.settings.compile else model.network
         if self.sharded:
             shard(model.network, self.accelerator.device)
+        else:
+            self.network = spread(self.accelerator, self.network)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.unwrapped = [p for name, p in self.trainable.items() if not name.startswith("network.")]
-        self.ema = EMA(list(self.trainable.values()), self.settings.ema_decay)
-        model.network.gradient_checkpointing = self.settings.gradient_checkpointing
-        network = torch.compile(model.network) if self.settings.compile else model.network
         groups = by_relative_rate(self.trainable, config)
         self.relative_rates = list(groups)
-        optimizer = build_optimizer(groups.values(), self.optimizer_settings)
-        self.network = network if self.sharded else spread(self.accelerator, network)
-        self.optimizer = self.accelerator.prepare(optimizer)
+        # 8-bit AdamW has one scale for some values in a row: they must be of one weight
+        self.packed = PackedWeights(groups, 0 if self.optimizer_settings.kind == "adamw8bit" else LARGEST_PACKED)
+        self.ema = EMA(self.packed.updated, self.settings.ema_decay)
+        self.optimizer = self.accelerator.prepare(build_optimizer(self.packed.groups.values(), self.optimizer_settings))
         shares = shares_of_a_step(model, self.settings, self.accelerator.device, self.accelerator.num_processes)
         self.row_threads = RowThreads(self.trainable.values(), shares, layers_to_form(model)) if shares > 1 else None
-        self.sources_lock = Lock()  # caches of embeddings grow as they are asked
+        self.embedding_lock = Lock()  # a cache of embeddings grows as it is asked
+
+    def by_name(self, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of tensors like those that are updated (averages, say) what belongs to each trained weight, in the same memory."""
+        parts = dict(zip(map(id, self.packed.parameters), self.packed.parts(tensors)))
+        return {name: parts[id(parameter)] for name, parameter in self.trainable.items()}
 
     def step(self, step: int) -> StepMetrics:
         """Take optimizer step number `step` (the first is 1).
@@ -148,7 +156,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         scale = scaler.get_scale() if scaler is not None else None
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.packed.zero_grad()
         self.ema.update(step)
         self.watch.losses.append(float(total))
         seconds = time.perf_counter() - started
@@ -167,16 +175,17 @@ class Trainer:
         """Add one accumulation part's gradient; returns its share of the batch's mean loss."""
         if self.row_threads is not None:
             shares = self.row_threads.shares
-            return self.row_threads.backward(lambda i: self._part_loss(step, part * shares + i, parts * shares))
-        part_loss = self._part_loss(step, part, parts)
+            places = [(part * shares + i, parts * shares) for i in range(shares)]
+            batches = [self.batches.part(step, *place) for place in places]  # by one thread: it is short and all Python
+            return self.row_threads.backward(lambda i: self._part_loss(step, *places[i], batches[i]))
+        part_loss = self._part_loss(step, part, parts, self.batches.part(step, part, parts))
         # of sharded gradients torch takes the mean over the processes, not the sum
         self.accelerator.backward(part_loss * self.accelerator.num_processes if self.sharded else part_loss)
         return part_loss.detach()
 
-    def _part_loss(self, step: int, part: int, parts: int) -> torch.Tensor:
+    def _part_loss(self, step: int, part: int, parts: int, batch: Part) -> torch.Tensor:
         """What one of `parts` equal parts adds to the batch's mean loss."""
-        with self.sources_lock:
-            batch = self.batches.part(step, part, parts)
+        with self.embedding_lock:
             context = self.embed(batch.captions)
         with self.accelerator.autocast():
             part_loss = loss(
@@ -201,7 +210,7 @@ class Trainer:
         scaled = self.accelerator.scaler is not None
         if math.isfinite(value) and value <= limit and (scaled or math.isfinite(grad_norm)):
             return
-        self.optimizer.zero_grad()
+        self.packed.zero_grad()
         if scaled:
             self.accelerator.scaler.update()  # else it believes that the next step's gradients are unscaled already
         above = f", above {limit:.4g} = training.stop_above times the median of the last" if value > limit else ""

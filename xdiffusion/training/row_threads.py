@@ -63,11 +63,12 @@ class RowThreads:
             parts = [share[k] for share in gradients if share[k] is not None]
             if not parts:
                 continue
-            leaf, gradient = leaves[k], reduce(torch.add, parts)
+            leaf = leaves[k]
             if leaf.grad is None:
-                leaf.grad = _laid_out_as(leaf, gradient)
+                leaf.grad = _laid_out_as(leaf, reduce(torch.add, parts))
             else:
-                leaf.grad += gradient
+                for part in parts:
+                    leaf.grad += part
 
     @contextmanager
     def as_one_of_them(self) -> Iterator[None]:
@@ -93,12 +94,10 @@ def _laid_out_as(leaf: Tensor, gradient: Tensor) -> Tensor:
 def shares_of_a_step(model: DiffusionModel, settings: TrainingSettings, device: torch.device, processes: int) -> int:
     """Into how many shares the rows of a step are dealt, at most one per thread that torch may use.
 
-    1 where they stay together: on a GPU, in one of several processes, in a compiled or a checkpointed network, with
+    1 where they stay together: on a GPU, in one of several processes, in a compiled or a checkpointed network, with a LoRA's
     dropout (which draws from a generator that the threads would share), and where no such number divides them.
     """
     most, rows = min(MOST_SHARES, torch.get_num_threads()), settings.batch_size // settings.gradient_accumulation_steps
-    drops_out = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or any(
-        adapter.dropout > 0 for m in model.modules() for adapter in getattr(m, "adapters", {}).values()
-    )
+    drops_out = any(adapter.dropout > 0 for m in model.modules() for adapter in getattr(m, "adapters", {}).values())
     apart = device.type == "cpu" and processes == 1 and not (settings.compile or settings.gradient_checkpointing)
     return next(n for n in range(most, 0, -1) if rows % n == 0) if apart and not drops_out else 1

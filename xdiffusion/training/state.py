@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torch.optim import Optimizer
 
 from xdiffusion.checkpoints.files import (
     CheckpointError,
@@ -144,11 +143,11 @@ class RunCheckpoints:
             state = whole_state(path)
         try:
             average = {name: _trained_part(averaged[_file_name(name)], p) for name, p in trainer.trainable.items()}
-            _copy_into(dict(zip(trainer.trainable, trainer.ema.average)), average)
+            _copy_into(trainer.by_name(trainer.ema.average), average)
             _copy_into(trainer.trainable, state["trained"])
             _copy_into(frozen_factors(trainer), state["frozen"])
-            _lay_out_moments(state["optimizer"], trainer.optimizer)
-            trainer.optimizer.load_state_dict(state["optimizer"])
+            _lay_out_moments(state["optimizer"], trainer.packed.parameters)
+            trainer.optimizer.load_state_dict(trainer.packed.packed_state(state["optimizer"]))
             if trainer.accelerator.scaler is not None and state["scaler"]:
                 trainer.accelerator.scaler.load_state_dict(state["scaler"])
             trainer.watch.restore(state["losses"])
@@ -230,9 +229,9 @@ class RunCheckpoints:
         scaler = trainer.accelerator.scaler
         return {
             "step": step,
-            "trained": dict(zip(trainer.trainable, trainer.ema.trained())),
+            "trained": trainer.by_name(trainer.ema.trained()),
             "frozen": frozen_factors(trainer),
-            "optimizer": trainer.optimizer.state_dict(),
+            "optimizer": trainer.packed.unpacked_state(trainer.optimizer.state_dict()),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "losses": list(trainer.watch.losses),
             "rollbacks": trainer.rollbacks,
@@ -326,9 +325,8 @@ def _copy_into(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
         local(tensor).copy_(rows_of(source[name], tensor))
 
 
-def _lay_out_moments(state: dict[str, Any], optimizer: Optimizer) -> None:
+def _lay_out_moments(state: dict[str, Any], parameters: Sequence[Tensor]) -> None:
     """Make moments that a run of any number of processes has saved those of this one's parameters."""
-    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
     for i, moments in state["state"].items():
         alike = {name: value for name, value in moments.items() if getattr(value, "shape", None) == parameters[i].shape}
         moments.update({name: laid_out_as(parameters[i], value) for name, value in alike.items()})
