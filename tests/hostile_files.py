@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from fake_sets import write_mnist
 from omegaconf import OmegaConf
@@ -64,7 +65,9 @@ def _write_original(folder: Path) -> None:
     tensors = {f"{unet}0.0.weight": torch.randn(16, 4, 3, 3)}
     tensors[f"{unet}1.1.transformer_blocks.0.attn2.to_k.weight"] = torch.randn(16, 24)
     save_file(tensors, folder / "a.safetensors", {"modelspec.prediction_type": "v"})
-    torch.save({"state_dict": tensors}, folder / "a.ckpt")
+    torch.save(
+        {"state_dict": tensors, "global_step": numpy.int64(5), "hparams": OmegaConf.create({"a": 1})}, folder / "a.ckpt"
+    )
 
 
 def _write_state(folder: Path) -> None:

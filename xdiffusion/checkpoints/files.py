@@ -13,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from xdiffusion.checkpoints.trainer_objects import as_nothing
 
 SAFETENSORS = ".safetensors"
 PICKLED = (".pt", ".ckpt", ".bin", ".pth")
@@ -112,6 +115,8 @@ def open_safetensors(path: Path, device: str = "cpu"):
 def load_pickled(path: Path, mmap: bool = False) -> Any:
     """The content of a `.pt` file, restricted to tensors and plain containers: nothing in it is executed.
 
+    A trainer's objects in a file of torch 1.6 or newer come as empty ones, see `trainer_objects`.
+
     Args:
         path: of the file.
         mmap: map the tensors instead of reading them; not possible with files of torch before 1.6.
@@ -123,7 +128,8 @@ def load_pickled(path: Path, mmap: bool = False) -> Any:
         raise CheckpointError(f"no file at {path}")
     try:
         _check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with as_nothing(path) if is_archive(path) else nullcontext():
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         _check_content(content, path.stat().st_size)
         return content
     except Exception as error:  # the unpickler fails on damaged files with whatever its reading happens to hit
