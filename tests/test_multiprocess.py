@@ -28,21 +28,24 @@ LORA = ["--use_lora_training", *set_words(["text_encoder_lora.rank=1", "lora.tar
 BOUND = 60  # seconds, of a machine that is busy
 
 
-def start(words, processes=2):
-    """The processes of one run, as torchrun starts them but without its watch over them."""
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return str(probe.getsockname()[1])
+
+
+def start(words, processes=2, words_of_last=()):
+    """The processes of one run, as torchrun starts them but without its watch over them."""
     shared = {
         "PYTHONPATH": str(ROOT),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": free_port(),
         "WORLD_SIZE": str(processes),
     }
     command = [sys.executable, str(ROOT / TRAIN), *map(str, words)]
     return [
         subprocess.Popen(
-            command,
+            [*command, *(words_of_last if rank == processes - 1 else [])],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -50,6 +53,36 @@ def start(words, processes=2):
         )
         for rank in range(processes)
     ]
+
+
+def start_machines(words, folders):
+    """A run of one process on each of several machines, started on each by torchrun; they share no folder."""
+    port, machines = free_port(), []
+    for rank, folder in enumerate(folders):
+        folder.mkdir()
+        launch = ["--nnodes", len(folders), "--node_rank", rank, "--nproc_per_node", 1]
+        launch += ["--master_addr", "127.0.0.1", "--master_port", port]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *launch,
+            ROOT / TRAIN,
+            *words,
+            "--output_path",
+            folder / "run",
+        ]
+        machines.append(
+            subprocess.Popen(
+                [*map(str, command)],
+                cwd=folder,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return machines
 
 
 def finish(process, bound=BOUND):
@@ -93,6 +126,29 @@ def test_two_processes_have_the_losses_of_one_and_one_goes_on_where_two_stopped(
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-5)
 
 
+def test_two_machines_without_a_common_disk_have_the_losses_of_one_process(tmp_path, monkeypatch):
+    """The first writes; the second makes for itself what the run begins with (here the tiny CLIP), and writes no more."""
+    words = [*COMMON, "--batch_size", 8, *set_words(["model.text_encoder.pretrained=tiny", "clip.steps=3"])]
+    folders = [tmp_path / "first", tmp_path / "second"]
+    statuses, _, errors = zip(*map(finish, start_machines(words, folders)))
+    assert statuses == (0, 0), errors
+    monkeypatch.chdir(tmp_path)
+    assert run_script(TRAIN, *words, "--output_path", tmp_path / "one") == 0
+    assert curve(folders[0] / "run") == pytest.approx(curve(tmp_path / "one"), rel=1e-5)
+    assert read_run(folders[0] / "run")["segments"][0]["processes"] == 2
+    written = [sorted(path.suffix for path in folder.rglob("*") if path.is_file()) for folder in folders]
+    assert ".pt" in written[0] and written[1] == [".safetensors"]
+
+
+def test_processes_that_do_not_begin_with_the_same_are_told_so(tmp_path):
+    words = [*COMMON, "--batch_size", 8, "--output_path", tmp_path]
+    results = map(finish, start(words, words_of_last=["--dataset_name", "image/digits_inverted"]))
+    for status, _, err in results:
+        assert status == 2
+        assert re.search("error: the processes do not begin with the same data: .* in process 1", err.splitlines()[-1])
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def test_a_killed_process_ends_the_other_and_one_goes_on(tmp_path):
     base = tmp_path / "base"
     assert run_script(TRAIN, *COMMON, "--num_training_steps", 1, "--output_path", base) == 0
@@ -132,6 +188,17 @@ def test_the_command_to_go_on_with(monkeypatch):
     words = ["--config_path", "a b.yaml", "--resume_from", "x.pt", "--seed", "1", "--resume_from=y"]
     command = resuming_command(str(ROOT / TRAIN), words, 1)
     assert command == "python training/image/train.py --config_path 'a b.yaml' --seed 1 --resume_from auto"
+    for name, value in {
+        "LOCAL_WORLD_SIZE": "4",
+        "GROUP_RANK": "1",
+        "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "29500",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert resuming_command(str(ROOT / TRAIN), [], 8) == (
+        "torchrun --nproc_per_node 4 --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 29500 "
+        "training/image/train.py --resume_from auto"
+    )
     assert (
         resuming_command(str(ROOT / TRAIN), [], 4)
         == "torchrun --nproc_per_node 4 training/image/train.py --resume_from auto"

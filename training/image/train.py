@@ -136,7 +136,9 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
     from xdiffusion.loading import check_same_architecture, load_weights
     from xdiffusion.training.loop import Trainer
     from xdiffusion.training.prior_preservation import prepare_class_images
+    from xdiffusion.training.processes import check_same_everywhere, first_ones_first
     from xdiffusion.training.run import OUTPUT_ROOT, describe_model, make_trainable, run_folder
+    from xdiffusion.training.run_record import data_fingerprint
     from xdiffusion.training.state import RunCheckpoints
     from xdiffusion.training.text_encoder import initialise_text_encoder
 
@@ -146,7 +148,7 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
     folder = run_folder(config, args.config_path, args.output_path, lora=args.use_lora_training)
     sampling = build_sampling(config, model.schedule) | ({} if args.sample_with_guidance else {"cfg_scale": 1.0})
-    with process.main_process_first():  # the others find what the first has downloaded and trained
+    with first_ones_first(process):  # the others find what the first has downloaded and trained
         data = build_data(config)
         if args.load_model_weights_from_checkpoint:
             file = load_model_file(weights_file(args.load_model_weights_from_checkpoint))
@@ -155,6 +157,8 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
         else:
             initialise_text_encoder(model.text_encoder, config, data, OUTPUT_ROOT)
         class_images = prepare_class_images(model, config, sampling, process.device) if "prior" in config else None
+    if process.num_processes > 1:
+        check_same_everywhere({"data": data_fingerprint(data), "weights": content_hash(model.state_dict())})
     base_hash = content_hash(model.base_weights()) if adapts else None
     make_trainable(model, config, lora=args.use_lora_training)
     frozen_hash = content_hash(model.base_weights()) if adapts else None  # another one where they were rounded

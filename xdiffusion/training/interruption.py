@@ -35,11 +35,15 @@ class Interruption:
 
 
 def resuming_command(script: str, words: Sequence[str], processes: int) -> str:
-    """The command line that goes on with a run that was started as `script words`."""
+    """The command line that goes on with a run that was started as `script words`; of several machines, this one's."""
     kept, skip = [], False
     for word in words:
         if not skip and not word.startswith("--resume_from"):
             kept.append(word)
         skip = word == "--resume_from"
-    launcher = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(processes)]
+    of_machine = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    launcher = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(of_machine)]
+    if of_machine < processes:
+        launcher += ["--nnodes", str(processes // of_machine), "--node_rank", os.environ["GROUP_RANK"]]
+        launcher += ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
     return shlex.join([*launcher, os.path.relpath(script), *kept, "--resume_from", "auto"])

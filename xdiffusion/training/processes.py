@@ -7,12 +7,12 @@ pass goes on, FSDP too (see `sharded_weights`); parameters outside the network (
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,6 +34,28 @@ def check_shares(accelerator: Accelerator, settings: TrainingSettings) -> None:
             f"training.batch_size={settings.batch_size} cannot be shared by {accelerator.num_processes} processes with "
             f"training.gradient_accumulation_steps={settings.gradient_accumulation_steps}: {parts} must divide it"
         )
+
+
+@contextmanager
+def first_ones_first(process: PartialState) -> Iterator[None]:
+    """The first process of all goes through this block, then the first of every other machine, then the others.
+
+    So what is downloaded or made is there once for a machine, whether the machines share a disk or not.
+    """
+    with process.main_process_first(), process.local_main_process_first():
+        yield
+
+
+def check_same_everywhere(hashes: Mapping[str, str]) -> None:
+    """Raise ValueError where another process has another hash of the same thing; all processes call it, and all raise."""
+    everyones = gather_object([dict(hashes)])
+    for what, of_first in everyones[0].items():
+        others = [str(rank) for rank, own in enumerate(everyones) if own[what] != of_first]
+        if others:
+            raise ValueError(
+                f"the processes do not begin with the same {what}: {everyones[int(others[0])][what][:8]} in process "
+                f"{', '.join(others)}, {of_first[:8]} in process 0; give every machine the same files"
+            )
 
 
 class LostProcess(RuntimeError):
