@@ -295,3 +295,11 @@ def test_saving_changes_nothing(tmp_path):
     assert equal_bits(trainer.model.state_dict(), before)
     file = read_lora(files.path(1))
     assert (file.step, file.config["lora"]["rank"]) == (1, 2)
+
+
+def test_a_state_of_more_weights_than_the_run_has_is_refused(tmp_path):
+    trainer, files = fresh(tmp_path, ["lora.target_modules=all"], lora=True)
+    train(trainer, files)
+    other, files = fresh(tmp_path, ["lora.target_modules=attention"], lora=True)
+    with pytest.raises(CheckpointError, match="does not belong to this run"):
+        files.resume(other, "auto")

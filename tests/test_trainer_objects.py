@@ -81,15 +81,8 @@ def test_the_reader_leaves_no_name_behind(lightning, tmp_path):
     assert torch.serialization.get_safe_globals() == before
 
 
-def archive_that_calls(name, argument, path):
-    """A file of torch's whose content is {"value": NAME(ARGUMENT)}, whether the name exists or not."""
-
-    def text(value: str) -> bytes:
-        return pickle.BINUNICODE + struct.pack("<I", len(value)) + value.encode()
-
-    module, _, own = name.rpartition(".")
-    called = pickle.GLOBAL + f"{module}\n{own}\n".encode() + text(argument) + pickle.TUPLE1 + pickle.REDUCE
-    content = pickle.PROTO + b"\2" + pickle.EMPTY_DICT + text("value") + called + pickle.SETITEM + pickle.STOP
+def archive_of(content, path):
+    """A file of torch's with that pickle."""
     torch.save({}, path)
     reader = torch._C.PyTorchFileReader(str(path))
     records = {
@@ -99,6 +92,18 @@ def archive_that_calls(name, argument, path):
     for record, data in (records | {"data.pkl": content}).items():
         writer.write_record(record, data, len(data))
     writer.write_end_of_file()
+
+
+def archive_that_calls(name, argument, path):
+    """A file of torch's whose content is {"value": NAME(ARGUMENT)}, whether the name exists or not."""
+
+    def text(value: str) -> bytes:
+        return pickle.BINUNICODE + struct.pack("<I", len(value)) + value.encode()
+
+    module, _, own = name.rpartition(".")
+    called = pickle.GLOBAL + f"{module}\n{own}\n".encode() + text(argument) + pickle.TUPLE1 + pickle.REDUCE
+    content = pickle.PROTO + b"\2" + pickle.EMPTY_DICT + text("value") + called + pickle.SETITEM + pickle.STOP
+    archive_of(content, path)
 
 
 @pytest.mark.parametrize(
@@ -116,3 +121,20 @@ def test_a_function_of_such_a_library_is_not_called(name, tmp_path):
     archive_that_calls(name, "made", tmp_path / "sd.ckpt")
     value = load_pickled(tmp_path / "sd.ckpt")["value"]
     assert isinstance(value, Nothing) and type(value).__name__ == name.rpartition(".")[2]
+
+
+def test_names_without_end_are_refused_at_once(tmp_path):
+    """torch would look through all of them at each one: 2,000 took 1.4 seconds."""
+    names = b"".join(f"cnumpy\na{i}\n".encode() for i in range(2000))
+    archive_of(pickle.PROTO + b"\2" + names + pickle.STOP, tmp_path / "many.ckpt")
+    with pytest.raises(CheckpointError, match="it names 2000 objects of trainers; allowed are 100"):
+        load_pickled(tmp_path / "many.ckpt")
+
+
+@pytest.mark.parametrize("module", ["builtins", "__builtin__"])
+def test_memory_that_a_pickle_asks_for_is_refused(module, tmp_path):
+    """torch allows the name, with any size."""
+    content = f"c{module}\nbytearray\n".encode() + pickle.BININT + struct.pack("<i", 300_000_000) + pickle.TUPLE1
+    archive_of(pickle.PROTO + b"\2" + content + pickle.REDUCE + pickle.STOP, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match="it asks for memory"):
+        load_pickled(tmp_path / "a.ckpt")

@@ -155,13 +155,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_image = set_up(model, args)
 
     base_hash = content_hash(model.base_weights()) if args.lora_path and not args.allow_other_base else None
+    place(model, best_device(args.force_cpu), args)  # before the LoRAs, whose factors stay float32
     strengths = {}
     for i, (given, scale) in enumerate(parse_lora_spec(text) for text in args.lora_path):
         path = weights_file(given)
         report = load_lora_weights(model, path, scale=scale, adapter_name=f"lora_{i}", base_hash=base_hash)
         strengths[f"lora_{i}"] = scale
         print(f"{path}: {report}")
-    place(model, best_device(args.force_cpu), args)
     ensure_writable(folder)
 
     batch_size = args.batch_size or (100 if table else 4)

@@ -242,8 +242,13 @@ def _check_archive(path: Path) -> None:
         return
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
+        pickles = [
+            archive.read(r) for r in records if r.filename.endswith(".pkl") and r.compress_type == zipfile.ZIP_STORED
+        ]
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise ValueError("its records are compressed, which torch never does")
+    if any(b"builtin" in content and b"\nbytearray\n" in content for content in pickles):
+        raise ValueError("it asks for memory (bytearray), which no weights need")
     # a directory that begins elsewhere than it says is another one to torch than to Python
     if not records or min(record.header_offset for record in records) != 0:
         raise ValueError("its directory is damaged")

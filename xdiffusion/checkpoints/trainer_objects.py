@@ -2,7 +2,8 @@
 
 Stable Diffusion 1.x was published as the checkpoints of its trainer, which name the class of a callback and numpy's numbers;
 early learned words lie in a module of torch. torch refuses such a file as a whole. Here each of those names stands for an
-empty object, so the weights can be had, and still nothing in the file is run. All other names are refused as before.
+empty object, so the weights can be had, and still nothing in the file is run. All other names are refused as before, and
+so is a dict of a kind of its own that is not empty, which torch does not fill.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ THEIR_PARTS = (
     *(f"builtins.{t}" for t in ("dict", "float", "int", "list", "str")),
 )
 PARAMETERS = "torch.nn.modules.container.ParameterDict"
+
+
+MAX_NAMES = 100  # torch looks through all of them at each one; a trainer's checkpoint names a dozen
 
 
 class Nothing:
@@ -48,6 +52,8 @@ def as_nothing(path: Path) -> AbstractContextManager:
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     kinds = {name: Nothing for name in names if name.startswith(LIBRARIES) or name in THEIR_PARTS}
     kinds |= {name: Parameters for name in names if name == PARAMETERS}
+    if len(kinds) > MAX_NAMES:
+        raise ValueError(f"it names {len(kinds)} objects of trainers; allowed are {MAX_NAMES}")
     return torch.serialization.safe_globals([_named(name, kind) for name, kind in kinds.items()])
 
 

@@ -43,7 +43,7 @@ def resuming_command(script: str, words: Sequence[str], processes: int) -> str:
         skip = word == "--resume_from"
     of_machine = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     launcher = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(of_machine)]
-    if of_machine < processes:
+    if of_machine < processes and {"GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():  # torchrun's
         launcher += ["--nnodes", str(processes // of_machine), "--node_rank", os.environ["GROUP_RANK"]]
         launcher += ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
     return shlex.join([*launcher, os.path.relpath(script), *kept, "--resume_from", "auto"])

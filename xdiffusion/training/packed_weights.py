@@ -23,7 +23,8 @@ Key = TypeVar("Key")
 class PackedWeights:
     """Parameters, of which the small ones become views of a buffer, one for each group; shapes and memory layouts stay.
 
-    Their gradients are views from now on too: `zero_grad` here, not the optimizer's, ends a step.
+    Their gradients are views from now on too: `zero_grad` here, not the optimizer's, ends a step. A small weight that no loss
+    reaches has the gradient 0, not None: AdamW decays it as all others.
 
     Args:
         groups: the parameters, where they will stay.
@@ -91,6 +92,12 @@ class PackedWeights:
             if owner in state["state"]
         }
         return {"state": moments, "param_groups": _numbered(state["param_groups"], self._sizes)}
+
+    def check_groups(self, state: dict[str, Any]) -> None:
+        """Raise ValueError for a `state_dict` of other groups of parameters."""
+        saved = [len(group["params"]) for group in state["param_groups"]]
+        if saved != self._sizes:
+            raise ValueError(f"its optimizer has groups of {saved} weights, this run of {self._sizes}")
 
     def packed_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """The inverse of `unpacked_state`."""

@@ -146,6 +146,7 @@ class RunCheckpoints:
             _copy_into(trainer.by_name(trainer.ema.average), average)
             _copy_into(trainer.trainable, state["trained"])
             _copy_into(frozen_factors(trainer), state["frozen"])
+            trainer.packed.check_groups(state["optimizer"])
             _lay_out_moments(state["optimizer"], trainer.packed.parameters)
             trainer.optimizer.load_state_dict(trainer.packed.packed_state(state["optimizer"]))
             if trainer.accelerator.scaler is not None and state["scaler"]:
