@@ -154,6 +154,18 @@ def test_merged_weight_keeps_layout_and_rounds_once():
     assert torch.equal(merged, exact.bfloat16())
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(4, 3, 3, 3), (4, 1, 3, 3), (4, 3, 1, 1), (4, 1, 1, 1), (4, 1, 3, 1), (4, 3, 1, 3)])
+def test_merged_weight_has_the_strides_of_the_weight(shape, layout):
+    """Where a shape fits both layouts, strides alone tell them apart, and a convolution looks at them."""
+    weight = torch.empty(shape, memory_format=layout).normal_()
+    lora_A, lora_B = torch.randn(RANK, *shape[1:]), torch.randn(shape[0], RANK, 1, 1)
+    merged = merged_weight(weight, lora_A, lora_B, SCALING)
+    assert merged.stride() == weight.stride()
+    torch.testing.assert_close(merged, merged_weight(weight.clone(memory_format=torch.contiguous_format), lora_A, lora_B, SCALING))
+    assert torch.equal(merged_weight(weight, lora_A, torch.zeros_like(lora_B), SCALING), weight)
+
+
 # convolutions
 
 CONVS = {  # shape of x, of the weight, geometry, whether merging pays

@@ -136,15 +136,24 @@ def merging_pays(positions: int, weight: Float[Tensor, "O *I"]) -> bool:
 
 def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """W + scaling B A of any kernel shape, computed in the factors' dtype and returned in W's dtype and layout."""
-    if not weight.is_contiguous():  # channels_last: contiguous where the channels are moved to the end
-        last = merged_weight(weight.movedim(1, -1).contiguous(), lora_A.movedim(1, -1), lora_B, scaling)
-        return last.movedim(-1, 1)
     with _without_autocast(weight.device.type):
         if weight.dim() == 2 and weight.dtype == lora_A.dtype:  # the usual case, without a call that does nothing
             return torch.addmm(weight, lora_B, lora_A, alpha=scaling)
+        channels_last = _lies_channels_last(weight)
+        if channels_last:  # contiguous where the channels are moved to the end
+            weight, lora_A = weight.movedim(1, -1), lora_A.movedim(1, -1)
         flat = weight.flatten(1).to(lora_A.dtype)
         merged = torch.addmm(flat, lora_B.flatten(1), lora_A.flatten(1), alpha=scaling)
-    return merged.to(weight.dtype).view(weight.shape)
+    merged = merged.to(weight.dtype).view(weight.shape)
+    return merged.movedim(-1, 1) if channels_last else merged
+
+
+def _lies_channels_last(weight: Tensor) -> bool:
+    """Whether a weight's strides are not the contiguous ones; they decide the layout of a convolution's output.
+
+    Of one input channel, or a kernel of one pixel, `is_contiguous` says yes to both layouts.
+    """
+    return weight.stride(1) != weight.shape[2:].numel() or weight.stride(-1) != 1
 
 
 def dora_weight(
