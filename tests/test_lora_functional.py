@@ -162,7 +162,9 @@ def test_merged_weight_has_the_strides_of_the_weight(shape, layout):
     lora_A, lora_B = torch.randn(RANK, *shape[1:]), torch.randn(shape[0], RANK, 1, 1)
     merged = merged_weight(weight, lora_A, lora_B, SCALING)
     assert merged.stride() == weight.stride()
-    torch.testing.assert_close(merged, merged_weight(weight.clone(memory_format=torch.contiguous_format), lora_A, lora_B, SCALING))
+    torch.testing.assert_close(
+        merged, merged_weight(weight.clone(memory_format=torch.contiguous_format), lora_A, lora_B, SCALING)
+    )
     assert torch.equal(merged_weight(weight, lora_A, torch.zeros_like(lora_B), SCALING), weight)
 
 
