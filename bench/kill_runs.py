@@ -35,7 +35,7 @@ TINY = [
     "data.image_size=12", "model.network.channels=[16,16]", "model.network.head_dim=8", "model.network.norm_groups=4",
     "model.network.patch_size=1", "model.text_encoder.width=8", "model.text_encoder.layers=1",
     "model.text_encoder.pretrained=null", "optimizer.warmup_steps=0", "sampling.steps=1", "lora.dropout=0.1",
-    "training.gradient_accumulation_steps=2", "training.keep_last=2",
+    "training.gradient_accumulation_steps=2", "checkpoints.keep_last=2",
 ]  # fmt: skip
 
 
@@ -183,7 +183,7 @@ def evidence(folder: Path) -> dict:
     from xdiffusion.training.records import read_metrics
 
     metrics = [{k: v for k, v in m.items() if k != "images_per_second"} for m in read_metrics(folder / "metrics.jsonl")]
-    files = [*folder.glob("diffusion-*"), *folder.glob("samples/*"), *folder.glob(".*.tmp")]
+    files = [*folder.glob("diffusion-*"), *folder.glob("clip-*"), *folder.glob("samples/*"), *folder.glob(".*.tmp")]
     return {"metrics": metrics} | {path.name: content(path) for path in files}
 
 

@@ -30,8 +30,9 @@ from xdiffusion.cli import positive_int, run
 from xdiffusion.data.digits import load_digits
 from xdiffusion.lora import apply_lora_to_model, get_lora_parameters, merge_lora_weights
 from xdiffusion.model import DiffusionModel, generate, generators_for
+from xdiffusion.training.diffusion_task import DiffusionTask
 from xdiffusion.training.loop import Trainer
-from xdiffusion.training.run import make_trainable
+from xdiffusion.training.trainable import make_trainable
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
 RANK, TARGETS = 4, ["to_q", "to_k", "to_v", "to_out"]
@@ -62,7 +63,7 @@ def training_step(side: str, device: torch.device) -> Callable[[], object]:
         apply_lora_to_model(model.network, rank=RANK, alpha=RANK, target_modules=TARGETS)
     else:
         inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS), model.network)
-    trainer = Trainer(model.to(device), load_digits(24), config, force_cpu=device.type == "cpu")
+    trainer = Trainer(DiffusionTask(model.to(device), load_digits(24), config), force_cpu=device.type == "cpu")
     steps = iter(range(1, 10_001))
     return lambda: trainer.step(next(steps))
 

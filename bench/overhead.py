@@ -31,13 +31,15 @@ from torch import nn
 
 from xdiffusion.build import build_data, build_model, load_config
 from xdiffusion.cli import REPOSITORY, positive_int, run
+from xdiffusion.training.diffusion_task import DiffusionTask
 from xdiffusion.training.divergence import LossWatch
 from xdiffusion.training.ema import EMA
 from xdiffusion.training.loop import Trainer
 from xdiffusion.training.packed_weights import PackedWeights
 from xdiffusion.training.records import Records
-from xdiffusion.training.run import make_trainable
 from xdiffusion.training.state import RunCheckpoints
+from xdiffusion.training.trainable import make_trainable
+from xdiffusion.training.weights_files import ModelWeights
 
 CONFIG = REPOSITORY / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
 
@@ -66,8 +68,8 @@ def steps(config: Any, lora: bool, rounds: int, device: torch.device) -> tuple[l
     torch.manual_seed(0)
     model = build_model(config)
     make_trainable(model, config, lora=lora)
-    trainer = Trainer(model, build_data(config), config, force_cpu=device.type == "cpu")
-    trainer.embed([caption for captions in trainer.data.prompts.captions for caption in captions])
+    trainer = Trainer(DiffusionTask(model, build_data(config), config), force_cpu=device.type == "cpu")
+    trainer.task.embed([caption for captions in trainer.task.data.prompts.captions for caption in captions])
     needed: dict[int, float] = defaultdict(float)  # seconds by thread
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,7 +83,7 @@ def steps(config: Any, lora: bool, rounds: int, device: torch.device) -> tuple[l
 
         return call
 
-    trainer.network = timed(trainer.network)
+    trainer.task.network = timed(trainer.task.network)
     trainer.optimizer.step = timed(trainer.optimizer.step)
     if trainer.row_threads is None:
         trainer.accelerator.backward = timed(trainer.accelerator.backward)
@@ -127,7 +129,7 @@ def writes(megabytes: int, rounds: int) -> tuple[list[float], list[float]]:
     )
     blocked, written = [], []
     with tempfile.TemporaryDirectory(dir=REPOSITORY) as folder:  # /tmp may be memory
-        checkpoints = RunCheckpoints(Path(folder), load_config(CONFIG))
+        checkpoints = RunCheckpoints(Path(folder), ModelWeights(load_config(CONFIG)))
         for step in range(1, rounds + 1):
             started = time.perf_counter()
             with trainer.ema.in_place():

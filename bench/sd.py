@@ -75,7 +75,7 @@ def lora_config(size: str, folder: Path, precision: str, compiled: bool = False)
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "set" / f"{PROMPT}.png")
     run_settings = [
-        f"data.data_dir={folder / 'set'}", f"training.cache_folder={folder / 'cache'}", "lora.training.batch_size=1",
+        f"data.data_dir={folder / 'set'}", f"cache.folder={folder / 'cache'}", "lora.training.batch_size=1",
         "lora.training.gradient_accumulation_steps=1", "lora.training.num_training_steps=10000",
         f"training.mixed_precision='{precision}'", f"training.compile={str(compiled).lower()}",
         "training.caption_dropout=0",
@@ -191,14 +191,14 @@ def fits(size: str, device: torch.device) -> dict[str, float]:
 
 def lora_trainer(model: DiffusionModel, config: DictConfig, device: torch.device) -> Callable[[], object]:
     """What training/image/train.py sets up; called, it takes the next step."""
+    from xdiffusion.training.diffusion_task import DiffusionTask
     from xdiffusion.training.loop import Trainer
-    from xdiffusion.training.run import make_trainable
+    from xdiffusion.training.trainable import make_trainable
 
     make_trainable(model, config, lora=True)
     with redirect_stdout(sys.stderr):
-        trainer = Trainer(model, build_data(config), config, force_cpu=device.type == "cpu")
-    steps = iter(range(1, 10_001))
-    return lambda: trainer.step(next(steps))
+        trainer = Trainer(DiffusionTask(model, build_data(config), config), force_cpu=device.type == "cpu")
+    return partial(next, map(trainer.step, range(1, 10_001)))
 
 
 def measure_txt2img(args: argparse.Namespace, device: torch.device, report: Report) -> None:

@@ -33,15 +33,16 @@ import sys, time, torch
 started = time.perf_counter()
 config_path, force_cpu, *settings = sys.argv[1:]
 from xdiffusion.build import build_data, build_model, load_config
+from xdiffusion.training.diffusion_task import DiffusionTask
 from xdiffusion.training.loop import Trainer
-from xdiffusion.training.run import make_trainable
 from xdiffusion.training.text_encoder import initialise_text_encoder
+from xdiffusion.training.trainable import make_trainable
 config = load_config(config_path, ["model.text_encoder.pretrained=null", *settings])
 torch.manual_seed(0)
 model, data = build_model(config), build_data(config)
-initialise_text_encoder(model.text_encoder, config, data, None, say=lambda _: None)
+initialise_text_encoder(model.text_encoder, config, None, say=lambda _: None)
 make_trainable(model, config, lora=False)
-Trainer(model, data, config, force_cpu=force_cpu == "1").step(1)
+Trainer(DiffusionTask(model, data, config), force_cpu=force_cpu == "1").step(1)
 print(time.perf_counter() - started)
 """
 PEER_FIRST_STEP = """

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,17 +32,20 @@ from omegaconf import DictConfig
 from peers import PeerTraining, as_function, count, peer_sample, prompt_accuracy
 from torch import Tensor, nn
 
-from xdiffusion.build import build_data, build_model, build_sampling, load_config
+from xdiffusion.build import build_data, build_model, build_sampling, clip_config, load_config
 from xdiffusion.cli import positive_int, run
 from xdiffusion.data.image_set import ImageSet
 from xdiffusion.evaluation.judge import Judge
 from xdiffusion.model import DiffusionModel, generate, generators_for, initial_noise
 from xdiffusion.scoring import cached_judge
 from xdiffusion.text_encoders.prompt_cache import PromptCache
+from xdiffusion.training.contrastive import ContrastiveModel, train_contrastive
+from xdiffusion.training.diffusion_task import DiffusionTask
 from xdiffusion.training.loop import Trainer
 from xdiffusion.training.randomness import DataOrder, generator_at
-from xdiffusion.training.run import make_trainable
-from xdiffusion.training.text_encoder import initialise_text_encoder
+from xdiffusion.training.settings import settings_of
+from xdiffusion.training.text_encoder import TINY, initialise_text_encoder
+from xdiffusion.training.trainable import make_trainable
 
 GOAL = Goal(0.33)
 PEER_BATCH_SIZE = 64
@@ -70,10 +72,15 @@ def our_side(config: DictConfig, device: torch.device) -> tuple[Side, DiffusionM
     started = time.perf_counter()
     torch.manual_seed(config.training.seed)
     model, data = build_model(config), build_data(config)
-    with tempfile.TemporaryDirectory() as folder:
-        initialise_text_encoder(model.text_encoder, config, data, Path(folder), say=lambda _: None)
+    if config.model.text_encoder.pretrained == TINY:
+        towers = ContrastiveModel(model.text_encoder, image_size=data.image_size, channels=data.channels)
+        clip = clip_config(config)
+        train_contrastive(towers, data, settings_of(clip, "training"), settings_of(clip, "optimizer"))
+        model.text_encoder.requires_grad_(False).eval()
+    else:
+        initialise_text_encoder(model.text_encoder, config, None, say=lambda _: None)
     make_trainable(model, config, lora=False)
-    trainer = Trainer(model, data, config, force_cpu=device.type == "cpu")
+    trainer = Trainer(DiffusionTask(model, data, config), force_cpu=device.type == "cpu")
     sampling = build_sampling(config, model.schedule)
 
     def draw(prompts: list[str]) -> Tensor:

@@ -45,6 +45,7 @@ from peers import (
 from xdiffusion.build import load_config
 from xdiffusion.cli import positive_int, run
 from xdiffusion.lora import apply_lora_to_model
+from xdiffusion.training.diffusion_task import DiffusionTask
 from xdiffusion.training.loop import Trainer
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
@@ -69,7 +70,9 @@ def our_step(size: Size, kind: str, device: torch.device) -> Callable[[], Step]:
     ]
 
     def start() -> Step:
-        trainer = Trainer(model, folded_digits(size), load_config(CONFIG, settings), force_cpu=device.type == "cpu")
+        trainer = Trainer(
+            DiffusionTask(model, folded_digits(size), load_config(CONFIG, settings)), force_cpu=device.type == "cpu"
+        )
         steps = iter(range(1, 10_001))
         return lambda: trainer.step(next(steps))
 

@@ -91,3 +91,29 @@ def work_folder(tmp_path, monkeypatch) -> Path:
     """An empty current folder, so that default output paths do not leave the test."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def evidence(monkeypatch):
+    """The function of bench/kill_runs.py: what two runs must have in common."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import kill_runs
+
+    return kill_runs.evidence
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    """A mapping of steps to the signal that this process sends itself within them."""
+    sent = {}
+    from xdiffusion.training.records import Records
+
+    record = Records.step
+
+    def step(self, metrics):
+        record(self, metrics)
+        if metrics.step in sent:
+            os.kill(os.getpid(), sent.pop(metrics.step))
+
+    monkeypatch.setattr(Records, "step", step)
+    return sent

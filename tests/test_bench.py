@@ -17,8 +17,8 @@ FIELDS = {"figure", "unit", "ours", "theirs", "ratio", "goal", "goal_is", "met"}
 SMALLEST = ["--rounds", "1", "--threads", "1", "--json"]
 TINY_CONFIG = [
     "data.image_size=8", "model.network.channels=[8,8]", "model.network.head_dim=8", "model.network.norm_groups=4",
-    "model.network.patch_size=1", "model.text_encoder.layers=1", "model.text_encoder.width=8", "clip.steps=1",
-    "training.batch_size=4", "sampling.steps=1",
+    "model.network.patch_size=1", "model.text_encoder.layers=1", "model.text_encoder.width=8",
+    "clip.training.num_training_steps=1", "training.batch_size=4", "sampling.steps=1",
 ]  # fmt: skip
 
 

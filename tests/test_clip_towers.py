@@ -2,6 +2,7 @@
 
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def test_the_score_is_a_cosine_in_percent():
 
 
 def test_a_vision_tower_is_trained_for_a_frozen_text_tower_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(clip_towers, "STEPS", 20)
+    monkeypatch.setattr(clip_towers, "TRAINING", replace(clip_towers.TRAINING, num_training_steps=20))
     torch.manual_seed(0)
     encoder = CLIPTextEncoder(width=32, layers=1, heads=2, context_length=8).eval()
     before, data = copies(encoder.state_dict()), tiny_images()

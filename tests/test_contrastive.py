@@ -1,22 +1,33 @@
 """Our own CLIP: its batches, what it learns, and how a text encoder comes by its weights."""
 
+import signal
 import urllib.request
 from types import SimpleNamespace
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from commands import TRAIN, TRAIN_CLIP, run_script, set_words
 from huggingface_hub import constants
 from open_clip.model import CLIPTextCfg, _build_text_tower
+from PIL import Image
+from test_resume import CONFIG
 from tiny import copies, equal_bits, tiny_config, tiny_images
 
-from xdiffusion.build import build_text_encoder
+from xdiffusion.build import build_fresh_text_encoder, build_text_encoder, clip_config
 from xdiffusion.checkpoints.files import CheckpointError, load_safetensors
-from xdiffusion.data.image_set import ImageSet
 from xdiffusion.text_encoders.clip import CLIPTextEncoder
 from xdiffusion.training import text_encoder as module
-from xdiffusion.training.contrastive import ContrastiveModel, train_contrastive, zero_shot_accuracy
+from xdiffusion.training.contrastive import ContrastiveModel, ContrastiveTask, zero_shot_accuracy
+from xdiffusion.training.loop import Trainer
+from xdiffusion.training.previews import draw_similarities
+from xdiffusion.training.records import read_metrics
+from xdiffusion.training.run_record import read_run
+from xdiffusion.training.settings import OptimizerSettings, TrainingSettings
+from xdiffusion.training.task import Place
 from xdiffusion.training.text_encoder import initialise_text_encoder, tiny_clip_path, train_tiny_clip
 
 
@@ -26,70 +37,137 @@ def contrastive_model():
     return ContrastiveModel(text, image_size=12, channels=1, width=32, layers=1)
 
 
-def recording(data):
-    """(the same data, a list that its batches are put in as they are drawn)."""
-    batches = []
-
-    class Recorded(ImageSet):
-        def batch(self, index, wording):
-            batches.append(super().batch(index, wording))
-            return batches[-1]
-
-    return Recorded(**vars(data)), batches
+def clip_trainer(steps=3, groups=2, seed=0, learning_rate=1e-3, **settings):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    training = TrainingSettings(num_training_steps=steps, batch_size=10 * groups, ema_decay=0.0, seed=seed, **settings)
+    optimizer = OptimizerSettings(learning_rate=learning_rate, warmup_steps=0)
+    return Trainer(ContrastiveTask(contrastive_model(), tiny_images(), training, optimizer), force_cpu=True)
 
 
-def test_a_group_has_one_image_of_each_class():
-    data, batches = recording(tiny_images())
-    train_contrastive(contrastive_model(), data, steps=3, groups=2)
-    assert len(batches) == 3
-    for batch in batches:
-        assert batch.labels.view(2, 10).sort(dim=1).values.tolist() == [list(range(10))] * 2
+def take_steps(trainer):
+    return [trainer.step(step).loss for step in range(1, trainer.settings.num_training_steps + 1)]
+
+
+def test_a_group_has_one_image_of_each_class_and_a_caption_of_it():
+    trainer, data = clip_trainer(), tiny_images()
+    for step in (1, 2):
+        index = trainer.task.indices(Place(step))
+        assert data.train.labels[index].view(2, 10).tolist() == [list(range(10))] * 2
+        pairs = trainer.task.batch(Place(step))
+        assert torch.equal(pairs.images, data.train.floats(index))
+        allowed = [trainer.model.text.tokenize(list(captions)).tolist() for captions in data.prompts.captions]
+        assert all(row in allowed[i % 10] for i, row in enumerate(pairs.tokens.tolist()))
+    assert not torch.equal(trainer.task.indices(Place(1)), trainer.task.indices(Place(2)))
+    assert not torch.equal(trainer.task.indices(Place(1)), trainer.task.indices(Place(1, rollbacks=1)))
 
 
 def test_the_loss_is_the_cross_entropy_within_each_group():
     """The first step's loss, with both directions of the contrast written out."""
-    data, batches = recording(tiny_images())
-    losses = []
-    train_contrastive(contrastive_model(), data, steps=1, groups=2, on_step=lambda step, loss: losses.append(loss))
-    model = contrastive_model()
-    expected = 0.0
+    trainer, model = clip_trainer(), contrastive_model()
+    pairs, expected = trainer.task.batch(Place(1)), 0.0
     for group in (slice(0, 10), slice(10, 20)):
-        images = model.image_features(batches[0].images[group])
-        texts = model.text_features(batches[0].captions[group])
+        images = model.image_features(pairs.images[group])
+        texts = F.normalize(model.text.pooled(pairs.tokens[group]), dim=-1)
         torch.testing.assert_close(images.norm(dim=1), torch.ones(10))
         logits = images @ texts.T / 0.07
         expected += (F.cross_entropy(logits, torch.arange(10)) + F.cross_entropy(logits.T, torch.arange(10))).item() / 4
-    assert losses == [pytest.approx(expected, rel=1e-4)]
+    assert trainer.step(1).loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_batch_is_the_mean_of_its_parts():
+    task = clip_trainer(groups=4).task
+    whole = task.part_loss(task.batch(Place(1)), Place(1))
+    places = [Place(1, part, 4) for part in range(4)]
+    parts = [task.part_loss(task.batch(place), place) for place in places]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+def test_a_group_is_never_cut():
+    with pytest.raises(ValueError, match=r"batch_size=25 of the tiny CLIP must be a multiple of 10: .*image/digits"):
+        ContrastiveTask(contrastive_model(), tiny_images(), TrainingSettings(batch_size=25), OptimizerSettings())
+    with pytest.raises(ValueError, match="4 must divide its 2 groups, each with one of every class"):
+        clip_trainer(groups=2, gradient_accumulation_steps=4)
 
 
 def test_training_learns():
-    losses = []
-    model, data = contrastive_model(), tiny_images()
-    train_contrastive(
-        model, data, steps=60, groups=2, learning_rate=5e-3, on_step=lambda step, loss: losses.append(loss)
-    )
+    trainer = clip_trainer(steps=80, learning_rate=5e-3)
+    losses = take_steps(trainer)
     assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
-    assert zero_shot_accuracy(model, data) > 0.9
+    assert zero_shot_accuracy(trainer.model, tiny_images()) > 0.9
 
 
 def test_training_repeats_and_leaves_the_token_table():
-    first, second, other = models = [contrastive_model() for _ in range(3)]
-    table = first.text.token_embedding.weight.clone()
-    for model, seed in zip(models, (0, 0, 1)):
-        train_contrastive(model, tiny_images(), steps=3, groups=1, seed=seed)
-    assert equal_bits(first.state_dict(), second.state_dict())
-    assert not equal_bits(first.state_dict(), other.state_dict())
-    assert torch.equal(first.text.token_embedding.weight, table)
+    table = contrastive_model().text.token_embedding.weight.clone()
+    ends = []
+    for seed in (0, 0, 1):
+        trainer = clip_trainer(groups=1, seed=seed)
+        take_steps(trainer)
+        ends.append(copies(trainer.model.state_dict()))
+        assert torch.equal(trainer.model.text.token_embedding.weight, table)
+    assert equal_bits(ends[0], ends[1])
+    assert not equal_bits(ends[0], ends[2])
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 10, 11])
-def test_every_length_of_training_works(steps):
-    """OneCycleLR has lengths at which it divides by zero."""
-    taken = []
-    train_contrastive(
-        contrastive_model(), tiny_images(), steps=steps, groups=1, on_step=lambda step, loss: taken.append(step)
-    )
-    assert taken == list(range(steps))
+def test_the_picture_shows_each_class_beside_its_captions(tmp_path):
+    trainer = clip_trainer(steps=1)
+    page = draw_similarities(trainer.model, tiny_images(), tmp_path / "page.png", "step 1")
+    with Image.open(tmp_path / "page.png") as written:
+        assert np.array_equal(np.asarray(written.convert("RGB")), np.asarray(page))
+    assert min(page.size) > 400
+    assert len(np.unique(np.asarray(page).reshape(-1, 3), axis=0)) > 50
+
+
+# the command
+
+
+TINY = [
+    "data.image_size=8",
+    "model.text_encoder.width=8",
+    "model.text_encoder.layers=1",
+    "clip.optimizer.warmup_steps=2",
+]
+COMMON = ["--config_path", CONFIG, "--force_cpu", "--batch_size", 20, "--num_training_steps", 5]
+COMMON += ["--save_and_sample_every_n", 2, *set_words(TINY)]
+
+
+def same_file(a, b):
+    """Whether two safetensors files hold the same; the entries of a header have no order."""
+    (tensors, header), (others, other_header) = load_safetensors(a), load_safetensors(b)
+    return equal_bits(tensors, others) and header == other_header
+
+
+@pytest.mark.parametrize("words", [[], ["--mixed_precision", "bf16"]], ids=["float32", "bf16"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(words, tmp_path, evidence, signals, capfd):
+    assert run_script(TRAIN_CLIP, *COMMON, *words, "--output_path", tmp_path / "whole.safetensors") == 0
+    signals[3] = signal.SIGTERM
+    assert run_script(TRAIN_CLIP, *COMMON, *words, "--output_path", tmp_path / "cut.safetensors") == 143
+    assert "to go on: python training/clip/train.py" in capfd.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "cut.safetensors").is_file()
+    assert (tmp_path / "cut/clip-3.safetensors").is_file()
+    resume = ["--output_path", tmp_path / "cut.safetensors", "--resume_from", "auto"]
+    assert run_script(TRAIN_CLIP, *COMMON, *words, *resume) == 0
+    whole, cut = (evidence(tmp_path / name) for name in ("whole", "cut"))
+    assert {name: cut[name] for name in whole} == whole
+    assert cut.keys() - whole.keys() == {"clip-3.safetensors", "clip-3.state.pt"}
+    assert same_file(tmp_path / "whole.safetensors", tmp_path / "cut.safetensors")
+    assert [s["status"] for s in read_run(tmp_path / "cut")["segments"]] == ["interrupted", "finished"]
+    assert [m["step"] for m in read_metrics(tmp_path / "cut/metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_training_a_model_goes_on_with_the_tiny_clip_it_was_stopped_in(work_folder, signals, capfd):
+    """And the file is the one that the CLIP's own command writes."""
+    sizes = set_words([*TINY, "model.network.patch_size=1", "model.network.channels=[8,8]", "model.network.head_dim=8"])
+    clip = [f"clip.training.{key}" for key in ("num_training_steps=3", "batch_size=10", "save_and_sample_every_n=1")]
+    words = ["--config_path", CONFIG, "--force_cpu", *sizes, *set_words(clip)]
+    model = ["--num_training_steps", 1, "--batch_size", 2, "--set", "sampling.steps=1"]
+    signals[2] = signal.SIGINT
+    assert run_script(TRAIN, *words, *model) == 130
+    assert "to go on: python training/image/train.py" in capfd.readouterr().err.splitlines()[-1]
+    assert run_script(TRAIN, *words, *model, "--resume_from", "auto") == 0
+    (tower,) = work_folder.glob("output/image/digits/clip/*.safetensors")
+    assert [s["first_step"] for s in read_run(tower.with_suffix(""))["segments"]] == [1, 3]
+    assert run_script(TRAIN_CLIP, *words, "--output_path", work_folder / "own.safetensors") == 0
+    assert same_file(tower, work_folder / "own.safetensors")
 
 
 def test_zero_shot_accuracy_of_known_features():
@@ -125,85 +203,89 @@ def test_three_channels_and_one():
 
 
 def encoder_and_config(*overrides):
-    config = tiny_config("clip.steps=2", "clip.groups=1", *overrides)
+    config = tiny_config(*overrides)
     torch.manual_seed(0)
     return build_text_encoder(config), config
 
 
-def initialise(encoder, config, folder):
+def initialise(encoder, config, tiny=None):
     said = []
-    initialise_text_encoder(encoder, config, tiny_images(), folder, said.append)
+    initialise_text_encoder(encoder, config, tiny, said.append)
     assert not encoder.training
     assert not any(p.requires_grad for p in encoder.parameters())
     return said
 
 
-def test_null_keeps_random_weights(tmp_path):
+def trained_tower(path, *overrides):
+    """The file of a text tower after two steps."""
+    steps = [f"clip.training.{key}" for key in ("num_training_steps=2", "batch_size=10", "ema_decay=0")]
+    config = clip_config(tiny_config(*steps, *overrides))
+    encoder = build_fresh_text_encoder(config)
+    command = {"script": TRAIN_CLIP, "words": [], "resume_from": None, "force_cpu": True}
+    assert train_tiny_clip(encoder, config, tiny_images(), path, **command) == 0
+    return encoder
+
+
+def test_null_keeps_random_weights():
     encoder, config = encoder_and_config("model.text_encoder.pretrained=null")
     before = copies(encoder.state_dict())
-    assert initialise(encoder, config, tmp_path) == ["text encoder: random frozen weights"]
+    assert initialise(encoder, config) == ["text encoder: random frozen weights"]
     assert equal_bits(encoder.state_dict(), before)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_tiny_is_trained_once_and_read_afterwards(tmp_path, monkeypatch):
-    first, config = encoder_and_config("model.text_encoder.pretrained=tiny")
-    fresh = copies(first.state_dict())
-    said = initialise(first, config, tmp_path)
-    path = tiny_clip_path(config, tmp_path)
-    assert path.is_relative_to(tmp_path / "image" / "digits")
-    assert said[0] == f"text encoder: no tiny CLIP at {path} yet, training it"
-    assert said[-1] == f"text encoder: {path}"
-    assert not equal_bits(first.state_dict(), fresh)
-
-    monkeypatch.setattr(module, "train_tiny_clip", None)  # a second training would fail
-    second, _ = encoder_and_config("model.text_encoder.pretrained=tiny")
-    with torch.no_grad():
-        second.final_norm.bias.fill_(5.0)
-    assert initialise(second, config, tmp_path) == [f"text encoder: {path}"]
-    assert equal_bits(second.state_dict(), first.state_dict())
 
 
 @pytest.mark.parametrize(
     "override",
     ["data.image_size=16", "data.kind=image/mnist", "model.text_encoder.width=16", "model.text_encoder.layers=2",
-     "model.text_encoder.heads=4", "model.text_encoder.context_length=9"],
+     "model.text_encoder.heads=4", "model.text_encoder.context_length=9", "training.seed=1",
+     "clip.training.num_training_steps=3", "clip.optimizer.learning_rate=2e-3"],
 )  # fmt: skip
-def test_tiny_has_a_file_per_data_and_size(override, tmp_path):
-    assert tiny_clip_path(tiny_config(override), tmp_path) != tiny_clip_path(tiny_config(), tmp_path)
+def test_tiny_has_a_file_for_all_that_its_weights_depend_on(override, tmp_path):
+    """A trial with few steps is not what later runs find."""
+    data = tiny_images()
+    paths = [tiny_clip_path(clip_config(tiny_config(*words)), data, tmp_path) for words in ((), (override,))]
+    assert paths[0] != paths[1]
+    assert paths[0] != tiny_clip_path(clip_config(tiny_config()), tiny_images(train=50), tmp_path)
+    assert paths[0].is_relative_to(tmp_path / "image" / "digits")
+
+
+def test_what_does_not_change_the_tower_does_not_change_its_file(tmp_path):
+    kept = ("training.save_and_sample_every_n=1", "checkpoints.keep_last=1", "training.caption_dropout=0.5")
+    paths = {tiny_clip_path(clip_config(tiny_config(*w)), tiny_images(), tmp_path) for w in ((), kept)}
+    assert len(paths) == 1
 
 
 def test_the_file_says_how_good_it_is(tmp_path):
-    encoder, config = encoder_and_config()
-    accuracy = train_tiny_clip(encoder, config, tiny_images(), tmp_path / "clip.safetensors", say=lambda line: None)
+    encoder = trained_tower(tmp_path / "clip.safetensors")
     tensors, header = load_safetensors(tmp_path / "clip.safetensors")
-    assert float(header["zero_shot_accuracy"]) == pytest.approx(accuracy, abs=1e-4)
+    assert 0 <= float(header["zero_shot_accuracy"]) <= 1
     assert header["dataset"] == "image/digits"
     assert equal_bits(tensors, encoder.state_dict())
 
 
-def test_a_file_by_name(tmp_path):
+@pytest.mark.parametrize("named", [True, False], ids=["by name", "tiny"])
+def test_a_trained_tower_is_read(named, tmp_path):
     path = tmp_path / "clip.safetensors"
-    trained, config = encoder_and_config(f"model.text_encoder.pretrained={path}")
-    train_tiny_clip(trained, config, tiny_images(), path, say=lambda line: None)
-    encoder, _ = encoder_and_config()
-    initialise(encoder, config, tmp_path)
+    trained = trained_tower(path)
+    encoder, config = encoder_and_config(f"model.text_encoder.pretrained={path if named else 'tiny'}")
+    with torch.no_grad():
+        encoder.final_norm.bias.fill_(5.0)
+    assert initialise(encoder, config, path) == [f"text encoder: {path}"]
     assert equal_bits(encoder.state_dict(), trained.state_dict())
 
     wider, _ = encoder_and_config("model.text_encoder.width=16")
     with pytest.raises(CheckpointError, match=r"clip\.safetensors does not fit model\.text_encoder: .*size mismatch"):
-        initialise(wider, config, tmp_path)
+        initialise(wider, config, path)
     path.unlink()
     with pytest.raises(CheckpointError, match=r"no file at .*clip\.safetensors"):
-        initialise(encoder, config, tmp_path)
+        initialise(encoder, config, path)
 
 
-def test_a_tag_needs_the_open_clip_kind(tmp_path):
+def test_a_tag_needs_the_open_clip_kind():
     encoder, config = encoder_and_config("model.text_encoder.pretrained=openai")
     with pytest.raises(
         ValueError, match=r"pretrained='openai': for kind clip allowed are tiny, null, or a \.safetensors"
     ):
-        initialise(encoder, config, tmp_path)
+        initialise(encoder, config)
 
 
 def open_clip_config(tag):
@@ -211,7 +293,7 @@ def open_clip_config(tag):
     return tiny_config(f"{slot}.kind=open_clip", f"{slot}.model_name=ViT-B-32", f"{slot}.pretrained={tag}")
 
 
-def test_open_clip_weights_arrive_under_our_names(tmp_path, monkeypatch):
+def test_open_clip_weights_arrive_under_our_names(monkeypatch):
     sizes = {"width": 16, "layers": 1, "heads": 2, "context_length": 8}
     theirs = _build_text_tower(12, CLIPTextCfg(**sizes))
     asked = []
@@ -219,23 +301,23 @@ def test_open_clip_weights_arrive_under_our_names(tmp_path, monkeypatch):
         module, "download_open_clip_weights", lambda name, tag: asked.append((name, tag)) or theirs.state_dict()
     )
     encoder = CLIPTextEncoder(**sizes, embed_dim=12)
-    initialise(encoder, open_clip_config("openai"), tmp_path)
+    initialise(encoder, open_clip_config("openai"))
     assert asked == [("ViT-B-32", "openai")]
     tokens = encoder.tokenize(["a handwritten 3"])
     torch.testing.assert_close(encoder.pooled(tokens), theirs(tokens), rtol=1e-5, atol=1e-5)
 
     other = CLIPTextEncoder(**sizes | {"width": 32}, embed_dim=12)
     with pytest.raises(CheckpointError, match=r"ViT-B-32/openai does not fit model\.text_encoder"):
-        initialise(other, open_clip_config("openai"), tmp_path)
+        initialise(other, open_clip_config("openai"))
 
 
-def test_unknown_open_clip_tags_are_named(tmp_path):
+def test_unknown_open_clip_tags_are_named():
     encoder, _ = encoder_and_config()
     with pytest.raises(ValueError, match="pretrained='opanai': open_clip has for ViT-B-32: openai, "):
-        initialise(encoder, open_clip_config("opanai"), tmp_path)
+        initialise(encoder, open_clip_config("opanai"))
 
 
-def test_without_a_network_the_hub_is_told_so_and_the_error_says_what_to_do(tmp_path, monkeypatch):
+def test_without_a_network_the_hub_is_told_so_and_the_error_says_what_to_do(monkeypatch):
     encoder, _ = encoder_and_config()
 
     def no_route(request, timeout):
@@ -252,5 +334,5 @@ def test_without_a_network_the_hub_is_told_so_and_the_error_says_what_to_do(tmp_
     with pytest.raises(
         ValueError, match=r"'openai' of ViT-B-32 cannot be downloaded \(not in the cache.*pretrained=null"
     ):
-        initialise(encoder, open_clip_config("openai"), tmp_path)
+        initialise(encoder, open_clip_config("openai"))
     assert constants.HF_HUB_OFFLINE is False

@@ -38,7 +38,7 @@ def test_a_loss_far_above_those_before_stops_the_run_before_any_weight_changes()
         trainer.step(1)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.trainable.values()))
     assert not any(p.grad is not None and p.grad.any() for p in trainer.trainable.values())
-    assert info.value.report["batch_indices"] == trainer.batches.indices(1).tolist()
+    assert info.value.report["batch_indices"] == trainer.task.batches.indices(1).tolist()
 
 
 @pytest.fixture
@@ -48,9 +48,9 @@ def bad_noise(monkeypatch):
 
     def part(self, step, *arguments):
         loss = backward(self, step, *arguments)
-        return loss * torch.nan if step == 4 and self.noise_stream in bad else loss
+        return loss * torch.nan if step == 4 and self.rollbacks in bad else loss
 
-    bad = {"noise"}
+    bad = {0}
     monkeypatch.setattr(Trainer, "_backward_part", part)
     return bad
 
@@ -79,6 +79,6 @@ def test_a_diverged_run_goes_back_and_on_with_other_noise(tmp_path, bad_noise):
 
 
 def test_a_run_that_diverges_more_often_than_it_may_stops(tmp_path, bad_noise):
-    bad_noise |= {"noise 1"}
+    bad_noise |= {1}
     assert run_script(TRAIN, *COMMON, "--set", "training.rollbacks=1", "--output_path", tmp_path / "once") == 1
     assert run_script(TRAIN, *COMMON, "--set", "training.rollbacks=2", "--output_path", tmp_path / "twice") == 0

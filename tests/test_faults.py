@@ -57,15 +57,17 @@ def test_a_process_lost_before_the_first_step(tmp_path, monkeypatch, capfd):
 
 def test_a_tiny_clip_that_diverges_writes_nothing(tmp_path, capfd):
     file = tmp_path / "clip.safetensors"
-    tiny = ["clip.learning_rate=1e30", "clip.groups=1", "data.image_size=8", "model.text_encoder.width=8"]
-    words = ["--config_path", CONFIG, *set_words([*tiny, "model.text_encoder.layers=1", "clip.steps=9"])]
-    assert run_script(TRAIN_CLIP, *words, "--output_path", file) == 1
+    tiny = ["clip.optimizer.learning_rate=1e30", "data.image_size=8", "model.text_encoder.width=8"]
+    words = ["--config_path", CONFIG, *set_words([*tiny, "model.text_encoder.layers=1"])]
+    assert run_script(TRAIN_CLIP, *words, "--batch_size", 10, "--output_path", file) == 1
     assert re.search(
-        r"^error: the tiny CLIP's loss is nan at step \d: lower clip.learning_rate$",
+        r"^error: training stopped after step \d, loss nan, .*; last good checkpoint: none$",
         capfd.readouterr().err,
         re.MULTILINE,
     )
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert json.loads((tmp_path / "clip/diverged.json").read_text())["batch_indices"]
+    assert json.loads((tmp_path / "clip/run.json").read_text())["segments"][0]["status"] == "diverged"
 
 
 @pytest.mark.parametrize("name", ["folder", "clip.pt", "closed/clip.safetensors"])

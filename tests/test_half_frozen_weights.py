@@ -52,9 +52,9 @@ def dtypes(tensors):
 @torch.no_grad()
 def fixed_loss(trainer):
     """On the pictures, at equally spaced times and noise that is the same for every model."""
-    model, batch = trainer.model, trainer.batches.part(1, 0, 1)
+    model, batch = trainer.model, trainer.task.batches.part(1, 0, 1)
     x0 = batch.x0.repeat(16, 1, 1, 1)
-    context = trainer.embed(batch.captions).repeat(16, 1, 1)
+    context = trainer.task.embed(batch.captions).repeat(16, 1, 1)
     eps, t = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), (torch.arange(len(x0)) + 0.5) / len(x0)
     with trainer.accelerator.autocast():
         return float(squared_error(model.network, model.schedule, model.prediction, x0, eps, t, context).mean())

@@ -13,7 +13,7 @@ from xdiffusion.build import build_data
 from xdiffusion.checkpoints.tensor_cache import TensorCache
 from xdiffusion.training.latent_cache import LatentCache, cache_for
 
-NONE = ("training.cache_latents=false", "training.cache_text_embeddings=false")
+NONE = ("cache.latents=false", "cache.text_embeddings=false")
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_the_second_run_computes_nothing(folder, capsys):
 
 
 def test_every_step_draws_its_own_latent(folder):
-    batches = tiny_sd_trainer(tiny_sd_config(folder, "training.batch_size=1")).batches
+    batches = tiny_sd_trainer(tiny_sd_config(folder, "training.batch_size=1")).task.batches
     by_picture = {}
     for step in range(1, 20):
         by_picture.setdefault(int(batches.indices(step)[0]), []).append(batches.part(step, 0, 1).x0)
@@ -106,24 +106,24 @@ def test_a_truncated_picture_is_replaced_as_it_is_without_a_cache(folder, capsys
 
 
 def test_what_cannot_be_cached_is_refused(folder):
-    with pytest.raises(ValueError, match=r"cache_latents=true .*data.random_crop must be false"):
+    with pytest.raises(ValueError, match=r"cache.latents=true .*data.random_crop must be false"):
         tiny_sd_trainer(tiny_sd_config(folder, "data.random_crop=true"))
-    with pytest.raises(ValueError, match=r"cache_text_embeddings=true is for a frozen text encoder.*text_encoder_lora"):
+    with pytest.raises(ValueError, match=r"cache.text_embeddings=true is for a frozen text encoder.*text_encoder_lora"):
         tiny_sd_trainer(tiny_sd_config(folder, "text_encoder_lora.rank=1"))
     with pytest.raises(ValueError, match="this model's pixels are its latents"):
         LatentCache(build_data(tiny_sd_config(folder)), IdentityAutoencoder(3), TensorCache(folder / "cache", {}))
-    for cache in ("cache_latents", "cache_text_embeddings"):
+    for cache in ("cache.latents", "cache.text_embeddings"):
         with pytest.raises(ValueError, match=f"{cache}=true is for image/folder"):
-            tiny_trainer(tiny_config(f"training.{cache}=true"))
+            tiny_trainer(tiny_config(f"{cache}=true"))
 
 
 def test_parts_that_are_cached_leave_the_device_but_for_the_sample_grids(folder, monkeypatch):
     trainer = tiny_sd_trainer(tiny_sd_config(folder))
-    assert trainer.sources.parked == [trainer.model.autoencoder, trainer.model.text_encoder]
+    assert trainer.task.sources.parked == [trainer.model.autoencoder, trainer.model.text_encoder]
     moves = []
-    for part in trainer.sources.parked:
+    for part in trainer.task.sources.parked:
         monkeypatch.setattr(part, "to", moves.append)
-    with trainer.sources.whole_model():
+    with trainer.task.sources.whole_model():
         assert moves == [torch.device("cpu")] * 2
     assert moves[2:] == ["cpu", "cpu"]
 

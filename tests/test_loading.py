@@ -56,6 +56,22 @@ def test_a_checkpoint_alone_gives_the_model_back(saved, config, config_path):
     assert torch.equal(*images)
 
 
+def test_how_an_older_version_trained_it_does_not_matter(saved, config, tmp_path):
+    """What a header says of training is a record: keys that are gone do no harm, but for the model's own."""
+    model, _ = saved
+    content = OmegaConf.to_container(config())
+    content["training"]["cache_latents"] = True
+    content |= {"clip": {"steps": 600}, "optimizer": "adam"}
+    save_model(tmp_path / "older.safetensors", model.state_dict(), config=content, image_shape=(1, 8, 8), step=7)
+    _, its_config = load_model(tmp_path / "older.safetensors")
+    assert its_config.training == config().training
+    check_same_architecture(config(), load_model_file(tmp_path / "older.safetensors"))
+    content["model"]["network"]["wings"] = 2
+    save_model(tmp_path / "other.safetensors", model.state_dict(), config=content, image_shape=(1, 8, 8), step=7)
+    with pytest.raises(ConfigError, match=r"other.safetensors: model.network.wings is unknown"):
+        load_model(tmp_path / "other.safetensors")
+
+
 def test_a_pickled_state_dict_needs_the_config(saved, config_path, tmp_path):
     model, _ = saved
     path = tmp_path / "plain.pt"

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -128,7 +127,12 @@ def test_two_processes_have_the_losses_of_one_and_one_goes_on_where_two_stopped(
 
 def test_two_machines_without_a_common_disk_have_the_losses_of_one_process(tmp_path, monkeypatch):
     """The first writes; the second makes for itself what the run begins with (here the tiny CLIP), and writes no more."""
-    words = [*COMMON, "--batch_size", 8, *set_words(["model.text_encoder.pretrained=tiny", "clip.steps=3"])]
+    words = [
+        *COMMON,
+        "--batch_size",
+        8,
+        *set_words(["model.text_encoder.pretrained=tiny", "clip.training.num_training_steps=3"]),
+    ]
     folders = [tmp_path / "first", tmp_path / "second"]
     statuses, _, errors = zip(*map(finish, start_machines(words, folders)))
     assert statuses == (0, 0), errors
@@ -208,12 +212,16 @@ def test_the_command_to_go_on_with(monkeypatch):
 @pytest.mark.parametrize(("processes", "batch_size"), [(2, 6), (3, 4)])
 def test_a_batch_that_cannot_be_shared(processes, batch_size):
     accelerator = SimpleNamespace(num_processes=processes, distributed_type=DistributedType.MULTI_GPU)
-    settings = TrainingSettings(batch_size=batch_size, gradient_accumulation_steps=2)
+
+    def task(rows):
+        settings = TrainingSettings(batch_size=rows, gradient_accumulation_steps=2)
+        return SimpleNamespace(settings=settings, rows=rows)
+
     with pytest.raises(
         ValueError, match=f"batch_size={batch_size} cannot be shared by {processes} processes .* must divide"
     ):
-        check_shares(accelerator, settings)
-    check_shares(accelerator, replace(settings, batch_size=2 * processes))
+        check_shares(accelerator, task(batch_size))
+    check_shares(accelerator, task(2 * processes))
 
 
 def test_a_network_with_nothing_to_train_is_not_wrapped():

@@ -16,7 +16,7 @@ def config_of(tmp_path):
     write_pictures(tmp_path / "set", [(16, 16)] * 3, ["unused"])
 
     def config(*overrides):
-        prior = [f"prior.data_dir={tmp_path / 'class'}", "prior.num_images=6", "training.cache_latents=false"]
+        prior = [f"prior.data_dir={tmp_path / 'class'}", "prior.num_images=6", "cache.latents=false"]
         return tiny_sd_config(tmp_path, *prior, *overrides, name="sd15_dreambooth_lora_tiny")
 
     return config
@@ -63,7 +63,7 @@ def test_settings_that_cannot_be(config_of, override):
 def test_the_loss_is_the_weighted_mean_over_the_batch(config_of):
     config = config_of("prior.weight=0.5")
     trainer = tiny_sd_trainer(config, class_images=prepare(config))
-    part = trainer.batches.part(1, 0, 1)
+    part = trainer.task.batches.part(1, 0, 1)
     assert part.captions == ["a photo of sks dog", "a photo of a dog"] * 2
     assert part.weights.tolist() == pytest.approx([4 / 3, 2 / 3] * 2)
     base = content_hash(trainer.model.base_weights())
@@ -85,7 +85,7 @@ def test_accumulated_parts_are_the_whole_batch(config_of, parts):
 
 def test_class_images_are_cached_in_the_subject_s_shapes(config_of, tmp_path):
     write_pictures(tmp_path / "set", [(16, 16), (24, 16)], ["unused"])
-    config = config_of("training.cache_latents=true", "data.max_aspect=2", "training.batch_size=2")
+    config = config_of("cache.latents=true", "data.max_aspect=2", "training.batch_size=2")
     trainer = tiny_sd_trainer(config, class_images=prepare(config))
-    shapes = {tuple(trainer.batches.part(step, 0, 1).x0.shape[2:]) for step in range(1, 7)}
+    shapes = {tuple(trainer.task.batches.part(step, 0, 1).x0.shape[2:]) for step in range(1, 7)}
     assert shapes == {(8, 8), (6, 10)}

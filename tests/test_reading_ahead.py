@@ -9,6 +9,7 @@ from tiny import tiny_config, tiny_images, tiny_model
 
 from xdiffusion.data.image_folder import load_image_folder
 from xdiffusion.training.batches import Batches, Source
+from xdiffusion.training.diffusion_task import DiffusionTask
 from xdiffusion.training.loop import Trainer
 from xdiffusion.training.reading_ahead import ReadAhead
 from xdiffusion.training.settings import TrainingSettings
@@ -60,9 +61,9 @@ def test_training_has_the_same_bits(tmp_path, accumulated):
     config = tiny_config(*changes, "training.caption_dropout=0.5", "training.num_training_steps=6")
     losses, weights = [], []
     for ahead in (True, False):
-        trainer = Trainer(tiny_model(config), data, config, force_cpu=True)
+        trainer = Trainer(DiffusionTask(tiny_model(config), data, config), force_cpu=True)
         if not ahead:
-            trainer.batches.read = trainer.batches._read
+            trainer.task.batches.read = trainer.task.batches._read
         losses.append([trainer.step(step).loss for step in range(1, 7)])
         weights.append(torch.cat([p.detach().flatten() for p in trainer.trainable.values()]))
     assert losses[0] == losses[1]

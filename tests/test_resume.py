@@ -1,6 +1,5 @@
 """The training command, stopped and resumed: every file is, bit for bit, that of the run which nobody stopped."""
 
-import os
 import signal
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from commands import ROOT, TRAIN, run_script, set_words
 
 from xdiffusion.checkpoints.files import load_safetensors
-from xdiffusion.training.records import Records, read_metrics
+from xdiffusion.training.records import read_metrics
 from xdiffusion.training.run_record import read_run
 
 CONFIG = ROOT / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
@@ -26,30 +25,6 @@ VARIANTS = {
     "lora": ["--use_lora_training", *set_words(["lora.dropout=0.2", "lora.target_modules=attention"])],
     "pissa": ["--use_lora_training", *set_words(["lora.init=pissa", "lora.target_modules=attention"])],
 }
-
-
-@pytest.fixture
-def evidence(monkeypatch):
-    """The function of bench/kill_runs.py: what two runs must have in common."""
-    monkeypatch.syspath_prepend(ROOT / "bench")
-    import kill_runs
-
-    return kill_runs.evidence
-
-
-@pytest.fixture
-def signals(monkeypatch):
-    """A mapping of steps to the signal that this process sends itself within them."""
-    sent = {}
-    record = Records.step
-
-    def step(self, metrics):
-        record(self, metrics)
-        if metrics.step in sent:
-            os.kill(os.getpid(), sent.pop(metrics.step))
-
-    monkeypatch.setattr(Records, "step", step)
-    return sent
 
 
 @pytest.mark.parametrize("words", VARIANTS.values(), ids=VARIANTS)
@@ -80,11 +55,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(words, tmp_path, evidence, 
     assert statuses == [("interrupted", 1, 3), ("interrupted", 4, 4), ("finished", 5, 5)]
 
 
-def test_a_signal_in_the_last_step_leaves_a_whole_run(tmp_path, signals):
+def test_a_signal_in_the_last_step_leaves_a_whole_run(tmp_path, signals, capfd):
     signals[STEPS] = signal.SIGINT
     assert run_script(TRAIN, *COMMON, "--output_path", tmp_path) == 130
     assert (tmp_path / f"samples/sample-{STEPS}.png").is_file()
+    assert capfd.readouterr().err.splitlines()[-1] == f"stopped by SIGINT after step {STEPS}; the last"
+    assert [s["status"] for s in read_run(tmp_path)["segments"]] == ["finished"]
     assert run_script(TRAIN, *COMMON, "--output_path", tmp_path, "--resume_from", "auto") == 0
+    assert f"the run in {tmp_path} has taken all of its {STEPS} steps" in capfd.readouterr().out
 
 
 def test_handlers_are_put_back(tmp_path):
@@ -93,12 +71,17 @@ def test_handlers_are_put_back(tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_fresh_run_in_an_old_folder_does_not_resume_the_old_one(tmp_path, signals):
+def test_a_fresh_run_in_an_old_folder_does_not_resume_the_old_one(tmp_path, signals, capfd):
     """Nor do its checkpoints, of later steps, count as the newest of the new one."""
-    words = [*COMMON, "--output_path", tmp_path, "--set", "training.keep_last=1"]
-    assert run_script(TRAIN, *words) == 0
+    words = [*COMMON, "--output_path", tmp_path, "--set", "checkpoints.keep_last=1"]
+    assert run_script(TRAIN, *words, "--resume_from", "auto") == 0
+    captured = capfd.readouterr()
+    assert f"no checkpoint in {tmp_path} yet: starting afresh" in captured.out and "earlier run" not in captured.err
     signals[3] = signal.SIGINT
     assert run_script(TRAIN, *words, "--seed", 1) == 130
+    assert (
+        f"{tmp_path} holds an earlier run up to step {STEPS}: its checkpoints are set aside" in capfd.readouterr().err
+    )
     assert run_script(TRAIN, *words, "--seed", 1, "--resume_from", "auto") == 0
     assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, STEPS + 1))
     assert read_run(tmp_path)["segments"][-1]["first_step"] == 4

@@ -5,9 +5,9 @@ import torch
 from tiny import copies, equal_bits, tiny_config, tiny_images, tiny_model, tiny_trainer
 
 from xdiffusion.lora.inject import apply_lora_to_model
+from xdiffusion.training.diffusion_task import DiffusionTask
 from xdiffusion.training.loop import Trainer
 from xdiffusion.training.row_threads import RowThreads, shares_of_a_step
-from xdiffusion.training.settings import TrainingSettings
 
 CPU = torch.device("cpu")
 
@@ -118,7 +118,7 @@ def test_every_kind_of_adapter_has_the_gradient_of_one_piece(two_threads, settin
         for p in model.parameters():
             if p.requires_grad:
                 p.data.add_(0.05)
-        trainer = Trainer(model, tiny_images(), tiny_config(), force_cpu=True)
+        trainer = Trainer(DiffusionTask(model, tiny_images(), tiny_config()), force_cpu=True)
         assert trainer.row_threads.layers
         if not threaded:
             trainer.row_threads = None
@@ -137,7 +137,7 @@ def test_a_trained_text_encoder_gets_its_gradient_from_all_rows(two_threads):
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.data.fill_(0.1)
-        trainer = Trainer(model, tiny_images(), config, force_cpu=True)
+        trainer = Trainer(DiffusionTask(model, tiny_images(), config), force_cpu=True)
         assert trainer.row_threads is not None
         if not threaded:
             trainer.row_threads = None
@@ -159,11 +159,13 @@ def test_a_trained_text_encoder_gets_its_gradient_from_all_rows(two_threads):
     ],
 )
 def test_only_rows_that_are_apart_are_dealt_out(two_threads, settings, processes, device, shares):
-    model = tiny_model(tiny_config())
-    assert shares_of_a_step(model, TrainingSettings(**{"batch_size": 8} | settings), device, processes) == shares
+    config = tiny_config(*(f"training.{key}={value}" for key, value in settings.items()))
+    task = DiffusionTask(tiny_model(config), tiny_images(), config)
+    assert shares_of_a_step(task, device, processes) == shares
 
 
 def test_dropout_keeps_the_rows_together(two_threads):
-    model = tiny_model(tiny_config())
-    apply_lora_to_model(model.network, rank=2, dropout=0.1)
-    assert shares_of_a_step(model, TrainingSettings(batch_size=8), CPU, 1) == 1
+    task = DiffusionTask(tiny_model(tiny_config()), tiny_images(), tiny_config())
+    assert shares_of_a_step(task, CPU, 1) == 2
+    apply_lora_to_model(task.model.network, rank=2, dropout=0.1)
+    assert shares_of_a_step(task, CPU, 1) == 1

@@ -34,7 +34,7 @@ def run(tmp_path_factory):
     write_discs(folder / "set", 10, 40, {"red": (230, 20, 20), "blue": (20, 20, 230)})
     truncate(folder / "set/disc_9.png", 0.9)
     path = CONFIGS / "sd15_lora_textencoder_tiny.yaml"
-    overrides = [*OVERRIDES, f"data.data_dir={folder / 'set'}", f"training.cache_folder={folder / 'cache'}"]
+    overrides = [*OVERRIDES, f"data.data_dir={folder / 'set'}", f"cache.folder={folder / 'cache'}"]
     config = load_config(path, overrides, True)
     model = tiny_sd_model(config, spread=0.03).eval()
     settings = OmegaConf.to_container(config)
@@ -136,7 +136,7 @@ def test_diffusers_draws_the_same_pictures_from_the_exports(run, adapted, kind):
     ],
 )
 def test_the_shipped_configs_train_and_rotate_what_they_write(name, lora, written, run, work_folder):
-    few = [*SMALLER, "training.num_training_steps=2", "training.save_and_sample_every_n=1", "training.keep_last=1"]
+    few = [*SMALLER, "training.num_training_steps=2", "training.save_and_sample_every_n=1", "checkpoints.keep_last=1"]
     model = tiny_sd_model(load_config(CONFIGS / f"{name}.yaml", few, lora))
     save_model(work_folder / "base.safetensors", model.state_dict(), config={}, image_shape=model.image_shape, step=0)
     words = ["--config_path", CONFIGS / f"{name}.yaml", "--data_dir", run.folder / "set", "--output_path", "out"]
@@ -167,7 +167,7 @@ def test_tiny_twins_differ_from_the_full_size_in_sizes_alone(name):
     full, tiny = (load_config(CONFIGS / f"sd15_{name}{size}.yaml", [], True) for size in ("", "_tiny"))
     for section in ("optimizer", "lora", "diffusion", "textual_inversion", "text_encoder_lora"):
         assert _without_overlays(full.get(section)) == _without_overlays(tiny.get(section)), section
-    assert full.training.cache_latents and tiny.training.cache_latents
+    assert full.cache.latents and tiny.cache.latents
     assert len((CONFIGS / f"sd15_{name}.yaml").read_text().splitlines()) < 45
 
 

@@ -86,7 +86,7 @@ def test_two_processes_with_half_the_weights_each_are_one_with_all(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "lora", "reason"),
     [
-        ([], True, "a LoRA or a learned word is small: leave it false"),
+        ([], True, "a LoRA, a learned word or the tiny CLIP is small: leave it false"),
         (["training.mixed_precision=fp16"], False, "does not go with training.mixed_precision=fp16; take bf16"),
         (["training.compile=true"], False, "does not go with training.compile=True; take false"),
         (["optimizer.kind=adamw8bit"], False, "does not go with optimizer.kind=adamw8bit; take adamw"),
@@ -103,7 +103,7 @@ def test_what_does_not_go_with_it_is_refused(overrides, lora, reason):
 def test_a_launcher_that_would_share_out_weights_is_told_the_key(kind):
     accelerator = SimpleNamespace(num_processes=2, distributed_type=kind)
     with pytest.raises(ValueError, match=f"distributed type {kind.value}: .* set training.shard_weights=true"):
-        check_shares(accelerator, TrainingSettings())
+        check_shares(accelerator, SimpleNamespace(settings=TrainingSettings(), rows=8))
 
 
 def test_the_blocks_hold_nearly_all_weights_once():

@@ -235,7 +235,7 @@ def test_training_on_shards_goes_on_where_it_stopped(shards, tmp_path, capfd):
     [
         (["--data_dir", "nowhere"], "no shard at nowhere"),
         (["--set", "data.seed=3"], "seed"),
-        (["--set", "training.cache_latents=true"], "cache_latents=true is for image/folder"),
+        (["--set", "cache.latents=true"], "cache.latents=true is for image/folder"),
     ],
 )
 def test_runs_that_shards_do_not_allow(shards, tmp_path, words, reason, capfd):

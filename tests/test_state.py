@@ -10,6 +10,7 @@ from xdiffusion.checkpoints.native import load_model_file
 from xdiffusion.lora import load_lora_weights
 from xdiffusion.training.loop import fit
 from xdiffusion.training.state import RunCheckpoints, frozen_factors, state_path, write_state
+from xdiffusion.training.weights_files import AdapterWeights, ModelWeights
 
 BASE_HASH = "0123456789abcdef"
 HALF = ["training.mixed_precision=bf16", "training.half_frozen_weights=true"]
@@ -30,7 +31,8 @@ VARIANTS = {
 def fresh(folder, overrides=(), lora=False):
     """A trainer and its checkpoints, as a new process has them."""
     config = tiny_config("training.num_training_steps=5", "training.save_and_sample_every_n=2", *overrides)
-    return tiny_trainer(config, lora=lora), RunCheckpoints(folder, config, BASE_HASH if lora else None)
+    files = AdapterWeights(config, BASE_HASH) if lora else ModelWeights(config)
+    return tiny_trainer(config, lora=lora), RunCheckpoints(folder, files)
 
 
 def train(trainer, checkpoints, first_step=1, stop_after=5):
@@ -195,7 +197,7 @@ def test_weights_of_a_later_write_do_not_belong_to_the_old_state(tmp_path, capsy
     [([], [1, 2, 3, 4, 5]), (["keep_last=2"], [4, 5]), (["keep_last=1", "keep_every=2"], [2, 4, 5])],
 )
 def test_old_checkpoints_are_rotated(overrides, kept, tmp_path):
-    words = [f"training.{word}" for word in ["save_and_sample_every_n=1", *overrides]]
+    words = ["training.save_and_sample_every_n=1", *(f"checkpoints.{word}" for word in overrides)]
     trainer, files = fresh(tmp_path, words)
     train(trainer, files)
     assert files._steps() == kept
@@ -203,7 +205,7 @@ def test_old_checkpoints_are_rotated(overrides, kept, tmp_path):
 
 
 def test_the_rotation_keeps_what_is_whole_if_the_newest_is_not(tmp_path, monkeypatch):
-    trainer, files = fresh(tmp_path, ["training.keep_last=1"])
+    trainer, files = fresh(tmp_path, ["checkpoints.keep_last=1"])
     train(trainer, files, stop_after=3)
 
     def damaged(path, state):
@@ -280,7 +282,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         files.resume(trainer, lora)
     with pytest.raises(CheckpointError, match="is not a LoRA file"):
         lora_files.resume(lora_trainer, base)
-    other_base = RunCheckpoints(tmp_path / "lora", tiny_config(), "f" * 16)
+    other_base = RunCheckpoints(tmp_path / "lora", AdapterWeights(tiny_config(), "f" * 16))
     with pytest.raises(CheckpointError, match=f"is of another base: {BASE_HASH}, this run's is {'f' * 16}"):
         other_base.resume(lora_trainer, "auto")
 

@@ -12,10 +12,12 @@ from xdiffusion.checkpoints.lora_formats import LayerTable, read_lora, write_lor
 from xdiffusion.lora import load_lora_weights
 from xdiffusion.text_encoders.clip import CLIPTextEncoder
 from xdiffusion.text_encoders.tokenizer import token_ids
-from xdiffusion.training.loop import by_relative_rate, fit
-from xdiffusion.training.run import describe_model
+from xdiffusion.training.loop import fit
 from xdiffusion.training.state import RunCheckpoints
+from xdiffusion.training.task import parameters_by_rate
 from xdiffusion.training.textual_inversion import TextualInversionSettings, learn_token
+from xdiffusion.training.trainable import describe_model
+from xdiffusion.training.weights_files import AdapterWeights, TokenWeights
 
 NAME = "sd15_textual_inversion_tiny"
 
@@ -32,7 +34,8 @@ def trainer_of(folder, lora, *overrides):
 
 
 def checkpoints_of(folder, trainer, config, lora):
-    return RunCheckpoints(folder, config, content_hash(trainer.model.base_weights()), tokens_only=not lora)
+    base_hash = content_hash(trainer.model.base_weights())
+    return RunCheckpoints(folder, AdapterWeights(config, base_hash) if lora else TokenWeights(config))
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["textual inversion", "pivotal tuning"])
@@ -82,8 +85,8 @@ def test_captions_that_do_not_name_the_word_are_refused(folder):
 
 
 def test_the_word_has_a_learning_rate_of_its_own(folder):
-    trainer, config = trainer_of(folder, True, "textual_inversion.learning_rate=1e-2", "optimizer.learning_rate=1e-4")
-    groups = by_relative_rate(trainer.trainable, config)
+    trainer, _ = trainer_of(folder, True, "textual_inversion.learning_rate=1e-2", "optimizer.learning_rate=1e-4")
+    groups = parameters_by_rate(trainer.task, trainer.trainable)
     assert sorted(groups) == pytest.approx([1, 100])
     assert [p is trainer.trainable["text_encoder.learned_embedding"] for p in groups[max(groups)]] == [True]
 

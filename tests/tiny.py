@@ -10,8 +10,9 @@ from xdiffusion.build import build_model, override
 from xdiffusion.data.captions import PROMPT_TABLES
 from xdiffusion.data.image_set import ImageSet, Split
 from xdiffusion.model import DiffusionModel
+from xdiffusion.training.diffusion_task import DiffusionTask
 from xdiffusion.training.loop import Trainer
-from xdiffusion.training.run import make_trainable
+from xdiffusion.training.trainable import make_trainable
 
 SIZE = 12
 SETTINGS = {
@@ -63,7 +64,7 @@ def tiny_trainer(config: DictConfig, data: ImageSet | None = None, *, lora: bool
     AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the precision of the trainer before
     model = tiny_model(config)
     make_trainable(model, config, lora=lora)
-    return Trainer(model, data or tiny_images(), config, force_cpu=True)
+    return Trainer(DiffusionTask(model, data or tiny_images(), config), force_cpu=True)
 
 
 def copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -10,8 +10,9 @@ from omegaconf import DictConfig
 
 from xdiffusion.build import build_data, build_model, load_config
 from xdiffusion.model import DiffusionModel
+from xdiffusion.training.diffusion_task import DiffusionTask
 from xdiffusion.training.loop import Trainer
-from xdiffusion.training.run import make_trainable
+from xdiffusion.training.trainable import make_trainable
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs/image/sd"
 SMALLER = [
@@ -27,7 +28,7 @@ SMALLER = [
 
 def tiny_sd_config(folder: Path, *overrides: str, name: str = "sd15_lora_tiny", lora: bool = True) -> DictConfig:
     """A shipped config, smaller still; pictures are read from folder/set and caches written to folder/cache."""
-    paths = [f"data.data_dir={folder / 'set'}", f"training.cache_folder={folder / 'cache'}"]
+    paths = [f"data.data_dir={folder / 'set'}", f"cache.folder={folder / 'cache'}"]
     return load_config(CONFIGS / f"{name}.yaml", [*SMALLER, *paths, *overrides], lora)
 
 
@@ -46,4 +47,4 @@ def tiny_sd_trainer(config: DictConfig, *, lora: bool = True, **arguments) -> Tr
     AcceleratorState._reset_state(reset_partial_state=True)
     model = tiny_sd_model(config)
     make_trainable(model, config, lora=lora)
-    return Trainer(model, build_data(config), config, force_cpu=True, **arguments)
+    return Trainer(DiffusionTask(model, build_data(config), config, **arguments), force_cpu=True)

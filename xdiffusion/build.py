@@ -94,11 +94,11 @@ SCHEMA = {
         injected=frozenset({"network", "schedule", "x0", "context", "generator", "share", "weights"}),
         children={"schedule": Slot(SCHEDULES, default="cosine")},
     ),
-    "clip": Section(
-        "xdiffusion.training.contrastive:train_contrastive", injected=frozenset({"model", "data", "seed", "on_step"})
-    ),
+    "clip": Section(children={"training": Overlay("training"), "optimizer": Overlay("optimizer")}),
     "training": Section("xdiffusion.training.settings:TrainingSettings"),
     "optimizer": Section("xdiffusion.training.settings:OptimizerSettings"),
+    "checkpoints": Section("xdiffusion.training.settings:CheckpointSettings"),
+    "cache": Section("xdiffusion.training.settings:CacheSettings"),
     "sampling": Section(
         "xdiffusion.model:SamplingSettings",
         children={
@@ -109,7 +109,7 @@ SCHEMA = {
     "lora": Section(
         "xdiffusion.lora.inject:apply_lora_to_model",
         injected=frozenset({"model", "adapter_name"}),
-        children={"training": Overlay("training"), "optimizer": Overlay("optimizer")},
+        children={name: Overlay(name) for name in ("training", "optimizer", "cache")},
     ),
     "text_encoder_lora": Section(
         "xdiffusion.lora.inject:apply_lora_to_model",
@@ -128,7 +128,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), use_lora_traini
     Args:
         path: the YAML file.
         overrides: applied last, in order.
-        use_lora_training: lay `lora.training` and `lora.optimizer` over `training` and `optimizer` first.
+        use_lora_training: lay `lora.training`, `lora.optimizer` and `lora.cache` over the sections of these names first.
 
     Raises:
         ConfigError: for any key or value that the schema does not allow.
@@ -139,9 +139,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), use_lora_traini
         config = with_overrides(config, of_lora, SCHEMA)
         if not isinstance(config.get("lora"), DictConfig):
             raise ConfigError(f"{path} has no section lora:, which --use_lora_training reads")
-        overlay = {s: config.lora[s] for s in ("training", "optimizer") if s in config.lora}
-        config = merge(str(path), config, overlay)
+        config = merge(str(path), config, _laid_over(config.lora, "lora"))
     return override(config, overrides, str(path))
+
+
+def clip_config(config: DictConfig) -> DictConfig:
+    """The config of the run that trains the tiny CLIP: `clip.training` and `clip.optimizer` over the sections themselves."""
+    merged = merge("clip:", OmegaConf.create(OmegaConf.to_container(config)), _laid_over(config.clip, "clip"))
+    return resolve(merged, SCHEMA, "clip:")
+
+
+def _laid_over(section: DictConfig, name: str) -> DictConfig:
+    """What a section lays over others of the config."""
+    return OmegaConf.create({key: section[key] for key in SCHEMA[name].children if key in section})
 
 
 def override(config: DictConfig, overrides: Sequence[str], source: str) -> DictConfig:
@@ -210,6 +220,15 @@ def build_text_encoder(config: DictConfig) -> CLIPTextEncoder:
     """The text encoder of `model.text_encoder:` with random weights."""
     slot = config.model.text_encoder
     return _construct(TEXT_ENCODERS[slot.kind], slot, "model.text_encoder")
+
+
+def build_fresh_text_encoder(config: DictConfig) -> CLIPTextEncoder:
+    """As `build_text_encoder`, with the random weights of the run's seed, whatever was drawn before."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        return build_text_encoder(config)
 
 
 def build_schedule(config: DictConfig) -> Schedule:

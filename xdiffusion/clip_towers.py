@@ -17,8 +17,10 @@ from xdiffusion.data.image_set import ImageSet
 from xdiffusion.text_encoders.clip import CLIPTextEncoder
 from xdiffusion.text_encoders.open_clip import download_open_clip_weights
 from xdiffusion.training.contrastive import ContrastiveModel, train_contrastive
+from xdiffusion.training.settings import OptimizerSettings, TrainingSettings
 
-STEPS = 300
+TRAINING = TrainingSettings(num_training_steps=300, batch_size=80, ema_decay=0.0)
+OPTIMIZER = OptimizerSettings(learning_rate=1e-3, betas=(0.9, 0.98), weight_decay=0.02, warmup_steps=30)
 
 
 def own_towers(text_encoder: CLIPTextEncoder, images: ImageSet, folder: Path) -> ContrastiveModel:
@@ -37,7 +39,7 @@ def own_towers(text_encoder: CLIPTextEncoder, images: ImageSet, folder: Path) ->
         tensors, _ = load_safetensors(path)
         towers.visual.load_state_dict(tensors)
     else:
-        train_contrastive(towers, images, steps=STEPS)
+        train_contrastive(towers, images, TRAINING, OPTIMIZER)
         save_safetensors(path, towers.visual.state_dict(), {"dataset": images.name})
     return towers.eval().requires_grad_(False)
 

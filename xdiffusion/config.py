@@ -176,6 +176,19 @@ def from_mapping(content: Mapping[str, Any], source: str) -> DictConfig:
         raise ConfigError(f"{source}: {_one_line(error)}") from error
 
 
+def without_unknown(content: Mapping[str, Any], schema: Schema, sections: Sequence[str]) -> dict[str, Any]:
+    """What a file's header says, without what these sections of the schema do not know.
+
+    They are a record of how the file was made, which may have been by another version; nothing is read from them.
+    """
+    known = {key: value for key, value in content.items() if key not in sections}
+    for key in sections:
+        section, given = schema[key], content.get(key)
+        if isinstance(given, Mapping) and isinstance(section, Section) and section.target:
+            known[key] = {name: value for name, value in given.items() if name in signature(section.target)}
+    return known
+
+
 def merge(source: str, *configs: DictConfig) -> DictConfig:
     """Later configs on top of earlier ones; `source` is named in errors.
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from xdiffusion.build import SCHEMA, build_model, image_shape, load_config
 from xdiffusion.checkpoints.files import CheckpointError
 from xdiffusion.checkpoints.native import ModelFile, load_model_file
-from xdiffusion.config import ConfigError, from_mapping, resolve
+from xdiffusion.config import ConfigError, from_mapping, resolve, without_unknown
 from xdiffusion.model import DiffusionModel
 
+RECORDS = ("training", "optimizer", "checkpoints", "cache", "clip", "lora")  # sections that say how a model was made
 STABLE_DIFFUSION = Path(__file__).resolve().parents[1] / "configs/image/sd"  # the built-in configs
 
 
@@ -47,7 +48,7 @@ def config_of(file: ModelFile, config_path: str | Path | None = None) -> DictCon
         ConfigError: if there is no config at all, or it is wrong.
     """
     if file.config is not None:
-        config = resolve(from_mapping(file.config, str(file.path)), SCHEMA, str(file.path))
+        config = _own_config(file)
         if config_path is not None:
             check_same_architecture(load_config(config_path), file)
         return config
@@ -58,6 +59,12 @@ def config_of(file: ModelFile, config_path: str | Path | None = None) -> DictCon
     for note in file.notes:
         print(note, file=sys.stderr)
     return load_config(STABLE_DIFFUSION / f"{file.architecture}.yaml")
+
+
+def _own_config(file: ModelFile) -> DictConfig:
+    """What a file says of its model, with the defaults of keys that are younger than the file."""
+    content = without_unknown(file.config, SCHEMA, RECORDS)
+    return resolve(from_mapping(content, str(file.path)), SCHEMA, str(file.path))
 
 
 def check_fits(file: ModelFile, config: DictConfig) -> None:
@@ -107,8 +114,7 @@ def check_same_architecture(config: DictConfig, file: ModelFile) -> None:
     Raises:
         CheckpointError: naming the first key that differs.
     """
-    # with the defaults of keys that are younger than the file
-    stored = resolve(from_mapping(file.config, str(file.path)), SCHEMA, str(file.path)) if file.config else config
+    stored = _own_config(file) if file.config else config
     for key in (
         "model.network",
         "model.text_encoder",

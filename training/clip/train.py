@@ -2,9 +2,9 @@
 
     python training/clip/train.py --config_path configs/image/digits/ddpm_24x24_v_continuous_clip.yaml
 
-The file is written at the end and at once: a run that is stopped, or diverges, leaves what was there. There is nothing to
-resume, for it takes seconds. training/image/train.py does the same by itself where a config says `pretrained: tiny` and
-there is no such file yet.
+A run like those of training/image/train.py, with its settings in the section clip: of the config. It can be stopped and
+resumed; its checkpoints, run.json and curves lie in the folder of the text tower's name, and the text tower is written at the
+end. training/image/train.py does the same by itself where a config says `pretrained: tiny` and there is no such file yet.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from pathlib import Path
 
 from xdiffusion.cli import overrides_from_flags, positive_int, run
 
+SCRIPT = "training/clip/train.py"
 FLAG_KEYS = {
     "dataset_name": "data.kind",
     "data_dir": "data.data_dir",
-    "num_training_steps": "clip.steps",
+    "num_training_steps": "clip.training.num_training_steps",
+    "batch_size": "clip.training.batch_size",
+    "save_and_sample_every_n": "clip.training.save_and_sample_every_n",
+    "mixed_precision": "clip.training.mixed_precision",
     "seed": "training.seed",
 }
 
@@ -33,57 +37,54 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--output_path", metavar="FILE", help="a .safetensors file; default: where training/image/train.py looks for it"
     )
-    add("--num_training_steps", type=positive_int, metavar="N", help="steps (default: clip.steps of the config)")
+    add("--num_training_steps", type=positive_int, metavar="N", help="optimizer steps")
+    add("--batch_size", type=positive_int, metavar="N", help="pairs per step, a multiple of the number of classes")
+    add("--save_and_sample_every_n", type=positive_int, metavar="N", help="steps between checkpoints with a picture")
+    add("--resume_from", metavar="FILE", help="continue a run from one of its checkpoints, or 'auto' from its newest")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="autocast; what is trained stays float32")
+    add("--force_cpu", action="store_true", help="do not use a GPU that is there")
     add("--seed", type=int, metavar="N", help="of weights and pairs")
     add(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="set any config key, such as clip.learning_rate=2e-3; repeatable",
+        help="set any config key, such as clip.optimizer.learning_rate=2e-3; repeatable",
     )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    from xdiffusion.build import build_data, build_text_encoder, load_config
+    from xdiffusion.build import build_data, build_fresh_text_encoder, clip_config, load_config
 
-    config = load_config(args.config_path, overrides_from_flags(args, FLAG_KEYS))
+    config = clip_config(load_config(args.config_path, overrides_from_flags(args, FLAG_KEYS)))
     if config.model.text_encoder.kind != "clip":
         raise ValueError(
             f"model.text_encoder.kind={config.model.text_encoder.kind}: only a text encoder of kind clip is trained here"
         )
+    path = Path(args.output_path) if args.output_path else None
+    if path is not None and (path.suffix != ".safetensors" or path.is_dir()):
+        raise ValueError(f"--output_path {path} must name a .safetensors file")
 
-    import torch
-    from tqdm import tqdm
-
-    from xdiffusion.checkpoints.files import ensure_writable
-    from xdiffusion.training.divergence import TrainingDiverged
+    from xdiffusion.training.processes import leaving_together
     from xdiffusion.training.run import OUTPUT_ROOT
+    from xdiffusion.training.settings import check_settings
     from xdiffusion.training.text_encoder import tiny_clip_path, train_tiny_clip
 
-    path = Path(args.output_path) if args.output_path else tiny_clip_path(config, OUTPUT_ROOT)
-    if path.suffix != ".safetensors" or path.is_dir():
-        raise ValueError(f"--output_path {path} must name a .safetensors file")
-    ensure_writable(path.parent)
+    check_settings(config)
     data = build_data(config)
-    torch.manual_seed(config.training.seed)
-    encoder = build_text_encoder(config)
-    with tqdm(total=config.clip.steps, desc="tiny CLIP", unit="step") as bar:
-
-        def on_step(step: int, loss: float) -> None:
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update()
-
-        try:
-            train_tiny_clip(encoder, config, data, path, on_step=on_step, say=bar.write)
-        except TrainingDiverged as error:
-            bar.close()
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    print(path)
-    return 0
+    with leaving_together():
+        return train_tiny_clip(
+            build_fresh_text_encoder(config),
+            config,
+            data,
+            path or tiny_clip_path(config, data, OUTPUT_ROOT),
+            script=SCRIPT,
+            words=sys.argv[1:] if argv is None else argv,
+            resume_from=args.resume_from,
+            force_cpu=args.force_cpu,
+        )
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from xdiffusion.cli import overrides_from_flags, positive_int, run
@@ -20,13 +19,10 @@ from xdiffusion.cli import overrides_from_flags, positive_int, run
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from accelerate import PartialState
     from omegaconf import DictConfig
 
-    from xdiffusion.training.interruption import Interruption
-    from xdiffusion.training.loop import StepMetrics, Trainer
-    from xdiffusion.training.run_record import RunRecord
-    from xdiffusion.training.state import RunCheckpoints
-
+SCRIPT = "training/image/train.py"
 FLAG_KEYS = {
     "dataset_name": "data.kind",
     "data_dir": "data.data_dir",
@@ -108,10 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from xdiffusion.training.divergence import TrainingDiverged
-    from xdiffusion.training.processes import LostProcess, noticing_lost_processes
-    from xdiffusion.training.run import describe_model, make_trainable
+    from xdiffusion.training.processes import LostProcess, leaving_together, noticing_lost_processes
+    from xdiffusion.training.settings import check_settings
+    from xdiffusion.training.trainable import describe_model, make_trainable
 
+    check_settings(config)
     torch.manual_seed(config.training.seed)
     if args.dry_run:
         model = build_model(config, without_weights=True)
@@ -119,9 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(describe_model(model, config))
         return 0
     try:
-        with noticing_lost_processes():
+        with leaving_together(), noticing_lost_processes():
             return set_up_and_train(args, config, adapts, sys.argv[1:] if argv is None else argv)
-    except (LostProcess, TrainingDiverged) as error:  # where the tiny CLIP diverges
+    except LostProcess as error:
         print(f"error: before the first step, {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 
@@ -134,13 +131,17 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
     from xdiffusion.checkpoints.files import content_hash, weights_file
     from xdiffusion.checkpoints.native import load_model_file
     from xdiffusion.loading import check_same_architecture, load_weights
+    from xdiffusion.training.diffusion_task import DiffusionTask
     from xdiffusion.training.loop import Trainer
+    from xdiffusion.training.previews import draw_samples
     from xdiffusion.training.prior_preservation import prepare_class_images
     from xdiffusion.training.processes import check_same_everywhere, first_ones_first
-    from xdiffusion.training.run import OUTPUT_ROOT, describe_model, make_trainable, run_folder
+    from xdiffusion.training.run import run_folder, train
     from xdiffusion.training.run_record import data_fingerprint
     from xdiffusion.training.state import RunCheckpoints
-    from xdiffusion.training.text_encoder import initialise_text_encoder
+    from xdiffusion.training.text_encoder import TINY, initialise_text_encoder
+    from xdiffusion.training.trainable import describe_model, make_trainable
+    from xdiffusion.training.weights_files import AdapterWeights, ModelWeights, TokenWeights
 
     model = build_model(config, without_weights=args.load_model_weights_from_checkpoint is not None)
     process = PartialState(cpu=args.force_cpu)
@@ -148,14 +149,20 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
     folder = run_folder(config, args.config_path, args.output_path, lora=args.use_lora_training)
     sampling = build_sampling(config, model.schedule) | ({} if args.sample_with_guidance else {"cfg_scale": 1.0})
-    with first_ones_first(process):  # the others find what the first has downloaded and trained
+    with first_ones_first(process):  # the others find what the first has downloaded
         data = build_data(config)
+    clip = None
+    if not args.load_model_weights_from_checkpoint and config.model.text_encoder.pretrained == TINY:
+        clip, status = tiny_clip(config, data, process, words, force_cpu=args.force_cpu)
+        if status:
+            return status
+    with first_ones_first(process):
         if args.load_model_weights_from_checkpoint:
             file = load_model_file(weights_file(args.load_model_weights_from_checkpoint))
             check_same_architecture(config, file)
             load_weights(model, file)
         else:
-            initialise_text_encoder(model.text_encoder, config, data, OUTPUT_ROOT)
+            initialise_text_encoder(model.text_encoder, config, clip)
         class_images = prepare_class_images(model, config, sampling, process.device) if "prior" in config else None
     if process.num_processes > 1:
         check_same_everywhere({"data": data_fingerprint(data), "weights": content_hash(model.state_dict())})
@@ -164,109 +171,38 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
     frozen_hash = content_hash(model.base_weights()) if adapts else None  # another one where they were rounded
     print(describe_model(model))
 
-    trainer = Trainer(model, data, config, class_images=class_images, force_cpu=args.force_cpu)
-    checkpoints = RunCheckpoints(folder, config, base_hash, tokens_only=adapts and not args.use_lora_training)
-    status = train(trainer, checkpoints, config, sampling, words, args.resume_from)
+    trainer = Trainer(DiffusionTask(model, data, config, class_images=class_images), force_cpu=args.force_cpu)
+    if adapts:
+        files = AdapterWeights(config, base_hash) if args.use_lora_training else TokenWeights(config)
+    else:
+        files = ModelWeights(config)
+    draw = partial(draw_samples, model, data.prompts, sampling)
+    command = {"script": SCRIPT, "words": words, "resume_from": args.resume_from}
+    status = train(trainer, RunCheckpoints(folder, files), config, draw, **command)
     assert not adapts or content_hash(model.base_weights()) == frozen_hash, "an adapter changed its frozen base"
     return status
 
 
-def train(
-    trainer: Trainer,
-    checkpoints: RunCheckpoints,
-    config: DictConfig,
-    sampling: Mapping[str, Any],
-    words: Sequence[str],
-    resume_from: str | None,
-) -> int:
-    """Take the steps and keep run.json; where they end early, say why and how to go on. Returns the exit status."""
-    from xdiffusion.checkpoints.files import CheckpointError
-    from xdiffusion.training.divergence import TrainingDiverged
-    from xdiffusion.training.interruption import Interruption, resuming_command
-    from xdiffusion.training.processes import LostProcess
-    from xdiffusion.training.run import begin
+def tiny_clip(
+    config: DictConfig, data: Any, process: PartialState, words: Sequence[str], *, force_cpu: bool
+) -> tuple[Path, int]:
+    """The file of the tiny CLIP's text tower, trained now where it is not there yet, and the exit status of that.
 
-    first_step = 1 + (checkpoints.resume(trainer, resume_from) if resume_from else 0)
-    record = begin(trainer, checkpoints, config, ["training/image/train.py", *words], first_step)
-    go_on = resuming_command(__file__, words, trainer.accelerator.num_processes)
-    with Interruption() as interruption:
-        try:
-            number = take_steps(trainer, checkpoints, sampling, record, first_step, interruption)
-        except (TrainingDiverged, LostProcess, CheckpointError, OSError) as error:
-            record.finish("diverged" if isinstance(error, TrainingDiverged) else "failed")
-            newest = checkpoints.newest()
-            print(
-                f"error: training stopped after step {record.last_step}, {' '.join(str(error).split())}; "
-                f"last good checkpoint: {newest or 'none'}" + (f"; to go on from it: {go_on}" if newest else ""),
-                file=sys.stderr,
-            )
-            return 1
-    record.finish("interrupted" if number else "finished")
-    if number:
-        name = signal.Signals(number).name
-        print(f"stopped by {name} after step {record.last_step}; to go on: {go_on}", file=sys.stderr)
-    return 128 + number if number else 0
-
-
-def take_steps(
-    trainer: Trainer,
-    checkpoints: RunCheckpoints,
-    sampling: Mapping[str, Any],
-    record: RunRecord,
-    first_step: int,
-    interruption: Interruption,
-) -> int:
-    """Train from first_step on, writing what a run writes; go back where it diverges and `training.rollbacks` allows.
-
-    Returns:
-        The number of the signal that stopped it, or 0.
+    A training of it that was stopped goes on, but with several processes, whose disks may not be the same.
     """
-    from xdiffusion.training.divergence import TrainingDiverged
-    from xdiffusion.training.loop import averaged, fit
-    from xdiffusion.training.previews import draw_preview
-    from xdiffusion.training.records import Records
-    from xdiffusion.training.run import go_back
+    from xdiffusion.build import build_fresh_text_encoder, clip_config
+    from xdiffusion.training.processes import largest
+    from xdiffusion.training.run import OUTPUT_ROOT
+    from xdiffusion.training.text_encoder import tiny_clip_path, train_tiny_clip
 
-    folder, prompts = checkpoints.folder, trainer.data.prompts
-    writes = trainer.accelerator.is_main_process
-    with Records(folder, first_step, trainer.settings.num_training_steps) if writes else nullcontext() as records:
-
-        def picture_of(step: int) -> Path:
-            return folder / "samples" / f"sample-{step}.png"
-
-        def on_step(metrics: StepMetrics) -> None:
-            record.last_step = metrics.step
-            if writes:
-                records.step(metrics)
-                checkpoints.raise_failure()
-
-        def on_checkpoint(step: int) -> None:
-            say = lambda path: records.say(f"step {step}: {path} ({path.stat().st_size:,} bytes)")  # noqa: E731
-            checkpoints.save(trainer, step, say)
-
-        def on_sample(step: int) -> None:
-            if not (writes or trainer.sharded):  # sharded weights compute in all processes together
-                return
-            path = picture_of(step) if writes else None
-            page = draw_preview(trainer.model, prompts, sampling, path, f"step {step}")
-            if writes:
-                records.image("samples", page, step)
-                records.say(f"step {step}: {picture_of(step)}")
-
-        callbacks = {"on_step": on_step, "on_checkpoint": on_checkpoint, "on_sample": on_sample}
-        resumed = first_step - 1
-        if resumed and trainer.settings.is_due(resumed) and not picture_of(resumed).is_file():
-            with averaged(trainer):  # a run that was killed between its checkpoint and its picture
-                on_sample(resumed)
-        while True:
-            try:
-                return fit(trainer, first_step=first_step, signal=lambda: interruption.signal, **callbacks)
-            except TrainingDiverged as error:
-                first_step = go_back(trainer, checkpoints, error)
-                if writes:
-                    records.go_back(first_step, f"{error}; going on from step {first_step} with other noise")
-            finally:
-                checkpoints.finish()
+    clip = clip_config(config)
+    path = tiny_clip_path(clip, data, OUTPUT_ROOT)
+    if not largest(process, int(not path.is_file())):
+        return path, 0
+    print(f"text encoder: no tiny CLIP at {path} yet, training it")
+    resume_from = "auto" if process.num_processes == 1 else None
+    command = {"script": SCRIPT, "words": words, "resume_from": resume_from, "force_cpu": force_cpu}
+    return path, train_tiny_clip(build_fresh_text_encoder(clip), clip, data, path, **command)
 
 
 if __name__ == "__main__":

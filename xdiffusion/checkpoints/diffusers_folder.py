@@ -70,9 +70,9 @@ def write_diffusers_folder(
         "vae": (autoencoder_to_diffusers, "autoencoder", autoencoder_settings(model["autoencoder"], config)),
         "text_encoder": (text_encoder_to_transformers, "text_encoder", text_encoder_settings(text)),
     }
-    with tempfile.TemporaryDirectory(
-        dir=ensure_writable(folder.absolute().parent), prefix=f".{folder.name}."
-    ) as temporary:
+    parent = ensure_writable(folder.absolute().parent)
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{folder.name}.") as temporary:
         copy = Path(temporary) / folder.name
         for component, (table, part, settings) in parts.items():
             weights = table(_below(file.tensors, f"{part}."))

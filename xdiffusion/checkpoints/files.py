@@ -66,16 +66,18 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def ensure_writable(folder: Path) -> Path:
-    """Make a folder and see that it takes files, before time is spent on what is to go there; returns it.
+    """See that a folder takes files, before time is spent on what is to go there; returns it.
+
+    A folder that is not there yet is made by what is written first: until then its nearest parent is looked at.
 
     Raises:
         CheckpointError: if it cannot be written to.
     """
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"cannot write to {folder}: it is a file, not a folder")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not there.is_dir():
+            raise CheckpointError(f"cannot write to {folder}: {there} is a file, not a folder")
+        with tempfile.TemporaryFile(dir=there):
             return folder
     except OSError as error:
         raise CheckpointError(f"cannot write to {folder}: {error.strerror}") from error

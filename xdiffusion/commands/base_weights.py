@@ -98,6 +98,7 @@ def fold(
     if output.exists():
         raise CheckpointError(f"{output} is there already; a folder is not overwritten")
     parent = ensure_writable(output.absolute().parent)
+    parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{output.name}.") as temporary:
         copy = Path(temporary) / output.name
         weights = {file.path for file in base.files}

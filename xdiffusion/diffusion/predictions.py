@@ -1,9 +1,9 @@
 """What the network predicts: the noise eps, the velocity v, or the data x0.
 
-    xt = alpha * x0 + sigma * eps,    v = alpha * eps - sigma * x0        ([PD] section 4, eq. for v; appendix D)
+    xt = alpha * x0 + sigma * eps,    v = alpha * eps - sigma * x0        ([PD] appendix D)
 
 The three are linear views of one another at a given xt, so the objective needs `training_target` and everything after
-the network needs `to_x0` and `to_eps`. All arguments broadcast: alpha and sigma are (B, 1, 1, 1) or scalars.
+the network needs `to_x0` and `eps_of_x0`. All arguments broadcast: alpha and sigma are (B, 1, 1, 1) or scalars.
 """
 
 from __future__ import annotations

@@ -8,16 +8,20 @@ class in the same contrast would be a false negative.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from xdiffusion.data.image_set import ImageSet
 from xdiffusion.text_encoders.clip import CLIPTextEncoder
-from xdiffusion.training.divergence import TrainingDiverged
+from xdiffusion.training.loop import Trainer
+from xdiffusion.training.randomness import after_rollbacks, generator_at
+from xdiffusion.training.settings import OptimizerSettings, TrainingSettings
+from xdiffusion.training.task import Place, Task
 
 
 class ContrastiveModel(nn.Module):
@@ -60,6 +64,13 @@ class ContrastiveModel(nn.Module):
         )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
+    def forward(
+        self, images: Float[Tensor, "B C H W"], tokens: Int[Tensor, "B L"]
+    ) -> tuple[Float[Tensor, "B E"], Float[Tensor, "B E"], Float[Tensor, ""]]:
+        """Features of both towers, and what their products are multiplied by."""
+        texts = F.normalize(self.text.pooled(tokens), dim=-1)
+        return self.image_features(images), texts, self.logit_scale.exp().clamp(max=100)
+
     def image_features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B E"]:
         """Unit vectors; one-channel images are shown to the three-channel tower as grey."""
         return F.normalize(self.visual(images.expand(-1, 3, -1, -1)), dim=-1)
@@ -68,66 +79,94 @@ class ContrastiveModel(nn.Module):
         return F.normalize(self.text.pooled(self.text.tokenize(prompts)), dim=-1)
 
 
-def train_contrastive(
-    model: ContrastiveModel,
-    data: ImageSet,
-    *,
-    steps: int = 300,
-    groups: int = 8,
-    learning_rate: float = 1e-3,
-    seed: int = 0,
-    on_step: Callable[[int, float], None] | None = None,
-) -> None:
-    """Train both towers in place.
+class Pairs(NamedTuple):
+    """Groups of one image of each class, with a caption of each: images (G K, C, H, W), tokens (G K, L)."""
+
+    images: Float[Tensor, "N C H W"]
+    tokens: Int[Tensor, "N L"]
+
+
+class ContrastiveTask(Task[Pairs]):
+    """The contrast of the images and captions of each group: the mean of the two cross-entropies ([CLIP] figure 3).
+
+    `training.batch_size` counts pairs; `caption_dropout` and `gradient_checkpointing` have no effect.
 
     Args:
-        model: the towers.
+        model: the towers; the text tower's token table is frozen: most rows of the vocabulary are never used, and random
+            rows tell words apart; it halves the time.
         data: pairs are drawn from its training split.
-        steps, learning_rate: of AdamW with warm-up and cosine decay.
-        groups: contrasts per step, each with one image of every class.
-        seed: of the drawing.
-        on_step: called as on_step(step, loss).
+        settings, optimizer_settings: of the run.
 
     Raises:
-        TrainingDiverged: for a loss that is not finite.
+        ValueError: if the classes do not divide the batch.
     """
-    from open_clip.loss import ClipLoss
 
-    contrast = ClipLoss()
-    generator = torch.Generator().manual_seed(seed)
-    # Most rows of the vocabulary are never used, and random rows tell words apart: a frozen table halves the time.
-    model.text.token_embedding.weight.requires_grad_(False)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
-    warmup = 0.1 if steps > 10 else 0.3  # OneCycleLR divides by zero where its warm-up is one step, as 0.1 of 10 is
-    one_cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=warmup)
-    by_class = [torch.nonzero(data.train.labels == k).flatten() for k in range(data.prompts.num_classes)]
-    for step in range(steps):
-        index = _one_of_each_class(by_class, groups, generator).flatten()
-        batch = data.batch(index, torch.rand(len(index), generator=generator))
-        images = model.image_features(batch.images).unflatten(0, (groups, -1))
-        texts = model.text_features(batch.captions).unflatten(0, (groups, -1))
-        scale = model.logit_scale.exp().clamp(max=100)
-        loss = torch.stack([contrast(i, t, scale) for i, t in zip(images, texts)]).mean()
-        if not math.isfinite(value := loss.item()):
-            report = {"step": step, "loss": value, "learning_rate": learning_rate, "batch_indices": index.tolist()}
-            raise TrainingDiverged(f"the tiny CLIP's loss is {value} at step {step}: lower clip.learning_rate", report)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        one_cycle.step()
-        if on_step is not None:
-            on_step(step, value)
+    model: ContrastiveModel
+
+    def __init__(
+        self,
+        model: ContrastiveModel,
+        data: ImageSet,
+        settings: TrainingSettings,
+        optimizer_settings: OptimizerSettings,
+    ):
+        from open_clip.loss import ClipLoss
+
+        model.text.token_embedding.weight.requires_grad_(False)
+        self.model, self.network, self.data = model, model, data
+        self.settings, self.optimizer_settings = settings, optimizer_settings
+        classes = data.prompts.num_classes
+        self.rows = settings.batch_size // classes
+        if settings.batch_size % classes:
+            raise ValueError(
+                f"training.batch_size={settings.batch_size} of the tiny CLIP must be a multiple of {classes}: a group has "
+                f"one image of each class of {data.name} (clip.training.batch_size)"
+            )
+        self.contrast = ClipLoss()
+        self.by_class = [torch.nonzero(data.train.labels == k).flatten() for k in range(classes)]
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.model.to(accelerator.device)
+
+    def indices(self, place: Place) -> Int[Tensor, " B"]:
+        generator = generator_at(self.settings.seed, after_rollbacks("pairs", place.rollbacks), place.step)
+        columns = [
+            of_class[torch.randint(len(of_class), (self.rows,), generator=generator)] for of_class in self.by_class
+        ]
+        return torch.stack(columns, dim=1).flatten()
+
+    def batch(self, place: Place) -> Pairs:
+        size = self.settings.batch_size
+        own = slice(place.part * size // place.parts, (place.part + 1) * size // place.parts)
+        wording = torch.rand(size, generator=generator_at(self.settings.seed, "captions", place.step))
+        batch = self.data.batch(self.indices(place)[own], wording[own])
+        device = self.accelerator.device
+        return Pairs(batch.images.to(device), self.model.text.tokenize(batch.captions).to(device))
+
+    def part_loss(self, batch: Pairs, place: Place) -> Float[Tensor, ""]:
+        with self.accelerator.autocast():
+            images, texts, scale = self.network(*batch)
+        groups = zip(*(features.float().unflatten(0, (-1, len(self.by_class))) for features in (images, texts)))
+        return torch.stack([self.contrast(image, text, scale) for image, text in groups]).mean()
 
 
-def _one_of_each_class(by_class: list[Tensor], groups: int, generator: torch.Generator) -> Int[Tensor, "G K"]:
-    columns = [index[torch.randint(len(index), (groups,), generator=generator)] for index in by_class]
-    return torch.stack(columns, dim=1)
+def train_contrastive(
+    model: ContrastiveModel, data: ImageSet, settings: TrainingSettings, optimizer_settings: OptimizerSettings
+) -> None:
+    """Train the towers in place on the CPU, without leaving anything on the disk."""
+    trainer = Trainer(ContrastiveTask(model, data, settings, optimizer_settings), force_cpu=True)
+    for step in range(1, settings.num_training_steps + 1):
+        trainer.step(step)
 
 
 @torch.no_grad()
-def zero_shot_accuracy(model: ContrastiveModel, data: ImageSet) -> float:
-    """Share of held-out images nearest to a caption of their class (class features averaged over captions)."""
+def similarities(model: ContrastiveModel, data: ImageSet) -> Float[Tensor, "N K"]:
+    """Cosine of each held-out image and each class (its features averaged over its captions)."""
     texts = torch.stack([model.text_features(list(captions)).mean(0) for captions in data.prompts.captions])
-    guesses = [(model.image_features(x) @ texts.T).argmax(1) for x in data.test.floats().split(512)]
-    return float((torch.cat(guesses) == data.test.labels).float().mean())
+    return torch.cat([model.image_features(x.to(texts.device)) @ texts.T for x in data.test.floats().split(512)]).cpu()
+
+
+def zero_shot_accuracy(model: ContrastiveModel, data: ImageSet) -> float:
+    """Share of held-out images nearest to a caption of their class."""
+    return float((similarities(model, data).argmax(1) == data.test.labels).float().mean())

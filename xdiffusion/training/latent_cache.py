@@ -46,13 +46,11 @@ class LatentCache:
     ):
         if not isinstance(images, CaptionedImages):
             raise ValueError(
-                "training.cache_latents=true is for image/folder and image/hugging_face; other sets are small, or shards "
+                "cache.latents=true is for image/folder and image/hugging_face; other sets are small, or shards "
                 "without an end"
             )
         if images.random_crop:
-            raise ValueError(
-                "training.cache_latents=true keeps one latent of each picture, so data.random_crop must be false"
-            )
+            raise ValueError("cache.latents=true keeps one latent of each picture, so data.random_crop must be false")
         self.cache = cache
         self.computed = 0
         self.entries: dict[tuple[int, tuple[int, int], bool], tuple[int, str]] = {}  # -> (picture, key)
@@ -83,7 +81,7 @@ class LatentCache:
         with torch.no_grad():
             mean, std = autoencoder.posterior(to_unit_range(pixels[None]).to(device))
         if std is None:
-            raise ValueError("training.cache_latents=true needs an autoencoder: this model's pixels are its latents")
+            raise ValueError("cache.latents=true needs an autoencoder: this model's pixels are its latents")
         self.cache.put(key, {"mean": mean[0].float(), "std": std[0].float()})
         self.computed += 1
         return index, key

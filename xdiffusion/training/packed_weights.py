@@ -17,6 +17,7 @@ from xdiffusion.training.sharded_weights import is_sharded
 
 LARGEST_PACKED = 2**17  # values; beyond, calls cost nothing, and a gradient that outlasts its step would cost memory
 ALIGNMENT = 16  # values: each parameter begins a cache line
+ROW = 2**12  # values: a buffer has a whole number of them
 Key = TypeVar("Key")
 
 
@@ -48,7 +49,8 @@ class PackedWeights:
             offsets = dict(zip(map(id, small), ends))
             first = len(self.updated)
             if small:
-                self.updated.append(nn.Parameter(torch.zeros(ends[-1], device=small[0].device)))
+                size = -(-ends[-1] // ROW) * ROW
+                self.updated.append(nn.Parameter(torch.zeros(size, device=small[0].device)))
                 self.updated[first].grad = torch.zeros_like(self.updated[first])
             for parameter in group:
                 offset = offsets.get(id(parameter))

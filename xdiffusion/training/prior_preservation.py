@@ -66,6 +66,7 @@ def prepare_class_images(
     settings = PriorSettings(**OmegaConf.to_container(config.prior))
     settings.check()
     folder = ensure_writable(Path(settings.data_dir))
+    folder.mkdir(parents=True, exist_ok=True)
     present = sum(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
     missing = range(present, settings.num_images)
     if missing:

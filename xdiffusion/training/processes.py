@@ -17,23 +17,36 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from xdiffusion.training.settings import TrainingSettings
+from xdiffusion.training.task import Task
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
-def check_shares(accelerator: Accelerator, settings: TrainingSettings) -> None:
+def check_shares(accelerator: Accelerator, task: Task) -> None:
     """Raise ValueError where the processes cannot share a batch equally, or are launched to share out the weights too."""
     if accelerator.distributed_type in SHARDED:
         raise ValueError(
             f"distributed type {accelerator.distributed_type.value}: the trainer shards weights itself, with torch's FSDP2; "
             "launch the processes as for DDP (MULTI_GPU) and set training.shard_weights=true"
         )
-    parts = settings.gradient_accumulation_steps * accelerator.num_processes
-    if settings.batch_size % parts:
+    accumulated = task.settings.gradient_accumulation_steps
+    parts = accumulated * accelerator.num_processes
+    if task.rows % parts:
         raise ValueError(
-            f"training.batch_size={settings.batch_size} cannot be shared by {accelerator.num_processes} processes with "
-            f"training.gradient_accumulation_steps={settings.gradient_accumulation_steps}: {parts} must divide it"
+            f"training.batch_size={task.settings.batch_size} cannot be shared by {accelerator.num_processes} processes with "
+            f"training.gradient_accumulation_steps={accumulated}: {parts} must divide "
+            + (
+                "it"
+                if task.rows == task.settings.batch_size
+                else f"its {task.rows} groups, each with one of every class"
+            )
         )
+
+
+def check_precision(accelerator: Accelerator, settings: TrainingSettings) -> None:
+    """Raise ValueError for a precision that the device cannot have; accelerate would compute in float32 without a word."""
+    if settings.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("training.mixed_precision=fp16 needs a GPU; on a CPU take bf16 or no")
 
 
 @contextmanager
@@ -91,7 +104,7 @@ def summed(accelerator: Accelerator, loss: Tensor, unwrapped: Sequence[nn.Parame
     return loss
 
 
-def largest(accelerator: Accelerator, number: int) -> int:
+def largest(accelerator: Accelerator | PartialState, number: int) -> int:
     """The largest of the processes' numbers; all get the same answer."""
     if accelerator.num_processes == 1:
         return number
@@ -114,6 +127,27 @@ def noticing_lost_processes() -> Iterator[None]:
             reason = str(error).strip().splitlines()[0]
             raise LostProcess(f"another process of this run is gone or cannot be reached ({reason})") from error
         raise
+
+
+@contextmanager
+def leaving_together() -> Iterator[None]:
+    """At its end, also by an error, this process leaves the others in order; one that just exits may abort in gloo's threads.
+
+    Where another one is lost there is nothing to leave.
+    """
+    try:
+        yield
+    except LostProcess:
+        raise
+    except BaseException:
+        _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _add_up(_, bucket):  # torch looks at annotations of a hook, and does not understand those of this module

@@ -18,6 +18,11 @@ def generator_at(seed: int, stream: str, position: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+def after_rollbacks(stream: str, rollbacks: int) -> str:
+    """The name of a stream that is drawn anew each time a run goes back."""
+    return f"{stream} {rollbacks}" if rollbacks else stream
+
+
 class DataOrder:
     """Which samples each step sees: epoch after epoch, each a fresh permutation, cut into batches without a remainder.
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from xdiffusion.lora.formed_weights import formed_once
 from xdiffusion.lora.layers import LoRALayer
-from xdiffusion.model import DiffusionModel
-from xdiffusion.training.settings import TrainingSettings
+from xdiffusion.training.task import Task
 
 MOST_SHARES = 4  # Python's own work for each share, some milliseconds a step, is done by one core at a time
 
@@ -59,16 +58,14 @@ class RowThreads:
     @torch.no_grad()
     def add_up(self, leaves: Sequence[Tensor], gradients: Sequence[Sequence[Tensor | None]], i: int) -> None:
         """Add the shares' gradients of every `shares`-th leaf to it, from leaf i on."""
-        for k in range(i, len(leaves), self.shares):
-            parts = [share[k] for share in gradients if share[k] is not None]
-            if not parts:
-                continue
-            leaf = leaves[k]
-            if leaf.grad is None:
-                leaf.grad = _laid_out_as(leaf, reduce(torch.add, parts))
-            else:
-                for part in parts:
-                    leaf.grad += part
+        own = range(i, len(leaves), self.shares)
+        begun = [k for k in own if leaves[k].grad is not None]
+        for share in gradients:
+            if reached := [k for k in begun if share[k] is not None]:
+                torch._foreach_add_([leaves[k].grad for k in reached], [share[k] for k in reached])
+        for k in set(own).difference(begun):
+            if parts := [share[k] for share in gradients if share[k] is not None]:
+                leaves[k].grad = _laid_out_as(leaves[k], reduce(torch.add, parts))
 
     @contextmanager
     def as_one_of_them(self) -> Iterator[None]:
@@ -91,13 +88,14 @@ def _laid_out_as(leaf: Tensor, gradient: Tensor) -> Tensor:
     return gradient if same else torch.empty_like(leaf).copy_(gradient)
 
 
-def shares_of_a_step(model: DiffusionModel, settings: TrainingSettings, device: torch.device, processes: int) -> int:
+def shares_of_a_step(task: Task, device: torch.device, processes: int) -> int:
     """Into how many shares the rows of a step are dealt, at most one per thread that torch may use.
 
     1 where they stay together: on a GPU, in one of several processes, in a compiled or a checkpointed network, with a LoRA's
     dropout (which draws from a generator that the threads would share), and where no such number divides them.
     """
-    most, rows = min(MOST_SHARES, torch.get_num_threads()), settings.batch_size // settings.gradient_accumulation_steps
-    drops_out = any(adapter.dropout > 0 for m in model.modules() for adapter in getattr(m, "adapters", {}).values())
+    settings = task.settings
+    most, rows = min(MOST_SHARES, torch.get_num_threads()), task.rows // settings.gradient_accumulation_steps
+    drops_out = any(a.dropout > 0 for m in task.model.modules() for a in getattr(m, "adapters", {}).values())
     apart = device.type == "cpu" and processes == 1 and not (settings.compile or settings.gradient_checkpointing)
     return next(n for n in range(most, 0, -1) if rows % n == 0) if apart and not drops_out else 1

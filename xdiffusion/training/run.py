@@ -1,26 +1,27 @@
-"""Setting up a run: its folder, which weights it trains, and what it tells of itself."""
+"""A run from its first step to its last: its folder, what it writes, how it is stopped, goes back, and goes on."""
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from PIL import Image
 
-from xdiffusion.checkpoints.files import ensure_writable, remove_leftovers, write_atomically
-from xdiffusion.lora.adapters import get_lora_parameters
-from xdiffusion.lora.inject import apply_lora_to_model, lora_layers
-from xdiffusion.model import DiffusionModel
+from xdiffusion.checkpoints.files import CheckpointError, ensure_writable, remove_leftovers, write_atomically
 from xdiffusion.training.divergence import TrainingDiverged, write_report
-from xdiffusion.training.loop import Trainer
+from xdiffusion.training.interruption import Interruption, resuming_command
+from xdiffusion.training.loop import StepMetrics, Trainer, averaged, fit
+from xdiffusion.training.processes import LostProcess
+from xdiffusion.training.records import Records
 from xdiffusion.training.run_record import RunRecord
 from xdiffusion.training.state import RunCheckpoints
-from xdiffusion.training.textual_inversion import TextualInversionSettings, learn_token
 
 OUTPUT_ROOT = Path("output")
-HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+Draw = Callable[[Path | None, str], Image.Image]  # (where to write it, title) -> a picture of what the model can
 
 
 def run_folder(config: DictConfig, config_path: str, output_path: str | None, *, lora: bool) -> Path:
@@ -49,11 +50,17 @@ def begin(
     if writes:
         for place in (folder, folder / "samples"):
             remove_leftovers(place)
-        checkpoints.set_aside(after=first_step - 1)
+        earlier = checkpoints.set_aside(after=first_step - 1)
+        if earlier and first_step == 1:
+            print(
+                f"{folder} holds an earlier run up to step {earlier[-1]}: its checkpoints are set aside, its metrics.jsonl and "
+                "run.json are replaced; --resume_from auto would have gone on with it",
+                file=sys.stderr,
+            )
         if checkpoints.path(first_step - 1).is_file():
             checkpoints.rotate()  # what a run that was killed had not come to
     device, processes = trainer.accelerator.device, trainer.accelerator.num_processes
-    record = RunRecord(folder if writes else None, config, command, trainer.data, device, processes, first_step)
+    record = RunRecord(folder if writes else None, config, command, trainer.task.data, device, processes, first_step)
     for change in record.changes:
         print(f"resumed under other conditions: {change}", file=sys.stderr)
     if writes:
@@ -79,58 +86,105 @@ def go_back(trainer: Trainer, checkpoints: RunCheckpoints, error: TrainingDiverg
     return first_step
 
 
-def make_trainable(model: DiffusionModel, config: DictConfig, *, lora: bool) -> None:
-    """Freeze everything but what is trained.
+def train(
+    trainer: Trainer,
+    checkpoints: RunCheckpoints,
+    config: DictConfig,
+    draw: Draw,
+    *,
+    script: str,
+    words: Sequence[str],
+    resume_from: str | None,
+) -> int:
+    """Take the steps and keep run.json; where they end early, say why and how to go on.
 
-    That is the network; or fresh LoRAs, `lora:` of it and `text_encoder_lora:` of the text encoder; or, where there is a
-    section `textual_inversion:`, the learned word instead of the network, or beside the LoRAs (pivotal tuning).
+    Args:
+        draw: the picture that a run makes of itself at each checkpoint, from the averaged weights.
+        script, words: the command line.
+        resume_from: see `RunCheckpoints.resume`; None begins anew.
 
-    With `training.half_frozen_weights` the network and the text encoder are rounded first: DoRA's lengths and PiSSA's
-    factors are then those of the weights that the run has.
-
-    Raises:
-        ValueError: for settings that the model cannot have, or half_frozen_weights where the network is trained.
+    Returns:
+        The exit status: 0, 1 where the run diverged or failed, 128 + the number of the signal that stopped it.
     """
-    model.requires_grad_(False)
-    if config.training.half_frozen_weights:
-        if not (lora or "textual_inversion" in config):
-            raise ValueError(
-                "training.half_frozen_weights=true is for runs that train a LoRA or a learned word alone: this one trains "
-                "the network, whose weights stay float32"
+    first_step = 1 + (checkpoints.resume(trainer, resume_from) if resume_from else 0)
+    if resume_from:
+        print(_where_it_goes_on(first_step, checkpoints.folder, trainer.settings.num_training_steps))
+    record = begin(trainer, checkpoints, config, [script, *words], first_step)
+    go_on = resuming_command(script, words, trainer.accelerator.num_processes)
+    with Interruption() as interruption:
+        try:
+            number = take_steps(trainer, checkpoints, draw, record, first_step, interruption)
+        except (TrainingDiverged, LostProcess, CheckpointError, OSError) as error:
+            record.finish("diverged" if isinstance(error, TrainingDiverged) else "failed")
+            newest = checkpoints.newest()
+            print(
+                f"error: training stopped after step {record.last_step}, {' '.join(str(error).split())}; "
+                f"last good checkpoint: {newest or 'none'}" + (f"; to go on from it: {go_on}" if newest else ""),
+                file=sys.stderr,
             )
-        for part in (model.network, model.text_encoder):  # the autoencoder's errors would be seen
-            part.to(dtype=HALF.get(config.training.mixed_precision))
-    if lora:
-        for part, section in ((model.network, "lora"), (model.text_encoder, "text_encoder_lora")):
-            if section in config:
-                given = OmegaConf.to_container(config[section])
-                not_its_own = ("training", "optimizer", "learning_rate")
-                apply_lora_to_model(part, **{k: v for k, v in given.items() if k not in not_its_own})
-    elif "textual_inversion" not in config:
-        model.network.requires_grad_(True)
-    if "textual_inversion" in config:
-        learn_token(model.text_encoder, TextualInversionSettings(**OmegaConf.to_container(config.textual_inversion)))
+            return 1
+    whole = record.last_step == trainer.settings.num_training_steps
+    record.finish("finished" if whole or not number else "interrupted")
+    if number:
+        rest = "the last" if whole else f"to go on: {go_on}"
+        print(f"stopped by {signal.Signals(number).name} after step {record.last_step}; {rest}", file=sys.stderr)
+    return 128 + number if number else 0
 
 
-def describe_model(model: DiffusionModel, config: DictConfig | None = None) -> str:
-    """The config as YAML if given, then parameters by part and trainable ones; a LoRA's share is of its part."""
-    lines = [OmegaConf.to_yaml(config)] if config is not None else []
-    lines.append(
-        f"parameters: network {_count(model.network):,}, text encoder {_count(model.text_encoder):,} (frozen), "
-        f"autoencoder {_count(model.autoencoder):,} (frozen)"
-    )
-    for part, name in ((model.network, "network"), (model.text_encoder, "text encoder")):
-        layers, trained = len(lora_layers(part)), sum(p.numel() for p in get_lora_parameters(part))
-        if layers:
-            lines.append(
-                f"LoRA: {trained:,} trainable parameters in {layers} layers, "
-                f"{trained / _count(part):.2%} of the {name}'s {_count(part):,}"
-            )
-    for word, ids in model.text_encoder.learned_ids.items():
-        lines.append(f"learned word {word}: {len(ids)} trainable embeddings of {model.text_encoder.width} numbers")
-    return "\n".join(lines)
+def _where_it_goes_on(first_step: int, folder: Path, last_step: int) -> str:
+    if first_step > last_step:
+        return f"the run in {folder} has taken all of its {last_step} steps"
+    return f"going on with step {first_step}" if first_step > 1 else f"no checkpoint in {folder} yet: starting afresh"
 
 
-def _count(module: nn.Module) -> int:
-    """Parameters without those of adapters."""
-    return sum(p.numel() for name, p in module.named_parameters() if ".lora_" not in name)
+def take_steps(
+    trainer: Trainer,
+    checkpoints: RunCheckpoints,
+    draw: Draw,
+    record: RunRecord,
+    first_step: int,
+    interruption: Interruption,
+) -> int:
+    """Train from first_step on, writing what a run writes; go back where it diverges and `training.rollbacks` allows.
+
+    Returns:
+        The number of the signal that stopped it, or 0.
+    """
+    folder, writes = checkpoints.folder, trainer.accelerator.is_main_process
+    with Records(folder, first_step, trainer.settings.num_training_steps) if writes else nullcontext() as records:
+
+        def picture_of(step: int) -> Path:
+            return folder / "samples" / f"sample-{step}.png"
+
+        def on_step(metrics: StepMetrics) -> None:
+            record.last_step = metrics.step
+            if writes:
+                records.step(metrics)
+                checkpoints.raise_failure()
+
+        def on_checkpoint(step: int) -> None:
+            say = lambda path: records.say(f"step {step}: {path} ({path.stat().st_size:,} bytes)")  # noqa: E731
+            checkpoints.save(trainer, step, say)
+
+        def on_sample(step: int) -> None:
+            if not (writes or trainer.sharded):  # sharded weights compute in all processes together
+                return
+            page = draw(picture_of(step) if writes else None, f"step {step}")
+            if writes:
+                records.image("samples", page, step)
+                records.say(f"step {step}: {picture_of(step)}")
+
+        callbacks = {"on_step": on_step, "on_checkpoint": on_checkpoint, "on_sample": on_sample}
+        resumed = first_step - 1
+        if resumed and trainer.settings.is_due(resumed) and not picture_of(resumed).is_file():
+            with averaged(trainer):  # a run that was killed between its checkpoint and its picture
+                on_sample(resumed)
+        while True:
+            try:
+                return fit(trainer, first_step=first_step, signal=lambda: interruption.signal, **callbacks)
+            except TrainingDiverged as error:
+                first_step = go_back(trainer, checkpoints, error)
+                if writes:
+                    records.go_back(first_step, f"{error}; going on from step {first_step} with other noise")
+            finally:
+                checkpoints.finish()

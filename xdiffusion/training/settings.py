@@ -1,9 +1,13 @@
-"""The `training:` and `optimizer:` sections of a config; the fields are the keys, and here alone are their defaults."""
+"""The sections of a config that a run of training reads; the fields are the keys, and here alone are their defaults."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,8 @@ class TrainingSettings:
         (FSDP), not the whole; for runs that train all of the network. No effect on one process.
     compile: torch.compile the network.
     seed: of weights, data order, noise and captions.
-    keep_last, keep_every: once more than keep_last checkpoints stand there, older ones are deleted, but for those of steps
-        that keep_every divides. null keeps all.
     stop_above: stop where a loss is more than this many times the median of the last 100; null lets it.
     rollbacks: how often a run that diverges returns to its last good checkpoint and goes on with other noise.
-    cache_latents, cache_text_embeddings: compute them once, keep them in cache_folder, and hold the autoencoder, or the
-        text encoder, off the GPU but for the sample grids.
-    cache_folder: of all runs; entries are by content, so that none can be of an older picture or model.
     """
 
     num_training_steps: int = 10_000
@@ -45,35 +44,23 @@ class TrainingSettings:
     shard_weights: bool = False
     compile: bool = False
     seed: int = 0
-    keep_last: int | None = None
-    keep_every: int | None = None
     stop_above: float | None = None
     rollbacks: int = 0
-    cache_latents: bool = False
-    cache_text_embeddings: bool = False
-    cache_folder: str = "output/cache"
 
     def check(self) -> None:
         """Raise ValueError for values that no run can have."""
-        for name in ("num_training_steps", "batch_size", "gradient_accumulation_steps", "save_and_sample_every_n"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name}={getattr(self, name)} must be at least 1")
-        for name in ("keep_last", "keep_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"training.{name}={getattr(self, name)} must be at least 1, or null")
-        if self.keep_every is not None and self.keep_last is None:
-            raise ValueError(f"training.keep_every={self.keep_every} needs training.keep_last: without it all are kept")
-        if self.stop_above is not None and self.stop_above <= 1:
-            raise ValueError(f"training.stop_above={self.stop_above} must be above 1, or null")
-        if self.rollbacks < 0:
-            raise ValueError(f"training.rollbacks={self.rollbacks} must be at least 0")
+        counts = ("num_training_steps", "batch_size", "gradient_accumulation_steps", "save_and_sample_every_n")
+        check_ranges("training", self, counts, at_least=1)
+        check_ranges("training", self, ("caption_dropout",), at_least=0, at_most=1)
+        check_ranges("training", self, ("ema_decay",), at_least=0, below=1)
+        check_ranges("training", self, ("stop_above",), above=1)
+        check_ranges("training", self, ("rollbacks",), at_least=0)
+        check_ranges("training", self, ("seed",), at_least=-(2**63), below=2**63)  # of a generator
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
                 f"training.gradient_accumulation_steps={self.gradient_accumulation_steps} "
                 f"must divide training.batch_size={self.batch_size}"
             )
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"training.caption_dropout={self.caption_dropout} must be in [0, 1]")
 
     def is_due(self, step: int) -> bool:
         """Whether a step ends with a checkpoint and a picture."""
@@ -106,5 +93,88 @@ class OptimizerSettings:
 
     def check(self) -> None:
         """Raise ValueError for values that no run can have."""
-        if self.lora_plus_ratio is not None and self.lora_plus_ratio <= 0:
-            raise ValueError(f"optimizer.lora_plus_ratio={self.lora_plus_ratio} must be above 0")
+        check_ranges("optimizer", self, ("learning_rate", "max_grad_norm", "lora_plus_ratio"), above=0)
+        check_ranges("optimizer", self, ("weight_decay", "warmup_steps", "final_factor"), at_least=0)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas={list(self.betas)} must be two numbers in [0, 1)")
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """Which checkpoints of a run stay.
+
+    keep_last, keep_every: once more than keep_last checkpoints stand there, older ones are deleted, but for those of steps
+        that keep_every divides. null keeps all.
+    """
+
+    keep_last: int | None = None
+    keep_every: int | None = None
+
+    def check(self) -> None:
+        """Raise ValueError for values that no run can have."""
+        check_ranges("checkpoints", self, ("keep_last", "keep_every"), at_least=1)
+        if self.keep_every is not None and self.keep_last is None:
+            raise ValueError(
+                f"checkpoints.keep_every={self.keep_every} needs checkpoints.keep_last: without it all are kept"
+            )
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What is computed once, before the first step, and kept on disk.
+
+    latents, text_embeddings: what of; the autoencoder, or the text encoder, is off the GPU but for the sample grids then.
+    folder: of all runs; entries are by content, so that none can be of an older picture or model.
+    """
+
+    latents: bool = False
+    text_embeddings: bool = False
+    folder: str = "output/cache"
+
+    def check(self) -> None:
+        """There is no value that no run can have."""
+
+
+SECTIONS = {
+    "training": TrainingSettings,
+    "optimizer": OptimizerSettings,
+    "checkpoints": CheckpointSettings,
+    "cache": CacheSettings,
+}
+
+
+def settings_of(config: DictConfig, section: str) -> Any:
+    """One of `SECTIONS` of a resolved config, as the class of its name.
+
+    Raises:
+        ValueError: for values that no run can have.
+    """
+    settings = SECTIONS[section](**OmegaConf.to_container(config[section]))
+    settings.check()
+    return settings
+
+
+def check_settings(config: DictConfig) -> None:
+    """Raise ValueError for values of `SECTIONS` that no run can have, before anything is loaded or made."""
+    for section in SECTIONS:
+        settings_of(config, section)
+
+
+def check_ranges(
+    section: str,
+    settings: Any,
+    keys: Sequence[str],
+    *,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raise ValueError where one of these numbers is not in the range, or is NaN; None is in every one."""
+    for key in keys:
+        value = getattr(settings, key)
+        if value is not None and not (at_least <= value <= at_most and above < value < below):
+            bounds = {"at least": at_least, "at most": at_most, "above": above, "below": below}
+            allowed = " and ".join(f"{name} {bound}" for name, bound in bounds.items() if math.isfinite(bound))
+            or_null = ", or null" if getattr(type(settings), key) is None else ""
+            raise ValueError(f"{section}.{key}={value} must be {allowed}{or_null}")

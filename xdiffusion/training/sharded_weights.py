@@ -8,23 +8,24 @@ for it are imported where a run asks for it: they take as long as a third of tor
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from xdiffusion.model import DiffusionModel
-from xdiffusion.training.settings import OptimizerSettings, TrainingSettings
+from xdiffusion.training.task import Task
 
 
-def check_can_be_sharded(model: DiffusionModel, settings: TrainingSettings, optimizer: OptimizerSettings) -> None:
+def check_can_be_sharded(task: Task) -> None:
     """Raise ValueError where training.shard_weights=true and the run is not a plain one of all the network's weights."""
+    settings, optimizer = task.settings, task.optimizer_settings
     if not settings.shard_weights:
         return
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    if trained != {f"network.{name}" for name, _ in model.network.named_parameters()}:
+    trained = {id(p) for p in task.model.parameters() if p.requires_grad}
+    if trained != set(map(id, task.network.parameters())):
         raise ValueError(
-            "training.shard_weights=true is for runs that train all of the network; a LoRA or a learned word is small: "
-            "leave it false, and every process keeps the whole of it (DDP)"
+            "training.shard_weights=true is for runs that train all of the network; a LoRA, a learned word or the tiny CLIP "
+            "is small: leave it false, and every process keeps the whole of it (DDP)"
         )
     for key, value, instead in (
         ("training.mixed_precision", settings.mixed_precision, {"fp16": "bf16"}),
@@ -69,6 +70,16 @@ def local(tensor: Tensor) -> Tensor:
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a tensor; of a sharded one all processes must call it."""
     return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()
+
+
+def host_copy(tree: Any, keep: bool = True) -> Any:
+    """Dicts and lists of tensors, copied to host memory; without keep None for each, after its part in gathering it."""
+    if isinstance(tree, Tensor):
+        whole = gathered(tree)
+        return whole.to("cpu", copy=True) if keep else None
+    if isinstance(tree, dict):
+        return {key: host_copy(value, keep) for key, value in tree.items()}
+    return type(tree)(host_copy(value, keep) for value in tree) if isinstance(tree, (list, tuple)) else tree
 
 
 def rows_of(whole: Tensor, like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from xdiffusion.model import DiffusionModel
 from xdiffusion.text_encoders.prompt_cache import PromptCache
 from xdiffusion.training.batches import Batches, Data, Source
 from xdiffusion.training.latent_cache import EmbeddingCache, LatentCache, cache_for
-from xdiffusion.training.settings import TrainingSettings
+from xdiffusion.training.settings import CacheSettings, TrainingSettings, settings_of
 from xdiffusion.training.textual_inversion import check_token_is_named
 
 
@@ -47,19 +47,19 @@ class Sources:
     ):
         if "textual_inversion" in config:
             check_token_is_named(data, config.textual_inversion.token)
+        cached = settings_of(config, "cache")
         self.device = device
         self.parked: list[nn.Module] = []
         sets = [data] if class_images is None else [data, class_images]
         weights = [1.0] if class_images is None else [1.0, config.prior.weight]
         latents = [None] * len(sets)
-        folder = Path(settings.cache_folder)
-        if settings.cache_latents:
-            cache = cache_for(model.autoencoder, _section(config, "autoencoder"), folder)
+        if cached.latents:
+            cache = cache_for(model.autoencoder, _section(config, "autoencoder"), Path(cached.folder))
             shapes = [None, list(data.buckets)] if class_images is not None else [None]
             with self._visiting(model.autoencoder):
                 latents = [LatentCache(images, model.autoencoder, cache, s) for images, s in zip(sets, shapes)]
-            print(_said("latents", sum(cached.computed for cached in latents), cache.folder))
-        self.embed = self._embedder(model, sets, config, settings)
+            print(_said("latents", sum(images.computed for images in latents), cache.folder))
+        self.embed = self._embedder(model, sets, config, cached)
         sources = [Source(*source) for source in zip(sets, weights, latents)]
         self.batches = Batches(sources, model.autoencoder.posterior, settings, device)
         for part in (model.network, model.text_encoder, model.autoencoder):
@@ -82,19 +82,19 @@ class Sources:
         model: DiffusionModel,
         sets: list[Data],
         config: DictConfig,
-        settings: TrainingSettings,
+        cached: CacheSettings,
     ) -> Callable[[list[str]], Tensor]:
         trains_text = any(p.requires_grad for p in model.text_encoder.parameters())
-        if not settings.cache_text_embeddings:
+        if not cached.text_embeddings:
             return model.text_encoder.encode if trains_text else PromptCache(model.text_encoder)
         if trains_text:
             raise ValueError(
-                "training.cache_text_embeddings=true is for a frozen text encoder; this run trains it "
+                "cache.text_embeddings=true is for a frozen text encoder; this run trains it "
                 "(text_encoder_lora or textual_inversion)"
             )
         if not all(isinstance(images, CaptionedImages) for images in sets):
-            raise ValueError("training.cache_text_embeddings=true is for image/folder and image/hugging_face")
-        cache = cache_for(model.text_encoder, _section(config, "text_encoder"), Path(settings.cache_folder))
+            raise ValueError("cache.text_embeddings=true is for image/folder and image/hugging_face")
+        cache = cache_for(model.text_encoder, _section(config, "text_encoder"), Path(cached.folder))
         prompts = ["", *(caption for images in sets for captions in images.captions for caption in captions)]
         with self._visiting(model.text_encoder):
             embed = EmbeddingCache(prompts, model.text_encoder, cache, self.device)

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from xdiffusion.checkpoints.files import (
@@ -28,13 +27,11 @@ from xdiffusion.checkpoints.files import (
     weights_file,
     write_atomically,
 )
-from xdiffusion.checkpoints.learned_tokens import read_learned_tokens, save_learned_tokens
-from xdiffusion.checkpoints.lora_formats import read_lora
-from xdiffusion.checkpoints.native import load_model_file, save_model
-from xdiffusion.lora.weights import save_lora_weights
-from xdiffusion.training.exports import export_lora, export_paths
+from xdiffusion.training.exports import export_paths
 from xdiffusion.training.loop import Trainer
-from xdiffusion.training.sharded_weights import gathered, laid_out_as, local, rows_of
+from xdiffusion.training.settings import CheckpointSettings
+from xdiffusion.training.sharded_weights import host_copy, laid_out_as, local, rows_of
+from xdiffusion.training.weights_files import WeightsFiles
 
 SET_ASIDE = ".earlier"
 
@@ -44,22 +41,18 @@ class RunCheckpoints:
 
     Args:
         folder: of the run (a LoRA run: its `lora` folder).
-        config: resolved; saved in every file.
-        base_hash: of the frozen base in a run of a LoRA or a learned word; None in a base run.
-        tokens_only: a learned word is all that is trained.
+        files: how its weights are written.
     """
 
-    def __init__(self, folder: Path, config: DictConfig, base_hash: str | None = None, *, tokens_only: bool = False):
-        self.folder = folder
-        self.kind = "-tokens" if tokens_only else "-lora" if base_hash else ""
-        self.config: dict[str, Any] = OmegaConf.to_container(config)
-        self.base_hash = base_hash
+    def __init__(self, folder: Path, files: WeightsFiles):
+        self.folder, self.files = folder, files
+        self.kept = CheckpointSettings(**files.config["checkpoints"])
         self._writing: Thread | None = None
         self._error: Exception | None = None
 
     def path(self, step: int) -> Path:
         """The weights file of a step."""
-        return self.folder / f"diffusion-{step}{self.kind}.safetensors"
+        return self.folder / f"{self.files.prefix}-{step}{self.files.suffix}.safetensors"
 
     def save(self, trainer: Trainer, step: int, on_saved: Callable[[Path], None] | None = None) -> None:
         """Copy weights (the moving average must be in place) and state of a step; a thread writes them meanwhile.
@@ -73,18 +66,15 @@ class RunCheckpoints:
             CheckpointError: if the write before this one failed.
         """
         self.finish()
-        path, writes, image_shape = self.path(step), trainer.accelerator.is_main_process, trainer.model.image_shape
+        path, writes = self.path(step), trainer.accelerator.is_main_process
         state = host_copy(self._state(trainer, step), writes)
-        tensors = None if self.base_hash else host_copy(trainer.model.state_dict(), writes)
+        write_weights = self.files.save(trainer.model, path, step, writes)
         if not writes:
             return
-        if self.base_hash:  # small: written here and now
-            self._save_adapter(trainer, path, step)
 
         def write() -> None:
             try:
-                if tensors is not None:
-                    save_model(path, tensors, config=self.config, image_shape=image_shape, step=step)
+                write_weights()
                 write_state(path, state)
                 self.rotate()
                 if on_saved is not None:
@@ -94,16 +84,6 @@ class RunCheckpoints:
 
         self._writing = Thread(target=write, name=f"checkpoint-{step}")
         self._writing.start()
-
-    def _save_adapter(self, trainer: Trainer, path: Path, step: int) -> None:
-        """The LoRA, the learned words, or both; of a latent diffusion model also in the forms that other tools read."""
-        tokens = trainer.model.text_encoder.learned_tokens()
-        if self.kind == "-tokens":
-            save_learned_tokens(path, tokens)
-            return
-        save_lora_weights(trainer.model, path, base_hash=self.base_hash, config=self.config, step=step, tokens=tokens)
-        if self.config["model"]["autoencoder"]["kind"] == "kl":
-            export_lora(path)
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on the disk.
@@ -136,10 +116,10 @@ class RunCheckpoints:
             if found is None:
                 return 0
             path, state = found
-            averaged = self._averaged(path)
+            averaged = self.files.read(path)
         else:
             path = weights_file(resume_from)
-            averaged = self._averaged(path)
+            averaged = self.files.read(path)
             state = whole_state(path)
         try:
             average = {name: _trained_part(averaged[_file_name(name)], p) for name, p in trainer.trainable.items()}
@@ -162,15 +142,18 @@ class RunCheckpoints:
         found = self._newest_whole()
         return found[0] if found else None
 
-    def set_aside(self, after: int) -> None:
+    def set_aside(self, after: int) -> list[int]:
         """Rename the states of later steps, of another run: `auto` and the rotation see the checkpoints of this one alone.
 
         Weights stay, and renaming a state back makes it whole again, as long as no new weights have its name.
+
+        Returns:
+            The steps.
         """
-        for step in self._states():
-            if step > after:
-                state = state_path(self.path(step))
-                state.replace(state.with_name(state.name + SET_ASIDE))
+        later = [step for step in self._states() if step > after]
+        for state in (state_path(self.path(step)) for step in later):
+            state.replace(state.with_name(state.name + SET_ASIDE))
+        return later
 
     def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
         """Weights and state of the highest step that is whole; damaged ones above it are named on stderr."""
@@ -185,12 +168,12 @@ class RunCheckpoints:
         return None
 
     def rotate(self) -> None:
-        """Delete what training.keep_last and training.keep_every do not keep, if the newest is seen to be whole.
+        """Delete what checkpoints.keep_last and checkpoints.keep_every do not keep, if the newest is seen to be whole.
 
         Raises:
             CheckpointError: if it is not.
         """
-        last, every = (self.config["training"][key] for key in ("keep_last", "keep_every"))
+        last, every = self.kept.keep_last, self.kept.keep_every
         steps = self._steps()
         if not last or not steps:
             return
@@ -204,27 +187,14 @@ class RunCheckpoints:
 
     def _states(self) -> list[int]:
         """The steps that have a state."""
-        names = (state.name.split("-")[1].split(".")[0] for state in self.folder.glob("diffusion-*.state.pt"))
+        found = self.folder.glob(f"{self.files.prefix}-*.state.pt")
+        names = (state.name.split("-")[1].split(".")[0] for state in found)
         steps = {int(name) for name in names if name.isdigit()}
         return sorted(s for s in steps if state_path(self.path(s)).is_file())
 
     def _steps(self) -> list[int]:
         """The steps that have a state and weights, whole or not."""
         return [step for step in self._states() if self.path(step).is_file()]
-
-    def _averaged(self, path: Path) -> dict[str, Tensor]:
-        if not self.base_hash:
-            return load_model_file(path).tensors
-        if self.kind == "-tokens":
-            return _learned_embedding(read_learned_tokens(path))
-        lora = read_lora(path)
-        if lora.base_hash != self.base_hash:
-            raise CheckpointError(f"{path} is of another base: {lora.base_hash}, this run's is {self.base_hash}")
-        return _learned_embedding(lora.tokens) | {
-            f"{name}.{part}": tensor
-            for name, f in lora.modules.items()
-            for part, tensor in (("lora_A", f.lora_A), ("lora_B", f.lora_B), ("lora_magnitude", f.magnitude))
-        }
 
     def _state(self, trainer: Trainer, step: int) -> dict[str, Any]:
         scaler = trainer.accelerator.scaler
@@ -261,11 +231,6 @@ def whole_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _learned_embedding(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Learned words as the parameter that holds them."""
-    return {"text_encoder.learned_embedding": torch.cat(list(tokens.values()))} if tokens else {}
-
-
 def state_path(weights: Path) -> Path:
     """diffusion-N.safetensors -> diffusion-N.state.pt."""
     return weights.with_suffix(".state.pt")
@@ -274,16 +239,6 @@ def state_path(weights: Path) -> Path:
 def frozen_factors(trainer: Trainer) -> dict[str, Tensor]:
     """What a LoRA keeps frozen beside the base: PiSSA's first factors, which an SVD elsewhere would round otherwise."""
     return {n: p.data for n, p in trainer.model.named_parameters() if ".lora_" in n and not p.requires_grad}
-
-
-def host_copy(tree: Any, keep: bool = True) -> Any:
-    """Dicts and lists of tensors, copied to host memory; without keep None for each, after its part in gathering it."""
-    if isinstance(tree, Tensor):
-        whole = gathered(tree)
-        return whole.to("cpu", copy=True) if keep else None
-    if isinstance(tree, dict):
-        return {key: host_copy(value, keep) for key, value in tree.items()}
-    return type(tree)(host_copy(value, keep) for value in tree) if isinstance(tree, (list, tuple)) else tree
 
 
 def plain_and_tensors(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:

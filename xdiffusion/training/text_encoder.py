@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
-from xdiffusion.checkpoints.files import CheckpointError, load_safetensors, save_safetensors
+from xdiffusion.checkpoints.files import (
+    SAFETENSORS,
+    CheckpointError,
+    ensure_writable,
+    load_safetensors,
+    save_safetensors,
+)
 from xdiffusion.checkpoints.open_clip import text_encoder_from_open_clip
 from xdiffusion.data.image_set import ImageSet
 from xdiffusion.text_encoders.clip import CLIPTextEncoder
 from xdiffusion.text_encoders.open_clip import download_open_clip_weights
-from xdiffusion.training.contrastive import ContrastiveModel, train_contrastive, zero_shot_accuracy
+from xdiffusion.training.contrastive import ContrastiveModel, ContrastiveTask, zero_shot_accuracy
+from xdiffusion.training.loop import Trainer, averaged
+from xdiffusion.training.previews import draw_similarities
+from xdiffusion.training.run import train
+from xdiffusion.training.run_record import data_fingerprint
+from xdiffusion.training.settings import settings_of
+from xdiffusion.training.state import RunCheckpoints
+from xdiffusion.training.weights_files import ClipWeights
 
 TINY = "tiny"
+# of the section training:, what decides over a tiny CLIP's weights
+DECISIVE = ("num_training_steps", "batch_size", "gradient_accumulation_steps", "ema_decay", "mixed_precision", "seed")
 
 
 def initialise_text_encoder(
-    encoder: CLIPTextEncoder, config: DictConfig, data: ImageSet, output_root: Path, say: Callable[[str], None] = print
+    encoder: CLIPTextEncoder, config: DictConfig, tiny: Path, say: Callable[[str], None] = print
 ) -> None:
     """Fill a fresh text encoder as `model.text_encoder.pretrained` says, and freeze it.
 
-    null: the random weights it has. "tiny": our own CLIP of this data set and size, trained now if it is not there yet.
-    A path: a file that `training/clip/train.py` wrote. Anything else: a tag of open_clip for a `kind: open_clip` encoder.
+    null: the random weights it has. "tiny": our own CLIP of this data set and size, at the path `tiny`. A path: a file that
+    `training/clip/train.py` wrote. Anything else: a tag of open_clip for a `kind: open_clip` encoder.
 
     Raises:
         ValueError: for an unknown tag, a download that fails, or a file that does not fit.
@@ -35,15 +55,10 @@ def initialise_text_encoder(
     elif slot.kind == "open_clip":
         weights = text_encoder_from_open_clip(download_open_clip_weights(slot.model_name, pretrained))
         _load(encoder, weights, f"{slot.model_name}/{pretrained}")
-    elif pretrained == TINY:
-        path = tiny_clip_path(config, output_root)
-        if not path.is_file():
-            say(f"text encoder: no tiny CLIP at {path} yet, training it")
-            train_tiny_clip(encoder, config, data, path, say=say)
+    elif pretrained == TINY or pretrained.endswith(SAFETENSORS):
+        path = tiny if pretrained == TINY else Path(pretrained)
         load_text_encoder(encoder, path)
         say(f"text encoder: {path}")
-    elif pretrained.endswith(".safetensors"):
-        load_text_encoder(encoder, Path(pretrained))
     else:
         raise ValueError(
             f"model.text_encoder.pretrained={pretrained!r}: for kind clip allowed are tiny, null, or a .safetensors file; "
@@ -58,10 +73,21 @@ def train_tiny_clip(
     data: ImageSet,
     path: Path,
     *,
-    on_step: Callable[[int, float], None] | None = None,
-    say: Callable[[str], None] = print,
-) -> float:
-    """Train both towers on the data's pairs, write the text tower, and return the zero-shot accuracy on held-out images.
+    script: str,
+    words: Sequence[str],
+    resume_from: str | None,
+    force_cpu: bool = False,
+) -> int:
+    """Train both towers, a run like every other, in the folder of the path's name; at its end write the text tower.
+
+    Args:
+        encoder: the text tower, fresh.
+        config: `clip_config`'s.
+        path: of the text tower.
+        script, words, resume_from: see `train`.
+
+    Returns:
+        The exit status.
 
     Raises:
         ValueError: for data without classes.
@@ -71,21 +97,40 @@ def train_tiny_clip(
             f"pretrained=tiny is trained on a set with classes, which {data.name} is not: load a trained model with "
             "--load_model_weights_from_checkpoint"
         )
-    model = ContrastiveModel(encoder, image_size=data.image_size, channels=data.channels)
-    settings = OmegaConf.to_container(config.clip)
-    train_contrastive(model, data, seed=config.training.seed, on_step=on_step, **settings)
-    accuracy = zero_shot_accuracy(model, data)
-    metadata = {"format": "xdiffusion-text-encoder", "dataset": data.name, "zero_shot_accuracy": f"{accuracy:.4f}"}
-    save_safetensors(path, encoder.state_dict(), metadata)
-    say(f"tiny CLIP: zero-shot accuracy {accuracy:.3f} on held-out {data.name}")
-    return accuracy
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        model = ContrastiveModel(encoder, image_size=data.image_size, channels=data.channels)
+    settings = settings_of(config, "training"), settings_of(config, "optimizer")
+    trainer = Trainer(ContrastiveTask(model, data, *settings), force_cpu=force_cpu)
+    checkpoints = RunCheckpoints(ensure_writable(path.with_suffix("")), ClipWeights(config))
+    draw = partial(draw_similarities, model, data)
+    status = train(trainer, checkpoints, config, draw, script=script, words=words, resume_from=resume_from)
+    if status == 0:
+        with averaged(trainer):
+            accuracy = zero_shot_accuracy(model, data)
+            metadata = {
+                "format": "xdiffusion-text-encoder",
+                "dataset": data.name,
+                "zero_shot_accuracy": f"{accuracy:.4f}",
+            }
+            if trainer.accelerator.is_local_main_process:
+                save_safetensors(path, encoder.state_dict(), metadata)
+        print(f"tiny CLIP: zero-shot accuracy {accuracy:.3f} on held-out {data.name}: {path}")
+    return status
 
 
-def tiny_clip_path(config: DictConfig, output_root: Path) -> Path:
-    """One file per data set, image size and encoder size."""
+def tiny_clip_path(config: DictConfig, data: Any, output_root: Path) -> Path:
+    """One file for each encoder and all that its weights depend on: the data, and how it is trained.
+
+    Args:
+        config: `clip_config`'s.
+    """
     slot = config.model.text_encoder
     size = f"{config.data.image_size}px_width{slot.width}_layers{slot.layers}_heads{slot.heads}_tokens{slot.context_length}"
-    return output_root / config.data.kind / "clip" / f"clip_{size}.safetensors"
+    training = {key: value for key, value in config.training.items() if key in DECISIVE}
+    made_by = json.dumps([training, OmegaConf.to_container(config.optimizer), data_fingerprint(data)])
+    digest = hashlib.blake2b(made_by.encode(), digest_size=4).hexdigest()
+    return output_root / config.data.kind / "clip" / f"clip_{size}_{digest}{SAFETENSORS}"
 
 
 def load_text_encoder(encoder: CLIPTextEncoder, path: Path) -> None:

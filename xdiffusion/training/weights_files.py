@@ -1,0 +1,136 @@
+"""The weights file of a step, for each kind of run: a model, an adapter of a frozen one, or the tiny CLIP.
+
+It holds the moving average and is what others read; `state` keeps beside it what resuming needs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from xdiffusion.checkpoints.files import CheckpointError, load_safetensors, save_safetensors
+from xdiffusion.checkpoints.learned_tokens import read_learned_tokens, save_learned_tokens
+from xdiffusion.checkpoints.lora_formats import read_lora
+from xdiffusion.checkpoints.native import header, load_model_file, save_model
+from xdiffusion.lora.weights import save_lora_weights
+from xdiffusion.model import DiffusionModel
+from xdiffusion.training.exports import export_lora
+from xdiffusion.training.sharded_weights import host_copy
+
+CLIP_FORMAT = "xdiffusion-clip"
+
+
+class WeightsFiles(ABC):
+    """How the weights files of a run are named, written and read.
+
+    Args:
+        config: resolved; saved in every file.
+
+    Attributes:
+        prefix, suffix: a step's file is <prefix>-<step><suffix>.safetensors.
+    """
+
+    prefix = "diffusion"
+    suffix = ""
+
+    def __init__(self, config: DictConfig):
+        self.config: dict[str, Any] = OmegaConf.to_container(config)
+
+    @abstractmethod
+    def save(self, model: nn.Module, path: Path, step: int, writes: bool) -> Callable[[], None]:
+        """Copy or write now what changes with the next step; returns what is left to do, for a thread.
+
+        Every process calls it, since sharded weights are gathered from all; the one that `writes` alone writes.
+        """
+
+    @abstractmethod
+    def read(self, path: Path) -> Mapping[str, Tensor]:
+        """The averages by the name of the trained weight.
+
+        Raises:
+            CheckpointError: if the file is missing or damaged, or belongs to other weights.
+        """
+
+
+class ModelWeights(WeightsFiles):
+    """A whole diffusion model: diffusion-N.safetensors."""
+
+    def save(self, model: DiffusionModel, path: Path, step: int, writes: bool) -> Callable[[], None]:
+        tensors = host_copy(model.state_dict(), writes)
+        return partial(save_model, path, tensors, config=self.config, image_shape=model.image_shape, step=step)
+
+    def read(self, path: Path) -> Mapping[str, Tensor]:
+        return load_model_file(path).tensors
+
+
+class AdapterWeights(WeightsFiles):
+    """A LoRA, with the learned words beside it, if any: diffusion-N-lora.safetensors.
+
+    Of a latent diffusion model it is also written in the forms that other tools read.
+
+    Args:
+        base_hash: of the frozen base.
+    """
+
+    suffix = "-lora"
+
+    def __init__(self, config: DictConfig, base_hash: str):
+        super().__init__(config)
+        self.base_hash = base_hash
+
+    def save(self, model: DiffusionModel, path: Path, step: int, writes: bool) -> Callable[[], None]:
+        if writes:  # small: written here and now
+            tokens = model.text_encoder.learned_tokens()
+            save_lora_weights(model, path, base_hash=self.base_hash, config=self.config, step=step, tokens=tokens)
+            if self.config["model"]["autoencoder"]["kind"] == "kl":
+                export_lora(path)
+        return lambda: None
+
+    def read(self, path: Path) -> Mapping[str, Tensor]:
+        lora = read_lora(path)
+        if lora.base_hash != self.base_hash:
+            raise CheckpointError(f"{path} is of another base: {lora.base_hash}, this run's is {self.base_hash}")
+        return _learned_embedding(lora.tokens) | {
+            f"{name}.{part}": tensor
+            for name, f in lora.modules.items()
+            for part, tensor in (("lora_A", f.lora_A), ("lora_B", f.lora_B), ("lora_magnitude", f.magnitude))
+        }
+
+
+class TokenWeights(WeightsFiles):
+    """Learned words alone, in the form of diffusers' learned_embeds: diffusion-N-tokens.safetensors."""
+
+    suffix = "-tokens"
+
+    def save(self, model: DiffusionModel, path: Path, step: int, writes: bool) -> Callable[[], None]:
+        if writes:
+            save_learned_tokens(path, model.text_encoder.learned_tokens())
+        return lambda: None
+
+    def read(self, path: Path) -> Mapping[str, Tensor]:
+        return _learned_embedding(read_learned_tokens(path))
+
+
+class ClipWeights(WeightsFiles):
+    """Both towers of the tiny CLIP: clip-N.safetensors."""
+
+    prefix = "clip"
+
+    def save(self, model: nn.Module, path: Path, step: int, writes: bool) -> Callable[[], None]:
+        tensors = host_copy(model.state_dict(), writes)
+        return partial(save_safetensors, path, tensors, header(CLIP_FORMAT, self.config, step))
+
+    def read(self, path: Path) -> Mapping[str, Tensor]:
+        return load_safetensors(path)[0]
+
+
+def _learned_embedding(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Learned words as the parameter that holds them."""
+    return {"text_encoder.learned_embedding": torch.cat(list(tokens.values()))} if tokens else {}
