@@ -3,11 +3,11 @@
     python bench/overhead.py
 
 overhead: the digits' config, steps of `Trainer.step` with their record in metrics.jsonl and TensorBoard, saving and
-sampling off. The time within the network's call, the backward pass and the optimizer's step is "theirs", the whole step
-"ours": the ratio less 1 is everything else (batch, captions, noise, loss, clipping, moving average, records). Where threads
-share the rows of a batch (training/row_threads.py), forward and backward count once, by the thread that is longest in
-them: adding the gradients up, and waiting for a batch or for another thread, is everything else. All captions have been
-embedded before, which a run does once.
+sampling off. The time within the objective (noise, network, loss), the backward pass and the optimizer's step is "theirs",
+the whole step "ours": the ratio less 1 is everything else (batch, captions, clipping, moving average, records). Where
+threads share the rows of a batch (training/row_threads.py), forward and backward pass last from the first thread's beginning
+to the last one's end: adding the gradients up, and waking the threads, is everything else. All captions have been embedded
+before, which a run does once.
 
 checkpoint: a state of so many MB (weights, two moments) besides its weights file: the seconds until `save` returns and
 training goes on are "ours", until both files are on the disk "theirs".
@@ -18,12 +18,12 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import get_ident
+from threading import current_thread, main_thread
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from measure import Goal, Report, parser, prepare
@@ -31,6 +31,8 @@ from torch import nn
 
 from xdiffusion.build import build_data, build_model, load_config
 from xdiffusion.cli import REPOSITORY, positive_int, run
+from xdiffusion.diffusion import objective
+from xdiffusion.training import diffusion_task
 from xdiffusion.training.diffusion_task import DiffusionTask
 from xdiffusion.training.divergence import LossWatch
 from xdiffusion.training.ema import EMA
@@ -70,7 +72,7 @@ def steps(config: Any, lora: bool, rounds: int, device: torch.device) -> tuple[l
     make_trainable(model, config, lora=lora)
     trainer = Trainer(DiffusionTask(model, build_data(config), config), force_cpu=device.type == "cpu")
     trainer.task.embed([caption for captions in trainer.task.data.prompts.captions for caption in captions])
-    needed: dict[int, float] = defaultdict(float)  # seconds by thread
+    spans: dict[bool, list[tuple[float, float]]] = {}  # of the main thread, and of row threads
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
@@ -78,29 +80,32 @@ def steps(config: Any, lora: bool, rounds: int, device: torch.device) -> tuple[l
             started = time.perf_counter()
             result = function(*arguments, **keywords)
             synchronize(device)
-            needed[get_ident()] += time.perf_counter() - started
+            spans[current_thread() is main_thread()].append((started, time.perf_counter()))
             return result
 
         return call
 
-    trainer.task.network = timed(trainer.task.network)
+    diffusion_task.loss = timed(objective.loss)
     trainer.optimizer.step = timed(trainer.optimizer.step)
-    if trainer.row_threads is None:
-        trainer.accelerator.backward = timed(trainer.accelerator.backward)
-    else:
-        trainer.row_threads.differentiate = timed(trainer.row_threads.differentiate)
-        for layer in trainer.row_threads.layers:  # what is formed once a step is a part of both passes
-            layer.effective_weight = timed(layer.effective_weight)
+    for layer in trainer.row_threads.layers if trainer.row_threads is not None else ():
+        layer.effective_weight = timed(layer.effective_weight)  # formed once a step, for both passes
     whole, parts = [], []
-    with tempfile.TemporaryDirectory() as folder, Records(Path(folder), 1, rounds + 3) as records:
+    timed_passes = {name: timed(getattr(torch.autograd, name)) for name in ("backward", "grad")}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Records(Path(folder), 1, rounds + 3) as records,
+        patch.multiple(torch.autograd, **timed_passes),
+    ):
         for step in range(1, rounds + 4):
-            needed.clear()
+            spans |= {True: [], False: []}
             started = time.perf_counter()
             records.step(trainer.step(step))
             synchronize(device)
             if step > 3:  # the first ones warm up
                 whole.append(time.perf_counter() - started)
-                parts.append(needed.pop(get_ident()) + max(needed.values(), default=0.0))
+                in_rows = (f(times) for f, times in zip((min, max), zip(*spans[False])))
+                first, last = in_rows if spans[False] else (0.0, 0.0)
+                parts.append(last - first + sum(end - start for start, end in spans[True]))
     return whole, parts
 
 

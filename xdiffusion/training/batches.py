@@ -37,6 +37,16 @@ class Rows(NamedTuple):
     std: Float[Tensor, "b C h w"] | None = None
 
 
+class Draws(NamedTuple):
+    """Of a step: which pictures, and uniform numbers for the wording of captions, their dropping, and crops and flips."""
+
+    step: int
+    index: Int[Tensor, " B"]
+    wording: Float[Tensor, " B"]
+    dropped: Float[Tensor, " B"]
+    moves: Float[Tensor, "3 B"]
+
+
 class Part(NamedTuple):
     """x0: (b, C, H, W). captions: b strings. weights: (b,) with mean 1 over the batch, or None for equal ones."""
 
@@ -83,6 +93,7 @@ class Batches:
         self.settings = settings
         self.device = device
         share = settings.batch_size // len(sources)
+        self.drawn = Draws(0, *[torch.empty(0)] * 4)  # no step has the number 0
         self.orders = [_order(s.data, share, settings.seed, k) for k, s in enumerate(sources)]
         decodes = any(s.latents is None and not isinstance(s.data, ImageSet) for s in sources)
         self.read = ReadAhead(self._read) if decodes else self._read
@@ -91,16 +102,24 @@ class Batches:
         """Which pictures step number `step` (from 1) sees, each in its own source."""
         return torch.stack([order.indices(step - 1) for order in self.orders], dim=1).flatten()
 
+    def _drawn(self, step: int) -> Draws:
+        """All that is drawn for a step's batch; its parts, one after the other, share the work."""
+        drawn = self.drawn  # another thread, which reads ahead, may replace it meanwhile
+        if drawn.step != step:
+            size, seed = self.settings.batch_size, self.settings.seed
+            wording, dropped = torch.rand(2, size, generator=generator_at(seed, "captions", step))
+            moves = torch.rand(3, size, generator=generator_at(seed, "moves", step))
+            drawn = self.drawn = Draws(step, self.indices(step), wording, dropped, moves)
+        return drawn
+
     @torch.no_grad()
     def part(self, step: int, part: int, parts: int) -> Part:
         """The part-th of `parts` equal parts of a step's batch."""
-        size, seed = self.settings.batch_size, self.settings.seed
         rows = self._rows(part, parts)
         loaded = self.read(step, part, parts)
         place = torch.cat([given.own for given in loaded]).argsort()
         texts = [text for given in loaded for text in given.captions]
-        _, dropped = torch.rand(2, size, generator=generator_at(seed, "captions", step))
-        empty = (dropped[rows] < self.settings.caption_dropout).tolist()
+        empty = (self._drawn(step).dropped[rows] < self.settings.caption_dropout).tolist()
         captions = ["" if e else texts[i] for e, i in zip(empty, place.tolist())]
         x0 = torch.cat([self._latents(given, step) for given in loaded])[place.to(self.device)]
         return Part(x0, captions, self._weights(rows))
@@ -111,10 +130,8 @@ class Batches:
 
     def _read(self, step: int, part: int, parts: int) -> list[Rows]:
         """The rows of a part from each source that has any, before they are on a device."""
-        size, seed = self.settings.batch_size, self.settings.seed
-        rows, index = self._rows(part, parts), self.indices(step)
-        wording, _ = torch.rand(2, size, generator=generator_at(seed, "captions", step))
-        moves = torch.rand(3, size, generator=generator_at(seed, "moves", step))
+        rows = self._rows(part, parts)
+        _, index, wording, _, moves = self._drawn(step)
         shape = _shape(self.sources[0].data, int(index[0]))
         read = []
         for k, source in enumerate(self.sources):

@@ -45,19 +45,23 @@ class RowThreads:
         """
         with formed_once(self.layers) as weights:
             leaves = [*self.parameters, *weights]
-
-            shares = self.pool.map(lambda i: self.differentiate(loss_of_share(i), leaves), range(self.shares))
-            losses, gradients = zip(*shares)
+            passes = self.pool.map(lambda i: self.differentiate(i, loss_of_share(i), leaves), range(self.shares))
+            losses, (_, *gradients) = zip(*passes)
             list(self.pool.map(lambda i: self.add_up(leaves, gradients, i), range(self.shares)))
         return torch.stack(losses).sum()
 
-    def differentiate(self, loss: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """A share's loss, and its gradient."""
+    def differentiate(
+        self, share: int, loss: Tensor, leaves: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """A share's loss, and its gradient; the first one's is added to the leaves' as it comes."""
+        if share == 0:
+            loss.backward(inputs=leaves)
+            return loss.detach(), ()
         return loss.detach(), torch.autograd.grad(loss, leaves, allow_unused=True)
 
     @torch.no_grad()
     def add_up(self, leaves: Sequence[Tensor], gradients: Sequence[Sequence[Tensor | None]], i: int) -> None:
-        """Add the shares' gradients of every `shares`-th leaf to it, from leaf i on."""
+        """Add the other shares' gradients of every `shares`-th leaf to it, from leaf i on."""
         own = range(i, len(leaves), self.shares)
         begun = [k for k in own if leaves[k].grad is not None]
         for share in gradients:
