@@ -16,7 +16,8 @@ from xdiffusion.build import (
     image_shape,
     load_config,
 )
-from xdiffusion.config import ConfigError, Section, Slot
+from xdiffusion.config import Section, Slot
+from xdiffusion.config_files import ConfigError
 from xdiffusion.data.captions import PROMPT_TABLES
 from xdiffusion.samplers.ddim import sample_ddim
 from xdiffusion.samplers.time_grids import logsnr_times

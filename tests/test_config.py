@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
 from xdiffusion.build import SCHEMA, load_config
-from xdiffusion.config import ConfigError, load_yaml, parse_overrides, resolve, with_overrides
+from xdiffusion.config import resolve, with_overrides
+from xdiffusion.config_files import ConfigError, load_yaml, parse_overrides
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST = "data: {kind: image/digits, image_size: 16}\ndiffusion: {prediction: v}\n"

@@ -10,7 +10,7 @@ from picture_folders import truncate, write_pictures
 from PIL import Image
 
 from xdiffusion.build import build_data, image_shape, load_config
-from xdiffusion.config import ConfigError
+from xdiffusion.config_files import ConfigError
 from xdiffusion.data import image_files
 from xdiffusion.data.image_files import DamagedImage, Picture
 from xdiffusion.data.image_folder import load_image_folder

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from xdiffusion.build import build_model, build_sampling, load_config
 from xdiffusion.checkpoints.files import CheckpointError
 from xdiffusion.checkpoints.native import load_model_file, save_model
-from xdiffusion.config import ConfigError
+from xdiffusion.config_files import ConfigError
 from xdiffusion.loading import check_same_architecture, load_model, load_weights
 from xdiffusion.model import generate, generators_for
 

@@ -17,7 +17,7 @@ from xdiffusion.checkpoints.stable_diffusion import from_original, to_original, 
 from xdiffusion.checkpoints.stable_diffusion_files import PREDICTION_KEY
 from xdiffusion.checkpoints.streaming import StoredTensors
 from xdiffusion.checkpoints.weight_index import read_indexed
-from xdiffusion.config import ConfigError
+from xdiffusion.config_files import ConfigError
 from xdiffusion.loading import STABLE_DIFFUSION, load_model
 
 EXTRA = {  # what original files hold beside the model

@@ -25,7 +25,7 @@ from xdiffusion.build import load_config
 from xdiffusion.checkpoints.files import CheckpointError, load_pickled
 from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
 from xdiffusion.checkpoints.native import load_model_file
-from xdiffusion.config import ConfigError, parse_overrides
+from xdiffusion.config_files import ConfigError, parse_overrides
 from xdiffusion.data.image_files import DamagedImage, Picture
 from xdiffusion.data.torchvision_sets import DatasetUnavailable, load_cifar10
 from xdiffusion.loading import load_model

@@ -17,7 +17,7 @@ from xdiffusion.checkpoints.files import MAX_HEADER_BYTES, CheckpointError, load
 from xdiffusion.checkpoints.native import load_model_file
 from xdiffusion.checkpoints.patterns import is_ending, module_pattern
 from xdiffusion.checkpoints.streaming import StoredTensors
-from xdiffusion.config import ConfigError, load_yaml
+from xdiffusion.config_files import ConfigError, load_yaml
 from xdiffusion.loading import load_model
 from xdiffusion.pictures import read_metadata
 from xdiffusion.training.state import whole_state

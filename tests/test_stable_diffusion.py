@@ -11,7 +11,7 @@ from xdiffusion.checkpoints.files import CheckpointError, save_safetensors
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
 from xdiffusion.checkpoints.stable_diffusion import to_original
-from xdiffusion.config import ConfigError
+from xdiffusion.config_files import ConfigError
 from xdiffusion.diffusion.objective import loss
 from xdiffusion.lora import (
     LoRAError,

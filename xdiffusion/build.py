@@ -13,17 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from xdiffusion.config import (
-    ConfigError,
-    Overlay,
-    Section,
-    Slot,
-    load_yaml,
-    merge,
-    parse_overrides,
-    resolve,
-    with_overrides,
-)
+from xdiffusion.config import Overlay, Section, Slot, resolve, with_overrides
+from xdiffusion.config_files import ConfigError, load_yaml, merge, parse_overrides
 from xdiffusion.signatures import Parameter, signature
 
 if TYPE_CHECKING:

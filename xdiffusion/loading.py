@@ -14,7 +14,8 @@ from torch import Tensor
 from xdiffusion.build import SCHEMA, build_model, image_shape, load_config
 from xdiffusion.checkpoints.files import CheckpointError
 from xdiffusion.checkpoints.native import ModelFile, load_model_file
-from xdiffusion.config import ConfigError, from_mapping, resolve, without_unknown
+from xdiffusion.config import resolve, without_unknown
+from xdiffusion.config_files import ConfigError, from_mapping
 from xdiffusion.model import DiffusionModel
 
 RECORDS = ("training", "optimizer", "checkpoints", "cache", "clip", "lora")  # sections that say how a model was made

@@ -1,0 +1,154 @@
+"""Configs as they are written: YAML files with their bases, `KEY=VALUE` overrides, headers of checkpoints.
+
+A config may be a stranger's, so it is values and nothing else: no tags, no aliases, which multiply, and no `${...}`, which
+reads the environment (docs/security.md).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+MAX_BYTES = 2**16  # of a YAML file; the longest here has 2 kB
+MAX_VALUES = 2_000  # of a config with its bases; ours have 70, and each takes a tenth of a millisecond and more
+MAX_DEPTH = 16  # of sections in sections
+MAX_FILES = 64  # that one file names under base:, and those under theirs
+
+
+class ConfigError(ValueError):
+    """A mistake in a config: what was found, where, and what is allowed."""
+
+
+def load_yaml(path: str | Path) -> DictConfig:
+    """One YAML file on top of the files it names under `base:`.
+
+    Raises:
+        ConfigError: if a file is missing, is no YAML mapping, names itself, or holds more than values.
+    """
+    return merge(str(path), *_layers(Path(path), (), [], count(1)))
+
+
+def _layers(path: Path, readers: tuple[Path, ...], read: list[Path], values: Iterator[int]) -> list[DictConfig]:
+    """A file's bases and itself, in the order in which they are laid over each other.
+
+    Args:
+        readers: the files that led here.
+        read: all that were read.
+        values: counts those of all files.
+    """
+    read.append(path)
+    if path.resolve() in readers:
+        raise ConfigError(f"{path}: reads itself through base:")
+    if len(read) > MAX_FILES:
+        raise ConfigError(f"{read[0]} names more than {MAX_FILES} files through base:")
+    if not path.is_file():
+        raise ConfigError(f"no config file at {path}")
+    try:
+        own = OmegaConf.load(io.StringIO(_plain_yaml(path, values)))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError, OSError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {one_line(error)}") from error
+    if not isinstance(own, DictConfig):
+        raise ConfigError(f"{path} must hold a mapping of sections, not {type(own).__name__}")
+    bases = own.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, Sequence) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: base={bases} must be the path of a YAML file or a list of paths")
+    here = (*readers, path.resolve())
+    return [layer for base in bases for layer in _layers(path.parent / base, here, read, values)] + [own]
+
+
+def _plain_yaml(path: Path, values: Iterator[int]) -> str:
+    """The text of a YAML file whose reading takes no more memory, time or stack than its size lets expect.
+
+    Raises:
+        ValueError, yaml.YAMLError, OSError: if it is none.
+    """
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"it has {path.stat().st_size:,} bytes; allowed are {MAX_BYTES:,}")
+    text, depth = path.read_text(encoding="utf-8"), 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"*{event.anchor}: aliases are not read; use base:")
+        if isinstance(event, yaml.NodeEvent) and next(values) > MAX_VALUES:
+            raise ValueError(f"with its bases, it has more than {MAX_VALUES:,} values")
+        if isinstance(event, yaml.ScalarEvent):
+            check_values(event.value, f"line {event.start_mark.line + 1}")
+    return text
+
+
+def check_values(content: Any, source: str, key: str = "value", depth: int = 0) -> int:
+    """See that a config's mappings and lists hold plain values, and count them.
+
+    Raises:
+        ConfigError: for `${...}`, which OmegaConf would replace by an environment variable or another value, and for
+            nesting or numbers of values without reason.
+    """
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{source}: {key[:40]} is nested more than {MAX_DEPTH} deep")
+    if isinstance(content, str) and "${" in content:
+        raise ConfigError(f"{source}: {key}={content[:80]!r}: a config holds values, nothing in it is replaced")
+    pairs = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    values = 1
+    for name, value in pairs:
+        values += check_values(value, source, f"{key}.{name}" if depth else str(name), depth + 1)
+        if values > MAX_VALUES:
+            raise ConfigError(f"{source}: {key[:40]} has more than {MAX_VALUES:,} values")
+    return values
+
+
+def from_mapping(content: Mapping[str, Any], source: str) -> DictConfig:
+    """A config from the mapping that a checkpoint's header holds.
+
+    Raises:
+        ConfigError: if it holds more than values.
+    """
+    check_values(content, source)
+    try:
+        return OmegaConf.create(dict(content))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {one_line(error)}") from error
+
+
+def merge(source: str, *configs: DictConfig) -> DictConfig:
+    """Later configs on top of earlier ones; `source` is named in errors.
+
+    Raises:
+        ConfigError: where a mapping would be laid over a list, or a list over a mapping.
+    """
+    try:
+        return OmegaConf.merge(*configs)
+    except (OmegaConfBaseException, TypeError) as error:
+        raise ConfigError(f"{source}: {one_line(error)}") from error
+
+
+def parse_overrides(assignments: Sequence[str]) -> DictConfig:
+    """["a.b=c", ...] as a config; values are read as YAML.
+
+    Raises:
+        ConfigError: for an assignment without "=" or with an unreadable value.
+    """
+    overrides = OmegaConf.create()
+    for assignment in assignments:
+        if "=" not in assignment.lstrip("="):
+            raise ConfigError(f"--set {assignment!r} must have the form KEY=VALUE, such as training.batch_size=64")
+        try:
+            overrides.merge_with_dotlist([assignment])
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError, RecursionError) as error:
+            raise ConfigError(f"--set {assignment!r:.200}: {one_line(error)}") from error
+        check_values(OmegaConf.to_container(overrides), "--set")
+    return overrides
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without its line breaks."""
+    return " ".join(str(error).split())
