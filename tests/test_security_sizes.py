@@ -69,7 +69,7 @@ def test_values_of_bases_are_counted_as_often_as_they_are_read(tmp_path):
 def test_bases_are_merged_once(tmp_path, monkeypatch):
     """Not at every level of a chain of bases, or a long one would cost its length squared."""
     merged = []
-    monkeypatch.setattr("xdiffusion.config.merge", lambda source, *configs: merged.append(len(configs)))
+    monkeypatch.setattr("xdiffusion.config_files.merge", lambda source, *configs: merged.append(len(configs)))
     for i in range(30):
         (tmp_path / f"{i}.yaml").write_text(f"base: {i + 1}.yaml\n")
     (tmp_path / "30.yaml").write_text("a: 1\n")
