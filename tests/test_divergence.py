@@ -12,6 +12,7 @@ from tiny import tiny_config, tiny_trainer
 from xdiffusion.training.divergence import LossWatch, TrainingDiverged
 from xdiffusion.training.loop import Trainer
 from xdiffusion.training.records import read_metrics
+from xdiffusion.training.run_record import read_run
 
 
 def test_the_limit_follows_the_median_of_the_last_losses():
@@ -82,3 +83,37 @@ def test_a_run_that_diverges_more_often_than_it_may_stops(tmp_path, bad_noise):
     bad_noise |= {1}
     assert run_script(TRAIN, *COMMON, "--set", "training.rollbacks=1", "--output_path", tmp_path / "once") == 1
     assert run_script(TRAIN, *COMMON, "--set", "training.rollbacks=2", "--output_path", tmp_path / "twice") == 0
+    assert [s["status"] for s in read_run(tmp_path / "twice")["segments"]] == ["finished"]
+    assert read_run(tmp_path / "twice")["segments"][0]["rollbacks"] == 2 * [{"diverged": 4, "to": 2}]
+    reports = [json.loads((tmp_path / "twice" / name).read_text()) for name in ("diverged.json", "diverged-1.json")]
+    assert [report["rollbacks"] for report in reports] == [0, 1]
+
+
+def test_a_checkpoint_from_which_a_run_diverges_again_is_not_good(tmp_path, monkeypatch):
+    """It is left behind for the one before, and its state is renamed: a later resume does not choose it."""
+    backward = Trainer._backward_part
+
+    def part(self, step, *arguments):
+        loss = backward(self, step, *arguments)
+        return loss * torch.nan if step == 5 and self.rollbacks < 2 else loss
+
+    monkeypatch.setattr(Trainer, "_backward_part", part)
+    assert run_script(TRAIN, *COMMON, "--set", "training.rollbacks=2", "--output_path", tmp_path) == 0
+    (segment,) = read_run(tmp_path)["segments"]
+    assert segment["rollbacks"] == [{"diverged": 5, "to": 4}, {"diverged": 5, "to": 2}]
+    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, STEPS + 1))
+
+
+def test_resuming_a_diverged_run_draws_other_noise(tmp_path, bad_noise, capfd):
+    """The command that the error names would else diverge at the same step again."""
+    assert run_script(TRAIN, *COMMON, "--output_path", tmp_path) == 1
+    assert run_script(TRAIN, *COMMON, "--output_path", tmp_path, "--resume_from", "auto") == 0
+    assert "the run diverged after this step before: going on with other noise" in capfd.readouterr().out
+    assert [s["status"] for s in read_run(tmp_path)["segments"]] == ["diverged", "finished"]
+
+
+def test_an_explosion_stops_a_run_by_default():
+    trainer = tiny_trainer(tiny_config())
+    trainer.watch.restore([1e-6] * 50)
+    with pytest.raises(TrainingDiverged, match=r"above 0.001 = training.stop_above times the median"):
+        trainer.step(1)

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,11 @@ from PIL import Image
 from test_resume import COMMON, CONFIG, STEPS
 
 from xdiffusion import build
+from xdiffusion.checkpoints import files, native
+from xdiffusion.checkpoints.files import CheckpointError
 from xdiffusion.data import digits
 from xdiffusion.data.image_set import ImageSet
+from xdiffusion.training import run_record, state
 from xdiffusion.training.records import Records
 from xdiffusion.training.run_record import read_run
 from xdiffusion.training.state import state_path
@@ -135,6 +139,50 @@ def test_a_run_goes_on_from_its_last_good_checkpoint(
     assert run_script(TRAIN, *COMMON, "--output_path", tmp_path, "--resume_from", "auto") == 0
     segment = read_run(tmp_path)["segments"][-1]
     assert (segment["first_step"], segment["last_step"]) == (good + 1, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (ValueError("image/folder: none of the pictures is whole"), 1, "none of the pictures is whole"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "CUDA out of memory"),
+        (MemoryError(), 1, "MemoryError"),
+        (KeyError("a mistake"), None, "a mistake"),
+    ],
+)
+def test_whatever_ends_a_run_the_last_good_checkpoint_is_named(error, status, said, tmp_path, monkeypatch, capfd):
+    """A mistake in the code goes on up, so that its place is seen."""
+    calls, batch = [], ImageSet.batch
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise error
+        return batch(*arguments)
+
+    monkeypatch.setattr(ImageSet, "batch", failing)
+    with pytest.raises(KeyError) if status is None else nullcontext():
+        assert run_script(TRAIN, *COMMON, "--output_path", tmp_path) == status
+    line = next(line for line in capfd.readouterr().err.splitlines() if line.startswith("error: "))
+    assert said in line and f"last good checkpoint: {tmp_path}/diffusion-2.safetensors; to go on" in line
+    assert read_run(tmp_path)["segments"][-1]["status"] == "failed"
+
+
+def test_a_disk_too_full_for_the_record_still_names_the_last_good_checkpoint(tmp_path, monkeypatch, capfd):
+    """All writes fail from step 3 on, run.json's too."""
+    written = files.write_atomically
+
+    def full(path, write):
+        if (tmp_path / "diffusion-2.state.pt").exists():
+            raise CheckpointError(f"cannot write {path}: {FULL}")
+        return written(path, write)
+
+    for module in (files, native, run_record, state):
+        monkeypatch.setattr(module, "write_atomically", full, raising=False)
+    assert run_script(TRAIN, *COMMON, "--output_path", tmp_path) == 1
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert "No space left on device" in line
+    assert f"last good checkpoint: {tmp_path}/diffusion-2.safetensors; to go on from it: python" in line
 
 
 def test_damage_is_named_by_the_command(tmp_path, capfd):

@@ -50,8 +50,12 @@ class LossWatch:
 
 
 def write_report(folder: Path, error: TrainingDiverged) -> Path:
-    """Write diverged.json: the step, its numbers, the losses before it and the indices of its batch."""
-    path = folder / "diverged.json"
+    """Write diverged.json: the step, its numbers, the losses before it and the indices of its batch.
+
+    After N rollbacks it is diverged-N.json.
+    """
+    rollbacks = error.report["rollbacks"]
+    path = folder / (f"diverged-{rollbacks}.json" if rollbacks else "diverged.json")
     text = json.dumps({"reason": str(error)} | error.report, indent=1) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
     return path

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
@@ -21,6 +23,8 @@ from xdiffusion.training.run_record import RunRecord
 from xdiffusion.training.state import RunCheckpoints
 
 OUTPUT_ROOT = Path("output")
+# what may befall a run that is not at fault: diverging, other processes, disks, data, memory
+FAULTS = (TrainingDiverged, LostProcess, OSError, ValueError, MemoryError, torch.OutOfMemoryError)
 Draw = Callable[[Path | None, str], Image.Image]  # (where to write it, title) -> a picture of what the model can
 
 
@@ -68,22 +72,35 @@ def begin(
     return record
 
 
-def go_back(trainer: Trainer, checkpoints: RunCheckpoints, error: TrainingDiverged) -> int:
+def go_back(trainer: Trainer, checkpoints: RunCheckpoints, record: RunRecord, error: TrainingDiverged) -> int:
     """After a divergence, put the last good checkpoint back and choose other noise; returns the next step.
 
+    Where the run has been there already, and has made no newer one since, that may not be good: it goes to the one before, if
+    there is one.
+
     Raises:
-        TrainingDiverged: the same, with diverged.json written, if there is no checkpoint or training.rollbacks are used up.
+        TrainingDiverged: the same, with its report written, if there is no such checkpoint or training.rollbacks are used up.
     """
     checkpoints.finish()
-    if trainer.accelerator.is_main_process:
+    writes = trainer.accelerator.is_main_process
+    if writes:
         write_report(checkpoints.folder, error)
     trainer.accelerator.wait_for_everyone()  # for what the first process was writing
     rollbacks = trainer.rollbacks + 1
-    if rollbacks > trainer.settings.rollbacks or checkpoints.newest() is None:
+    if rollbacks > trainer.settings.rollbacks:
         raise error
-    first_step = 1 + checkpoints.resume(trainer, "auto")
+    been = record.rollbacks[-1]["to"] if record.rollbacks else None
+    newest = checkpoints.newest_step()
+    step = checkpoints.resume(trainer, "auto", before=newest) if newest == been else 0
+    step = step or checkpoints.resume(trainer, "auto")
+    if step == 0:
+        raise error
+    trainer.accelerator.wait_for_everyone()  # before the states of later steps have other names
+    if writes:
+        checkpoints.set_aside(after=step)
+    record.rolled_back(error.report["step"], step)
     trainer.rollbacks = rollbacks
-    return first_step
+    return step + 1
 
 
 def train(
@@ -110,18 +127,19 @@ def train(
     if resume_from:
         print(_where_it_goes_on(first_step, checkpoints.folder, trainer.settings.num_training_steps))
     record = begin(trainer, checkpoints, config, [script, *words], first_step)
+    if record.status_before == "diverged":
+        trainer.rollbacks += 1
+        print("the run diverged after this step before: going on with other noise")
     go_on = resuming_command(script, words, trainer.accelerator.num_processes)
     with Interruption() as interruption:
         try:
             number = take_steps(trainer, checkpoints, draw, record, first_step, interruption)
-        except (TrainingDiverged, LostProcess, CheckpointError, OSError) as error:
-            record.finish("diverged" if isinstance(error, TrainingDiverged) else "failed")
-            newest = checkpoints.newest()
-            print(
-                f"error: training stopped after step {record.last_step}, {' '.join(str(error).split())}; "
-                f"last good checkpoint: {newest or 'none'}" + (f"; to go on from it: {go_on}" if newest else ""),
-                file=sys.stderr,
-            )
+        except Exception as error:
+            with suppress(CheckpointError):  # a full disk holds no record either
+                record.finish("diverged" if isinstance(error, TrainingDiverged) else "failed")
+            print(_why_it_stopped(error, record.last_step, checkpoints, go_on), file=sys.stderr)
+            if not isinstance(error, FAULTS) or os.environ.get("XDIFFUSION_TRACEBACK"):
+                raise  # a mistake in the code, whose place is to be seen
             return 1
     whole = record.last_step == trainer.settings.num_training_steps
     record.finish("finished" if whole or not number else "interrupted")
@@ -129,6 +147,16 @@ def train(
         rest = "the last" if whole else f"to go on: {go_on}"
         print(f"stopped by {signal.Signals(number).name} after step {record.last_step}; {rest}", file=sys.stderr)
     return 128 + number if number else 0
+
+
+def _why_it_stopped(error: Exception, last_step: int, checkpoints: RunCheckpoints, go_on: str) -> str:
+    try:
+        newest = checkpoints.newest()
+    except CheckpointError:  # none is whole
+        newest = None
+    last_good = f"{newest}; to go on from it: {go_on}" if newest else "none"
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f"error: training stopped after step {last_step}, {reason}; last good checkpoint: {last_good}"
 
 
 def _where_it_goes_on(first_step: int, folder: Path, last_step: int) -> str:
@@ -183,7 +211,7 @@ def take_steps(
             try:
                 return fit(trainer, first_step=first_step, signal=lambda: interruption.signal, **callbacks)
             except TrainingDiverged as error:
-                first_step = go_back(trainer, checkpoints, error)
+                first_step = go_back(trainer, checkpoints, record, error)
                 if writes:
                     records.go_back(first_step, f"{error}; going on from step {first_step} with other noise")
             finally:

@@ -39,7 +39,8 @@ class RunRecord:
         processes: that share the batch.
         first_step: of this segment; 1 begins a new record.
 
-    `last_step` is kept up to date by the run; `changes` says how a resumed run differs from its segment before.
+    `last_step` is kept up to date by the run; `changes` says how a resumed run differs from its segment before, and
+    `status_before` how that ended.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class RunRecord:
             "device": device_name(device),
             "processes": processes,
             "threads": torch.get_num_threads(),
+            "rollbacks": [],
         }
         self.content = {
             "config": OmegaConf.to_container(config),
@@ -77,10 +79,22 @@ class RunRecord:
             "segments": [self.segment],
         }
         self.changes: list[str] = []
+        self.status_before: str | None = None
         if self.path and self.path.is_file() and first_step > 1:
             earlier = read_run(folder)
             self.changes = differences(earlier, self.content)
+            self.status_before = earlier["segments"][-1]["status"]
             self.content["segments"] = [*earlier["segments"], self.segment]
+        self._write()
+
+    @property
+    def rollbacks(self) -> list[dict[str, int]]:
+        """Of this segment, in their order: the step that diverged, and the one of the checkpoint it went back to."""
+        return self.segment["rollbacks"]
+
+    def rolled_back(self, diverged: int, to: int) -> None:
+        """Record one."""
+        self.rollbacks.append({"diverged": diverged, "to": to})
         self._write()
 
     def finish(self, status: str) -> None:

@@ -29,7 +29,8 @@ class TrainingSettings:
     compile: torch.compile the network.
     seed: of weights, data order, noise and captions.
     stop_above: stop where a loss is more than this many times the median of the last 100; null lets it.
-    rollbacks: how often a run that diverges returns to its last good checkpoint and goes on with other noise.
+    rollbacks: how often a run that diverges returns to its last good checkpoint and goes on with other noise; where it
+        diverges again before it has a newer one, to the one before.
     """
 
     num_training_steps: int = 10_000
@@ -44,7 +45,7 @@ class TrainingSettings:
     shard_weights: bool = False
     compile: bool = False
     seed: int = 0
-    stop_above: float | None = None
+    stop_above: float | None = 1000.0
     rollbacks: int = 0
 
     def check(self) -> None:

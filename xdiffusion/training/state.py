@@ -10,6 +10,7 @@ written after the weights, so a run that is killed in between leaves no state, o
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -101,18 +102,19 @@ class RunCheckpoints:
         if error is not None:
             raise error
 
-    def resume(self, trainer: Trainer, resume_from: str) -> int:
+    def resume(self, trainer: Trainer, resume_from: str, before: float = math.inf) -> int:
         """Put a saved run back into the trainer; returns its step.
 
         Args:
             trainer: fresh, of the same config, or one that is to go back.
             resume_from: a weights file, or "auto" for the newest whole one of this folder (step 0 where there is none).
+            before: of "auto", a step: only those before it.
 
         Raises:
             CheckpointError: if either file is missing or damaged, or belongs to other weights.
         """
         if resume_from == "auto":
-            found = self._newest_whole()
+            found = self._newest_whole(before)
             if found is None:
                 return 0
             path, state = found
@@ -137,6 +139,11 @@ class RunCheckpoints:
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} does not belong to this run: {error}") from error
 
+    def newest_step(self) -> int:
+        """The step of the newest whole checkpoint; 0 where there is none."""
+        found = self._newest_whole()
+        return int(found[1]["step"]) if found else 0
+
     def newest(self) -> Path | None:
         """The weights file of the newest whole checkpoint."""
         found = self._newest_whole()
@@ -155,9 +162,9 @@ class RunCheckpoints:
             state.replace(state.with_name(state.name + SET_ASIDE))
         return later
 
-    def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
-        """Weights and state of the highest step that is whole; damaged ones above it are named on stderr."""
-        steps = self._steps()
+    def _newest_whole(self, before: float = math.inf) -> tuple[Path, dict[str, Any]] | None:
+        """Weights and state of the highest step before that which is whole; damaged ones above it are named on stderr."""
+        steps = [step for step in self._steps() if step < before]
         for step in reversed(steps):
             try:
                 return self.path(step), whole_state(self.path(step))
