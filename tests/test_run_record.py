@@ -2,12 +2,15 @@
 
 import json
 import subprocess
+from functools import partial
 
 import pytest
 import torch
+from picture_folders import write_pictures
 from tiny import tiny_config, tiny_images
 
 from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.data.image_folder import load_image_folder
 from xdiffusion.data.image_set import invert
 from xdiffusion.training.run_record import (
     RunRecord,
@@ -99,6 +102,12 @@ def test_the_commit_and_whether_files_differ_from_it(tmp_path):
     assert (len(state["commit"]), state["dirty"]) == (40, False)
     (tmp_path / "a").write_text("2")
     assert git_state(tmp_path) == state | {"dirty": True}
+    (tmp_path / "a").write_text("1")
+    (tmp_path / "notes").write_text("not a source")
+    assert git_state(tmp_path) == state
+    (tmp_path / "xdiffusion").mkdir()
+    (tmp_path / "xdiffusion/extra.py").touch()
+    assert git_state(tmp_path) == state | {"dirty": True}
 
 
 def test_a_fingerprint_is_of_pixels_and_labels():
@@ -106,6 +115,17 @@ def test_a_fingerprint_is_of_pixels_and_labels():
     assert data_fingerprint(data) == data_fingerprint(tiny_images()) != data_fingerprint(tiny_images(seed=1))
     data.train.labels[0] += 1
     assert data_fingerprint(data) != data_fingerprint(tiny_images())
+
+
+def test_a_fingerprint_of_pictures_is_of_their_files_too(tmp_path):
+    write_pictures(tmp_path, [(16, 16)] * 2, ["a", "b"])
+    load = partial(load_image_folder, 16, str(tmp_path), bucket_multiple=16)
+    before = data_fingerprint(load())
+    assert data_fingerprint(load()) == before
+    path = sorted(tmp_path.glob("*.png"))[0]
+    content = path.read_bytes()
+    path.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])  # the same length
+    assert data_fingerprint(load()) != before
 
 
 def test_small_parts():

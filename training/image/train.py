@@ -172,13 +172,11 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
     print(describe_model(model))
 
     trainer = Trainer(DiffusionTask(model, data, config, class_images=class_images), force_cpu=args.force_cpu)
-    if adapts:
-        files = AdapterWeights(config, base_hash) if args.use_lora_training else TokenWeights(config)
-    else:
-        files = ModelWeights(config)
+    kind = AdapterWeights if args.use_lora_training else TokenWeights if adapts else ModelWeights
+    checkpoints = RunCheckpoints(folder, kind(config, base_hash))
     draw = partial(draw_samples, model, data.prompts, sampling)
     command = {"script": SCRIPT, "words": words, "resume_from": args.resume_from}
-    status = train(trainer, RunCheckpoints(folder, files), config, draw, **command)
+    status = train(trainer, checkpoints, config, draw, **command)
     assert not adapts or content_hash(model.base_weights()) == frozen_hash, "an adapter changed its frozen base"
     return status
 

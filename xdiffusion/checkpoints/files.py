@@ -52,11 +52,23 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes a private file
         temporary.replace(path)
+        _flush_names(path.parent)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save's errors are RuntimeErrors
         raise CheckpointError(f"cannot write {path}: {error}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _flush_names(folder: Path) -> None:
+    """See that a renaming outlives a power failure, too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network disks know no such thing
+        pass
+    finally:
+        os.close(descriptor)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -7,6 +7,7 @@ pass goes on, FSDP too (see `sharded_weights`); parameters outside the network (
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -124,7 +125,9 @@ def noticing_lost_processes() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-            reason = str(error).strip().splitlines()[0]
+            reason = re.sub(
+                r"^\[.*?\] *", "", str(error).strip().splitlines()[0]
+            )  # gloo begins with its own source's path
             raise LostProcess(f"another process of this run is gone or cannot be reached ({reason})") from error
         raise
 

@@ -64,7 +64,9 @@ def begin(
         if checkpoints.path(first_step - 1).is_file():
             checkpoints.rotate()  # what a run that was killed had not come to
     device, processes = trainer.accelerator.device, trainer.accelerator.num_processes
-    record = RunRecord(folder if writes else None, config, command, trainer.task.data, device, processes, first_step)
+    base_hash = checkpoints.files.base_hash
+    place = folder if writes else None
+    record = RunRecord(place, config, command, trainer.task.data, device, processes, first_step, base_hash)
     for change in record.changes:
         print(f"resumed under other conditions: {change}", file=sys.stderr)
     if writes:

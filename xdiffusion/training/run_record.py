@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import platform
 import resource
@@ -22,6 +24,8 @@ from xdiffusion.data.image_set import ImageSet
 from xdiffusion.data.shards import Shards
 
 FILE = "run.json"
+END_BYTES = 4096
+SOURCES = ("xdiffusion", "training", "sampling", "configs")  # an untracked file here may be part of what runs
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("xdiffusion", "torch", "accelerate", "numpy", "safetensors", "omegaconf", "open_clip_torch", "torchvision")
 
@@ -38,6 +42,7 @@ class RunRecord:
         data, device: trained on.
         processes: that share the batch.
         first_step: of this segment; 1 begins a new record.
+        base_hash: of what an adapter is trained on.
 
     `last_step` is kept up to date by the run; `changes` says how a resumed run differs from its segment before, and
     `status_before` how that ended.
@@ -52,6 +57,7 @@ class RunRecord:
         device: torch.device,
         processes: int,
         first_step: int,
+        base_hash: str | None = None,
     ):
         self.path = folder / FILE if folder else None
         self.device = device
@@ -76,6 +82,7 @@ class RunRecord:
             "config": OmegaConf.to_container(config),
             "seeds": {"training": config.training.seed},
             "data": {"name": data.name, "fingerprint": data_fingerprint(data)},
+            "base": base_hash,
             "segments": [self.segment],
         }
         self.changes: list[str] = []
@@ -147,6 +154,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for name, a, b in (
         ("", flat(before["config"]), flat(now["config"])),
         ("data.", before.get("data", {}), now["data"]),
+        ("", {"base": before.get("base")}, {"base": now.get("base")}),
         ("version of ", before["segments"][-1].get("packages", {}), now["segments"][-1]["packages"]),
     ):
         keys = [*a, *(key for key in b if key not in a)]
@@ -155,14 +163,17 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """The commit, and whether tracked files differ from it; None outside a repository or without git."""
+    """The commit, and whether tracked files differ from it, or sources are not tracked; None outside a repository or without
+    git."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True, timeout=10)
         return done.stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        untracked = git("ls-files", "--others", "--exclude-standard", "--", *SOURCES)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed or untracked)}
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -179,15 +190,26 @@ def package_versions() -> dict[str, str | None]:
 
 
 def data_fingerprint(data: Any) -> str:
-    """A hash of all training images and labels; of a collection that is read step by step, of its names and captions; of
-    shards, of their names and sizes."""
+    """A hash of all training images and labels; of a collection that is read step by step, of its names, captions, and of each
+    picture's length and both ends; of shards, of their names, lengths and both ends."""
     if isinstance(data, ImageSet):
         return content_hash({"images": data.train.images, "labels": data.train.labels})
     if isinstance(data, Shards):
-        text = json.dumps([[shard.name, shard.stat().st_size] for shard in data.shards])
+        text = json.dumps([[shard.name, _ends(shard.open("rb"))] for shard in data.shards])
     else:
-        text = json.dumps([[picture.name for picture in data.pictures], data.captions])
+        text = json.dumps([[[picture.name, _ends(picture.open())] for picture in data.pictures], data.captions])
     return content_hash({"text": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)})
+
+
+def _ends(stream: io.BufferedIOBase) -> str:
+    """A hash of a file's length, first and last bytes: of a million pictures nobody wants to read more at every start."""
+    with stream as file:
+        length = file.seek(0, io.SEEK_END)
+        ends = []
+        for start in (0, max(0, length - END_BYTES)):
+            file.seek(start)
+            ends.append(file.read(END_BYTES))
+    return hashlib.blake2b(b"|".join([str(length).encode(), *ends]), digest_size=8).hexdigest()
 
 
 def device_name(device: torch.device) -> str:

@@ -32,6 +32,7 @@ class WeightsFiles(ABC):
 
     Args:
         config: resolved; saved in every file.
+        base_hash: of the frozen base of an adapter; None of others.
 
     Attributes:
         prefix, suffix: a step's file is <prefix>-<step><suffix>.safetensors.
@@ -40,8 +41,9 @@ class WeightsFiles(ABC):
     prefix = "diffusion"
     suffix = ""
 
-    def __init__(self, config: DictConfig):
+    def __init__(self, config: DictConfig, base_hash: str | None = None):
         self.config: dict[str, Any] = OmegaConf.to_container(config)
+        self.base_hash = base_hash
 
     @abstractmethod
     def save(self, model: nn.Module, path: Path, step: int, writes: bool) -> Callable[[], None]:
@@ -74,16 +76,9 @@ class AdapterWeights(WeightsFiles):
     """A LoRA, with the learned words beside it, if any: diffusion-N-lora.safetensors.
 
     Of a latent diffusion model it is also written in the forms that other tools read.
-
-    Args:
-        base_hash: of the frozen base.
     """
 
     suffix = "-lora"
-
-    def __init__(self, config: DictConfig, base_hash: str):
-        super().__init__(config)
-        self.base_hash = base_hash
 
     def save(self, model: DiffusionModel, path: Path, step: int, writes: bool) -> Callable[[], None]:
         if writes:  # small: written here and now
