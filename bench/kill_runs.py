@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from xdiffusion.cli import REPOSITORY, positive_int, run
+from xdiffusion.cli import REPOSITORY, Parser, positive_int, run
 
 CONFIG = REPOSITORY / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
 STEPS = 8
@@ -40,7 +40,7 @@ TINY = [
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--kills", type=positive_int, default=200, metavar="N", help="over both runs (200)")
     parser.add_argument("--threads", type=positive_int, default=1, metavar="N", help="of torch in each run (1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments")

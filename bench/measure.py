@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from xdiffusion.cli import positive_int
+from xdiffusion.cli import Parser, positive_int
 
 Timer = Callable[[], float]
 BOUNDS = {"<=": operator.le, ">=": operator.ge}
@@ -30,7 +30,7 @@ BOUNDS = {"<=": operator.le, ">=": operator.ge}
 
 def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
     """The flags that every benchmark has; `rounds` is the default of --rounds."""
-    flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = Parser(description)
     flags.add_argument(
         "--rounds", type=positive_int, default=rounds, metavar="N", help=f"measurements of each side ({rounds})"
     )

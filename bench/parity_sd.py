@@ -44,7 +44,7 @@ from xdiffusion.checkpoints.diffusers_folder import (
     text_encoder_settings,
     unet_settings,
 )
-from xdiffusion.cli import positive_int, run
+from xdiffusion.cli import Parser, positive_int, run
 from xdiffusion.loading import STABLE_DIFFUSION
 from xdiffusion.model import DiffusionModel, generate, generators_for
 
@@ -55,7 +55,7 @@ PROMPTS, CFG_SCALE = ["a fox in the snow"], 7.5
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--size", nargs="+", choices=tuple(TOLERANCE), default=["tiny"], help="of the models (tiny)")
     add("--model", nargs="+", choices=tuple(CONFIGS), default=list(CONFIGS), help="which models (all)")

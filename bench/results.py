@@ -34,7 +34,7 @@ from torch import nn
 from xdiffusion.build import build_data, build_sampling, load_config, override
 from xdiffusion.checkpoints.files import load_safetensors, save_safetensors, write_atomically
 from xdiffusion.checkpoints.lora_formats import read_lora
-from xdiffusion.cli import REPOSITORY, call_script, positive_int, run
+from xdiffusion.cli import REPOSITORY, Parser, call_script, positive_int, run
 from xdiffusion.data.image_set import ImageSet, invert
 from xdiffusion.loading import load_model
 from xdiffusion.model import DiffusionModel
@@ -317,7 +317,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--data_dir", nargs="*", default=[], metavar="DIR", help="folders that torchvision's MNIST reads")
     add("--seeds", type=positive_int, default=3, metavar="N", help="runs of each side, seeds 0 to N - 1 (3)")

@@ -39,5 +39,5 @@ def set_words(overrides: list[str]) -> list[str]:
 
 
 def files_in(folder: Path) -> set[str]:
-    """The files below a folder, relative to it."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    """The files below a folder and the folders without any, relative to it."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() or not any(path.iterdir())}

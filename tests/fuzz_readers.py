@@ -27,7 +27,7 @@ from typing import Any
 
 from hostile_files import READERS, Reader, mutated
 
-from xdiffusion.cli import REPOSITORY, positive_int, run
+from xdiffusion.cli import REPOSITORY, Parser, positive_int, run
 
 sys.path.append(str(REPOSITORY / "bench"))
 from measure import peak_resident
@@ -37,7 +37,7 @@ MEMORY = 256 * 2**20
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--files", type=positive_int, default=10_000, metavar="N", help="per reader (10000)")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="leave out N that a run before did (0)")
     parser.add_argument("--seconds", type=positive_int, metavar="S", help="stop a reader after S seconds")

@@ -199,7 +199,7 @@ def test_interpolations_are_refused(write):
         ),
         ("data.kind=image/digit", "data.kind='image/digit' is unknown, did you mean image/digits?"),
         ("data.kind=_inverted", "data.kind='_inverted' is unknown"),
-        ("data.kind=image/x", "(each also with _inverted)"),
+        ("data.kind=image/x", "(image/digits, image/mnist, image/fashion_mnist, image/cifar10 also with _inverted)"),
         ("data.kind=null", "data.kind is missing; allowed: image/digits, image/mnist"),
         ("data.image_size=null", "data.image_size=None must be int"),
         ("lora.training.num_steps=3", "lora.training.num_steps is unknown, did you mean num_training_steps?"),

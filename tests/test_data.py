@@ -322,6 +322,7 @@ def test_an_unreachable_network_fails_fast_and_says_what_to_do(load, before, tmp
         assert socket.getdefaulttimeout() == before
     finally:
         socket.setdefaulttimeout(outside)
+    assert list(tmp_path.iterdir()) == []  # no empty folders of what was not downloaded
     assert 1 <= len(timeouts) <= 4  # a few mirrors at most, each waited for this long:
     assert set(timeouts) == {SECONDS_WITHOUT_ANSWER}
     assert SECONDS_WITHOUT_ANSWER <= 5

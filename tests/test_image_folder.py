@@ -259,5 +259,5 @@ def test_the_config_names_a_folder(tmp_path):
     assert image_shape(config) == (3, 16, 16) and build_data(config).flip
     with pytest.raises(ConfigError, match=r"data: image/folder needs .*--data_dir FOLDER"):
         build_data(load_config(path))
-    with pytest.raises(ConfigError, match="only sets with classes have an inverted style"):
+    with pytest.raises(ConfigError, match=r"image/folder_inverted' is unknown.*image/cifar10 also with _inverted"):
         build_data(load_config(path, [f"data.data_dir={tmp_path / 'set'}", "data.kind=image/folder_inverted"]))

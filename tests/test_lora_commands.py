@@ -267,7 +267,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(files, capsys, line, message):
 )
 def test_words_that_are_no_command_are_refused(line, capsys):
     assert command(line) == 2
-    assert capsys.readouterr().err.startswith("usage: lora")
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.endswith(" (--help lists the flags)\n") and err.count("\n") == 1
 
 
 # --- sampling ---

@@ -211,7 +211,31 @@ def test_a_name_that_the_model_has_is_refused_before_anything_changes(tmp_path):
     save_lora_weights(adapted(MIXED), tmp_path / "lora.safetensors")
     target = model()
     apply_lora_to_model(target, 1, 1.0, 0.0, ["2"])  # "0" comes first in the file, and is free
-    assert_refused(target, tmp_path / "lora.safetensors", "2 has an adapter named 'default' already")
+    with torch.no_grad():
+        target[2].lora_B["default"].fill_(1.0)
+    said = r"2 has an adapter named 'default' already: take it away with remove_lora\(model, 'default'\), or choose another"
+    assert_refused(target, tmp_path / "lora.safetensors", said)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_an_adapter_that_has_learned_nothing_takes_a_file_in(rank, tmp_path):
+    """As in apply, then load; where the ranks agree an optimizer still knows the factors."""
+    saved = adapted(MIXED)
+    save_lora_weights(saved, tmp_path / "lora.safetensors")
+    target = apply_lora_to_model(model(), rank, 1.0, 0.0, ["2"])
+    before = target[2].lora_A["default"]
+    load_lora_weights(target, tmp_path / "lora.safetensors")
+    assert torch.equal(output(target), output(saved))
+    assert (target[2].lora_A["default"] is before) == (rank == 1)
+
+
+def test_a_name_with_pt_is_written_and_read_as_safetensors(tmp_path):
+    written = save_lora_weights(adapted(MIXED), tmp_path / "my_lora_weights.pt")
+    assert written == tmp_path / "my_lora_weights.safetensors"
+    assert list(tmp_path.iterdir()) == [written]
+    target = model()
+    load_lora_weights(target, tmp_path / "my_lora_weights.pt")
+    assert torch.equal(output(target), output(adapted(MIXED)))
 
 
 def test_another_base_is_refused_where_both_are_known(tmp_path):

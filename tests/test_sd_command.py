@@ -82,7 +82,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(name, work_folder, capsys):
     ):
         assert command(line) == 2
         assert message in capsys.readouterr().err
-    assert files_in(work_folder) == {"model.safetensors"}
+    assert files_in(work_folder) == {"model.safetensors", "folder"}
 
 
 def test_a_model_that_the_layouts_have_no_words_for_is_refused(tiny_run, work_folder, capsys):

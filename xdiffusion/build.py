@@ -64,13 +64,14 @@ TIME_GRIDS = {
     "timesteps": "xdiffusion.samplers.time_grids:timestep_times",
 }
 INVERTED = "_inverted"
+WITH_CLASSES = ("image/digits", "image/mnist", "image/fashion_mnist", "image/cifar10")
 MAX_PARAMETERS = 3_000  # weight tensors of a model that is read from a file; Stable Diffusion has 1,200
 _PRETRAINED = Parameter("pretrained", ast.parse("str | None", mode="eval").body, "tiny")
 _LEARNING_RATE = Parameter("learning_rate", ast.parse("float | None", mode="eval").body, None)
 _SAMPLER_ARGUMENTS = frozenset({"denoiser", "x_T", "times", "generator", "on_step"})
 
 SCHEMA = {
-    "data": Slot(DATASETS, injected=frozenset({"seed"}), suffix=INVERTED),
+    "data": Slot(DATASETS, injected=frozenset({"seed"}), suffix=INVERTED, with_suffix=WITH_CLASSES),
     "model": Section(
         "xdiffusion.model:DiffusionModel",
         injected=frozenset({"network", "text_encoder", "autoencoder", "schedule", "prediction", "image_shape"}),
@@ -154,16 +155,14 @@ def build_data(config: DictConfig) -> ImageSet | CaptionedImages | Shards:
     """The images of `data:`; a kind with the suffix `_inverted` is the inverted style of the set before it.
 
     Raises:
-        ConfigError: if they are not there, or have no inverted style.
+        ConfigError: if they are not there.
     """
-    from xdiffusion.data.image_set import ImageSet, invert
+    from xdiffusion.data.image_set import invert
 
     kind = config.data.kind
     target = DATASETS[kind.removesuffix(INVERTED)]
     seed = {"seed": config.training.seed} if "seed" in signature(target) else {}
     images = _construct(target, config.data, "data", **seed)
-    if kind.endswith(INVERTED) and not isinstance(images, ImageSet):
-        raise ConfigError(f"data.kind={kind!r}: only sets with classes have an inverted style")
     return invert(images) if kind.endswith(INVERTED) else images
 
 
@@ -201,6 +200,11 @@ def _build_model(config: DictConfig, schedule: Schedule) -> DiffusionModel:
         in_channels=autoencoder.latent_channels,
         context_dim=text_encoder.width,
     )
+    given = parts.network.out_channels
+    if given not in (None, autoencoder.latent_channels):
+        raise ConfigError(
+            f"model.network.out_channels={given} must be null or {autoencoder.latent_channels}, as many as what is denoised has"
+        )
     with _named("model.network"):
         return DiffusionModel(
             network, text_encoder, autoencoder, schedule, config.diffusion.prediction, shape, parts.channels_last

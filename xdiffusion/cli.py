@@ -14,8 +14,9 @@ import runpy
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 USAGE_ERROR = 2
@@ -42,6 +43,17 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
     except BrokenPipeError:  # the reader of the output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it flushes at its end
         return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's flags; its help shows the text as written, and an error is one line, as all errors are."""
+
+    def __init__(self, description: str | None = None, **settings: Any):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
+        sys.exit(USAGE_ERROR)
 
 
 def call_script(script: str, *arguments: object) -> str:
@@ -109,6 +121,18 @@ def overrides_from_flags(args: argparse.Namespace, keys: dict[str, str]) -> list
     given = {key: getattr(args, flag) for flag, key in keys.items()}
     # quoted, because YAML reads a bare `no` as false and a folder `2024` as a number
     return [*args.set, *(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)]
+
+
+@contextlib.contextmanager
+def naming_flags(args: argparse.Namespace, keys: dict[str, str]) -> Iterator[None]:
+    """What is said in this block of a config key that a flag has set also names the flag, which the user has typed."""
+    try:
+        yield
+    except ValueError as error:
+        flags = [flag for flag, key in keys.items() if getattr(args, flag) is not None and key in str(error)]
+        if not flags:
+            raise
+        raise type(error)(f"--{flags[0]} {getattr(args, flags[0])}: {error}") from error
 
 
 def sampling_overrides(args: argparse.Namespace, keys: dict[str, str]) -> list[str]:

@@ -9,7 +9,7 @@ resolved config in a checkpoint stays true when a default changes.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +48,8 @@ class Slot:
         injected: keywords that the program fills in and a YAML may not.
         extra: keys of the slot itself beside the target's, by name.
         default: kind where the slot is left out; None means it must be given.
-        suffix: a suffix that any kind may carry (`_inverted`).
+        suffix: a suffix that some kinds may carry (`_inverted`).
+        with_suffix: these kinds.
     """
 
     kinds: Mapping[str, str]
@@ -56,6 +57,7 @@ class Slot:
     extra: Mapping[str, Parameter] = field(default_factory=dict)
     default: str | None = None
     suffix: str = ""
+    with_suffix: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -159,9 +161,10 @@ def _resolve_slot(given: Any, slot: Slot, where: str) -> dict[str, Any]:
     kind = given.get("kind", slot.default)
     if kind is None:
         raise ConfigError(f"{where}kind is missing; allowed: {', '.join(slot.kinds)}")
-    plain_kind = str(kind).removesuffix(slot.suffix) if slot.suffix else kind
+    plain_kind = str(kind).removesuffix(slot.suffix)
+    plain_kind = plain_kind if plain_kind in slot.with_suffix else kind
     if not isinstance(kind, str) or plain_kind not in slot.kinds:
-        suffix = f" (each also with {slot.suffix})" if slot.suffix else ""
+        suffix = f" ({', '.join(slot.with_suffix)} also with {slot.suffix})" if slot.suffix else ""
         raise ConfigError(
             f"{where}kind={kind!r} is unknown{_nearest(kind, slot.kinds)}; allowed: {', '.join(slot.kinds)}{suffix}"
         )

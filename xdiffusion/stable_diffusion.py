@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from xdiffusion.build import build_sampling, override
-from xdiffusion.checkpoints.files import PICKLED, SAFETENSORS, content_hash
+from xdiffusion.checkpoints.files import content_hash
 from xdiffusion.loading import load_model
 from xdiffusion.lora.adapters import remove_lora, set_lora_scale, swap_lora
 from xdiffusion.lora.inject import apply_lora_to_model, lora_layers
@@ -93,11 +93,9 @@ def save_models_lora(models: Models, path: str | Path) -> Path:
     Raises:
         LoRAError: if no part has a LoRA.
     """
-    path = Path(path)
-    path = path.with_suffix(SAFETENSORS) if path.suffix in PICKLED else path
     base_hash = content_hash(models["model"].base_weights())
-    save_lora_weights(models["model"], path, base_hash=base_hash, config=OmegaConf.to_container(models["config"]))
-    return path
+    config = OmegaConf.to_container(models["config"])
+    return save_lora_weights(models["model"], path, base_hash=base_hash, config=config)
 
 
 def load_lora_into_models(

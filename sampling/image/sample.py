@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xdiffusion.cli import SAMPLING_FLAGS, add_model_flags, positive_int, run, sampling_overrides
+from xdiffusion.cli import SAMPLING_FLAGS, Parser, add_model_flags, positive_int, run, sampling_overrides
 
 if TYPE_CHECKING:
     import torch
@@ -31,9 +31,7 @@ PAIRED_SCALES = (0.5, 1.0)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__, allow_abbrev=False)
     add_model_flags(parser)
     add_flags(parser)
     words, output_path = with_recipe(sys.argv[1:] if argv is None else argv)

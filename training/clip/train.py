@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from xdiffusion.cli import overrides_from_flags, positive_int, run
+from xdiffusion.cli import Parser, naming_flags, overrides_from_flags, positive_int, run
 
 SCRIPT = "training/clip/train.py"
 FLAG_KEYS = {
@@ -29,7 +29,7 @@ FLAG_KEYS = {
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--config_path", required=True, metavar="YAML", help="a config whose model.text_encoder is of kind clip")
     add("--dataset_name", metavar="NAME", help="image/digits, image/mnist, image/fashion_mnist or image/cifar10")
@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     from xdiffusion.build import build_data, build_fresh_text_encoder, clip_config, load_config
 
-    config = clip_config(load_config(args.config_path, overrides_from_flags(args, FLAG_KEYS)))
+    with naming_flags(args, FLAG_KEYS):
+        config = clip_config(load_config(args.config_path, overrides_from_flags(args, FLAG_KEYS)))
     if config.model.text_encoder.kind != "clip":
         raise ValueError(
             f"model.text_encoder.kind={config.model.text_encoder.kind}: only a text encoder of kind clip is trained here"

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xdiffusion.cli import REPOSITORY, call_script, positive_int, run
+from xdiffusion.cli import REPOSITORY, Parser, call_script, positive_int, run
 
 CONFIG = REPOSITORY / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
 LORA_PLUS_RATIO = 4
@@ -31,7 +31,7 @@ SCORES = {"gap_closed": "gap closed", "prompt_accuracy": "prompt accuracy", "byt
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="FILE", help="the base, a model of training/image/train.py")
     add("--config_path", default=CONFIG, metavar="YAML", help="of the base; its section lora: is the recipe (digits)")

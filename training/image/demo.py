@@ -16,13 +16,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from xdiffusion.cli import REPOSITORY, call_script, positive_int, run
+from xdiffusion.cli import REPOSITORY, Parser, call_script, positive_int, run
 
 CONFIG = REPOSITORY / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--output_path", type=Path, default=Path("output/demo"), metavar="DIR", help="default: output/demo")
     add(

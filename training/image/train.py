@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from xdiffusion.cli import overrides_from_flags, positive_int, run
+from xdiffusion.cli import Parser, naming_flags, overrides_from_flags, positive_int, run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +36,7 @@ FLAG_KEYS = {
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--config_path", required=True, metavar="YAML", help="the config; every flag below beats it")
     add(
@@ -95,8 +95,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     from xdiffusion.build import build_model, load_config
+    from xdiffusion.training.settings import check_settings
 
-    config = load_config(args.config_path, overrides_from_flags(args, FLAG_KEYS), args.use_lora_training)
+    with naming_flags(args, FLAG_KEYS):
+        config = load_config(args.config_path, overrides_from_flags(args, FLAG_KEYS), args.use_lora_training)
+        check_settings(config)
     adapts = args.use_lora_training or "textual_inversion" in config
     if adapts and not (args.load_model_weights_from_checkpoint or args.dry_run):
         what = "--use_lora_training" if args.use_lora_training else "textual_inversion:"
@@ -105,10 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from xdiffusion.training.processes import LostProcess, leaving_together, noticing_lost_processes
-    from xdiffusion.training.settings import check_settings
     from xdiffusion.training.trainable import describe_model, make_trainable
 
-    check_settings(config)
     torch.manual_seed(config.training.seed)
     if args.dry_run:
         model = build_model(config, without_weights=True)

@@ -55,6 +55,11 @@ class KLAutoencoder(nn.Module):
         norm_groups: int = 32,
     ):
         super().__init__()
+        if min([norm_groups, latent_channels, num_res_blocks, *widths]) < 1:
+            raise ValueError(
+                f"widths={list(widths)}, norm_groups={norm_groups}, latent_channels={latent_channels} and "
+                f"num_res_blocks={num_res_blocks} must be at least 1"
+            )
         for width in widths:
             if width % norm_groups:
                 raise ValueError(f"norm_groups={norm_groups} does not divide the level width {width}")

@@ -85,7 +85,9 @@ def load_model_file(path: Path, ema: bool = False) -> ModelFile:
     stored = StoredTensors(path)
     tensors, metadata = dict(stored), stored.metadata
     if metadata.get("format") == LORA_FORMAT or any(".lora_" in name for name in tensors):
-        raise CheckpointError(f"{path} is a LoRA; it goes to --lora_path, and its base model to --checkpoint")
+        raise CheckpointError(
+            f"{path} is a LoRA, not a model: sample.py takes it as --lora_path, beside its base model"
+        )
     with reading_header(path):
         config = json.loads(metadata["config"]) if "config" in metadata else None
         shape = tuple(json.loads(metadata["image_shape"])) if "image_shape" in metadata else None

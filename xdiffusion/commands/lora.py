@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from xdiffusion.cli import positive_int, run
+from xdiffusion.cli import Parser, positive_int, run
 
 FORMATS = "native, kohya, diffusers, diffusers-sd15, peft (a folder), cloneofsimo, cloneofsimo-pt, positional"
 BASE_HELP = (
@@ -44,9 +44,7 @@ def share(text: str) -> float:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__, prog="lora")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(handler: Callable[[argparse.Namespace], None], description: str) -> argparse.ArgumentParser:

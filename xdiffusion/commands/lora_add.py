@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xdiffusion.cli import positive_int, run
+from xdiffusion.cli import Parser, positive_int, run
 
 if TYPE_CHECKING:
     from xdiffusion.checkpoints.lora_file import LoRAFile
@@ -38,12 +38,7 @@ MODES = ("lpl", "upl", "ljl", "upl-ckpt-v2")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lora_add",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="lora_add [options] [PATH_1 PATH_2 OUTPUT [ALPHA [MODE]]]",
-    )
+    parser = Parser(__doc__, prog="lora_add", usage="lora_add [options] [PATH_1 PATH_2 OUTPUT [ALPHA [MODE]]]")
     add = parser.add_argument
     add("words", nargs="*", help=argparse.SUPPRESS)
     add("--path_1", metavar="PATH", help="the model (upl) or the first LoRA")

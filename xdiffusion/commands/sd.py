@@ -15,16 +15,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from xdiffusion.cli import run
+from xdiffusion.cli import Parser, run
 
 LAYOUTS = ("original", "diffusers", "native")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="sd", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__, prog="sd")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     description = "write a model in another layout, with the same weights"
     convert = commands.add_parser("convert", help=description, description=description)

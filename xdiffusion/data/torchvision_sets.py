@@ -6,6 +6,7 @@ Each is read into one uint8 tensor and resized once, by the antialiased bilinear
 from __future__ import annotations
 
 import socket
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,9 @@ def _load(name: str, torchvision_name: str, image_size: int, data_dir: str | Non
         with _network_timeout():
             train, test = (read(root, train=train, download=data_dir is None) for train in (True, False))
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200] or "damaged files"
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...") or "damaged files"
+        if data_dir is None:
+            _remove_empty(root)
         where = f"cannot be read from --data_dir {root}" if data_dir else "cannot be downloaded"
         raise DatasetUnavailable(
             f"{name} {where} ({reason}). Point --data_dir at a folder that "
@@ -69,6 +72,13 @@ def _load(name: str, torchvision_name: str, image_size: int, data_dir: str | Non
             "which needs no download"
         ) from error
     return ImageSet(name, _split(train, image_size), _split(test, image_size), PROMPT_TABLES[name])
+
+
+def _remove_empty(folder: Path) -> None:
+    """Take away the folders without files that a failed download leaves, this one and those above it included."""
+    for place in (*sorted(folder.rglob("*"), reverse=True), folder, folder.parent):
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
 
 
 def _split(dataset, image_size: int) -> Split:

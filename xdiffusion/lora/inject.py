@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -68,8 +69,9 @@ def apply_lora_to_model(
     alphas = _by_pattern(names, alpha, alpha_pattern, "alpha_pattern")
     for name in names:
         check_adapter(model, [name], ranks[name], dropout, adapter_name, init)
-    if init == "pissa" and min(alphas.values()) <= 0:
-        raise LoRAError(f"init='pissa' needs a lora_alpha above 0, not {min(alphas.values()):g}")
+    for name, lora_alpha in alphas.items():
+        if not math.isfinite(lora_alpha) or lora_alpha == 0 or (init == "pissa" and lora_alpha < 0):
+            raise LoRAError(f"lora_alpha={lora_alpha} of {name} must be a number above 0")
     model.requires_grad_(False)
     variant = {"use_rslora": use_rslora, "use_dora": use_dora, "init": init}
     for name, layer in lora_layers_at(model, names).items():
@@ -163,7 +165,10 @@ def check_adapter(
         if hasattr(layer, "merged_from"):
             raise LoRAError(f"{name} is merged: call unmerge_lora_weights before adding an adapter")
         if adapter_name in getattr(layer, "adapters", ()):
-            raise LoRAError(f"{name} has an adapter named {adapter_name!r} already")
+            raise LoRAError(
+                f"{name} has an adapter named {adapter_name!r} already: take it away with "
+                f"remove_lora(model, {adapter_name!r}), or choose another adapter_name"
+            )
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
             raise LoRAError(

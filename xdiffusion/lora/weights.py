@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from xdiffusion.checkpoints.component_names import component_of, exchange_name
+from xdiffusion.checkpoints.files import PICKLED, SAFETENSORS, weights_file
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import LayerTable, read_lora, write_lora
 from xdiffusion.checkpoints.lora_formats.factors import fitted
@@ -59,8 +60,13 @@ def save_lora_weights(
     config: Mapping[str, Any] | None = None,
     step: int = 0,
     tokens: Mapping[str, torch.Tensor] | None = None,
-) -> None:
+) -> Path:
     """Write the factors of one adapter, by module name, with their lora_alpha, and learned tokens, in our format.
+
+    Where a path ends in .pt, .safetensors takes its place, as everywhere here; reading takes that for it too.
+
+    Returns:
+        The path of the file.
 
     Raises:
         LoRAError: if no layer of the model has that adapter.
@@ -71,7 +77,9 @@ def save_lora_weights(
     if not modules:
         raise LoRAError(f"{type(model).__name__} has no LoRA adapter named {adapter_name!r} to save")
     lora = LoRAFile(modules, tokens=tokens or {}, base_hash=base_hash, config=config, step=step)
-    write_lora(lora, Path(path), "native")
+    path = Path(path).with_suffix(SAFETENSORS) if Path(path).suffix in PICKLED else Path(path)
+    write_lora(lora, path, "native")
+    return path
 
 
 def load_lora_weights(
@@ -84,6 +92,8 @@ def load_lora_weights(
 ) -> LoadReport:
     """Give `model` the adapter in a file, wrapping the layers it names; nothing is changed where this fails.
 
+    An adapter of that name which changes nothing yet, as `apply_lora_to_model` makes it, takes the file's factors in.
+
     Args:
         model: any module that has the layers. Stable Diffusion's are found in our spelling, in diffusers' (a UNet alone,
             or nn.ModuleDict(unet=pipe.unet, text_encoder=pipe.text_encoder)) and in transformers'.
@@ -95,9 +105,10 @@ def load_lora_weights(
     Raises:
         CheckpointError: if the file is missing, damaged, or of no known format.
         LoRAError: if nothing or not everything matches, a factor is of a wrong shape or not finite, the update is zero,
-            the model has an adapter of that name, or the file was trained on another base.
+            the model has an adapter of that name that changes something, or the file was trained on another base.
     """
-    lora = read_lora(Path(path), LayerTable.of(model))
+    path = weights_file(path)
+    lora = read_lora(path, LayerTable.of(model))
     if base_hash and lora.base_hash and base_hash != lora.base_hash:
         raise LoRAError(f"{path} was trained on another base: it names {lora.base_hash}, this model is {base_hash}")
     modules, left_out = _by_own_names(model, lora.modules, path)
@@ -174,7 +185,9 @@ def _checked(
         tensors = (factors.lora_A, factors.lora_B, factors.magnitude)
         if not all(tensor.isfinite().all() for tensor in tensors if tensor is not None):
             raise LoRAError(f"{path}: the factors of {name} are not finite")
-        check_adapter(model, [name], factors.rank, 0.0, adapter_name)
+        layer = model.get_submodule(name)
+        if adapter_name not in getattr(layer, "adapters", ()) or layer.delta(adapter_name).any():
+            check_adapter(model, [name], factors.rank, 0.0, adapter_name)
     if not any(f.lora_B.any() or f.magnitude is not None for f in checked.values()):
         raise LoRAError(f"{path}: every lora_B is zero, so it would change nothing")
     return checked

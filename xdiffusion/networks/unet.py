@@ -70,8 +70,10 @@ class UNet(nn.Module):
         qk_norm: bool = False,
     ):
         super().__init__()
-        if num_res_blocks > MAX_RES_BLOCKS:
-            raise ValueError(f"num_res_blocks={num_res_blocks} must be at most {MAX_RES_BLOCKS}")
+        if not 1 <= num_res_blocks <= MAX_RES_BLOCKS:
+            raise ValueError(f"num_res_blocks={num_res_blocks} must be in 1..{MAX_RES_BLOCKS}")
+        if patch_size < 1 or ff_mult < 0:
+            raise ValueError(f"patch_size={patch_size} must be at least 1, ff_mult={ff_mult} at least 0")
         _check_widths(channels, transformer_depth, head_dim, num_heads, norm_groups)
         self.patch_size = patch_size
         self.gradient_checkpointing = False
@@ -220,6 +222,12 @@ def _check_widths(channels, transformer_depth, head_dim, num_heads, norm_groups)
         )
     if (head_dim is None) == (num_heads is None):
         raise ValueError(f"give either head_dim or num_heads, not head_dim={head_dim} and num_heads={num_heads}")
+    heads = {"head_dim": head_dim} if num_heads is None else {"num_heads": num_heads}
+    for name, value in (heads | {"norm_groups": norm_groups, "channels": min(channels)}).items():
+        if value < 1:
+            raise ValueError(f"{name}={list(channels) if name == 'channels' else value} must be at least 1")
+    if min(transformer_depth) < 0:
+        raise ValueError(f"transformer_depth={list(transformer_depth)} must be at least 0")
     for width in channels:
         if width % (head_dim or num_heads):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Ancestral sampling ([DDPM] algorithm 2): draw each x_s from the Gaussian posterior q(x_s | xt, x0)."""
+"""Ancestral sampling ([DDPM] algorithm 2): draw the next xt from the Gaussian posterior q(x_next | xt, x0)."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def sample_ancestral(
     if variance not in ("posterior", "beta"):
         raise ValueError(f"variance={variance!r} is unknown; allowed: posterior, beta")
     xt = x_T
-    for i, (t, s) in enumerate(zip(times[:-1], times[1:])):
+    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
         alpha_t, sigma_t = denoiser.schedule.alpha_sigma(t)
-        alpha_s, sigma_s = denoiser.schedule.alpha_sigma(s)
+        alpha_next, sigma_next = denoiser.schedule.alpha_sigma(t_next)
         x0 = denoiser(xt, t)
-        # q(xt | x_s) = N(ratio x_s, beta): eq. 2 for a step of any length
-        ratio = alpha_t / alpha_s
+        # q(xt | x_next) = N(ratio x_next, beta): eq. 2 for a step of any length
+        ratio = alpha_t / alpha_next
         beta = 1 - ratio**2
-        xt = (alpha_s * beta * x0 + ratio * sigma_s**2 * xt) / sigma_t**2  # eq. 7, mean
+        xt = (alpha_next * beta * x0 + ratio * sigma_next**2 * xt) / sigma_t**2  # eq. 7, mean
         if i < len(times) - 2:
-            noise_variance = beta if variance == "beta" else beta * sigma_s**2 / sigma_t**2  # eq. 7, beta tilde
+            noise_variance = beta if variance == "beta" else beta * sigma_next**2 / sigma_t**2  # eq. 7, beta tilde
             xt = xt + noise_variance.sqrt() * fresh_noise(xt, generator)
         if on_step is not None:
             on_step(i, xt, x0)

@@ -29,15 +29,20 @@ def sample_ddim(
         eta: share of the DDPM noise put back at each step, in [0, 1].
         generator: needed where eta > 0.
         on_step: called as on_step(i, xt, x0) after each step.
+
+    Raises:
+        ValueError: if eta is not in [0, 1], or above 0 without a generator.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta} must be in [0, 1]: 0 is deterministic, 1 has DDPM's noise")
     xt = x_T
-    for i, (t, s) in enumerate(zip(times[:-1], times[1:])):
+    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
         alpha_t, sigma_t = denoiser.schedule.alpha_sigma(t)
-        alpha_s, sigma_s = denoiser.schedule.alpha_sigma(s)
+        alpha_next, sigma_next = denoiser.schedule.alpha_sigma(t_next)
         x0 = denoiser(xt, t)
         eps = eps_of_x0(x0, xt, alpha_t, sigma_t)
-        noise_std = eta * (sigma_s / sigma_t) * (1 - (alpha_t / alpha_s) ** 2).sqrt()  # eq. 16
-        xt = alpha_s * x0 + (sigma_s**2 - noise_std**2).sqrt() * eps  # eq. 12
+        noise_std = eta * (sigma_next / sigma_t) * (1 - (alpha_t / alpha_next) ** 2).sqrt()  # eq. 16
+        xt = alpha_next * x0 + (sigma_next**2 - noise_std**2).sqrt() * eps  # eq. 12
         if noise_std > 0:
             xt = xt + noise_std * fresh_noise(xt, generator)
         if on_step is not None:

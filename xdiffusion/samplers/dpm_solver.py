@@ -29,16 +29,16 @@ def sample_dpm_solver(
     """
     xt = x_T
     x0_last = h_last = None
-    for i, (t, s) in enumerate(zip(times[:-1], times[1:])):
+    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
         _, sigma_t = denoiser.schedule.alpha_sigma(t)
-        alpha_s, sigma_s = denoiser.schedule.alpha_sigma(s)
-        h = (denoiser.schedule.logsnr(s) - denoiser.schedule.logsnr(t)) / 2  # lambda = logsnr / 2
+        alpha_next, sigma_next = denoiser.schedule.alpha_sigma(t_next)
+        h = (denoiser.schedule.logsnr(t_next) - denoiser.schedule.logsnr(t)) / 2  # lambda = logsnr / 2
         x0 = denoiser(xt, t)
         direction = x0
         if x0_last is not None and i < len(times) - 2:
             r = h_last / h
             direction = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_last  # D_i, line 9
-        xt = (sigma_s / sigma_t) * xt - alpha_s * torch.expm1(-h) * direction  # line 10
+        xt = (sigma_next / sigma_t) * xt - alpha_next * torch.expm1(-h) * direction  # line 10
         x0_last, h_last = x0, h
         if on_step is not None:
             on_step(i, xt, x0)

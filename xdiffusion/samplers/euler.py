@@ -1,9 +1,9 @@
 """Euler's method on the probability-flow ODE in EDM coordinates ([EDM] eq. 1), plain and ancestral ([KDiff]).
 
-With y = xt / alpha and s = sigma / alpha the ODE is dy/ds = (y - x0(y, s)) / s. The ancestral form steps below the next
-noise level and climbs back to it with fresh noise, so that the sample's noise level is right and its noise is new:
+With y = xt / alpha and level = sigma / alpha, [EDM]'s sigma, the ODE is dy/dlevel = (y - x0) / level. The ancestral form
+steps below the next level and climbs back to it with fresh noise, so that the sample's level is right and its noise is new:
 
-    s_up^2 = s_next^2 (s^2 - s_next^2) / s^2,    s_down^2 = s_next^2 - s_up^2 = s_next^4 / s^2
+    up^2 = next^2 (level^2 - next^2) / level^2,    down^2 = next^2 - up^2 = next^4 / level^2
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def sample_euler(
         on_step: called as on_step(i, xt, x0) after each step.
     """
     xt = x_T
-    for i, (t, u) in enumerate(zip(times[:-1], times[1:])):
+    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
         alpha_t, sigma_t = denoiser.schedule.alpha_sigma(t)
-        alpha_u, sigma_u = denoiser.schedule.alpha_sigma(u)
-        level_t, level_u = sigma_t / alpha_t, sigma_u / alpha_u
+        alpha_next, sigma_next = denoiser.schedule.alpha_sigma(t_next)
+        level_t, level_next = sigma_t / alpha_t, sigma_next / alpha_next
         x0 = denoiser(xt, t)
         y = xt / alpha_t
         slope = (y - x0) / level_t  # [EDM] algorithm 1, line 4
-        xt = alpha_u * (y + (level_u - level_t) * slope)  # line 5
+        xt = alpha_next * (y + (level_next - level_t) * slope)  # line 5
         if on_step is not None:
             on_step(i, xt, x0)
     return xt
@@ -69,19 +69,19 @@ def sample_euler_ancestral(
         ValueError: if the generator is missing.
     """
     xt = x_T
-    for i, (t, u) in enumerate(zip(times[:-1], times[1:])):
+    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
         alpha_t, sigma_t = denoiser.schedule.alpha_sigma(t)
-        alpha_u, sigma_u = denoiser.schedule.alpha_sigma(u)
-        level_t, level_u = sigma_t / alpha_t, sigma_u / alpha_u
-        level_up = level_u * (1 - (level_u / level_t) ** 2).sqrt()
-        level_down = level_u**2 / level_t
+        alpha_next, sigma_next = denoiser.schedule.alpha_sigma(t_next)
+        level_t, level_next = sigma_t / alpha_t, sigma_next / alpha_next
+        level_up = level_next * (1 - (level_next / level_t) ** 2).sqrt()
+        level_down = level_next**2 / level_t
         x0 = denoiser(xt, t)
         y = xt / alpha_t
         slope = (y - x0) / level_t
         y = y + (level_down - level_t) * slope
         if level_up > 0:
             y = y + level_up * fresh_noise(xt, generator)
-        xt = alpha_u * y
+        xt = alpha_next * y
         if on_step is not None:
             on_step(i, xt, x0)
     return xt

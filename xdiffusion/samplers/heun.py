@@ -1,6 +1,6 @@
 """Heun's second-order method on the probability-flow ODE in EDM coordinates ([EDM] algorithm 1).
 
-With y = xt / alpha and s = sigma / alpha the ODE is dy/ds = (y - x0(y, s)) / s ([EDM] eq. 1 with sigma(t) = t).
+With y = xt / alpha and level = sigma / alpha, [EDM]'s sigma, the ODE is dy/dlevel = (y - x0) / level (eq. 1 with sigma(t) = t).
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ def sample_heun(
         on_step: called as on_step(i, xt, x0) after each step.
     """
     xt = x_T
-    for i, (t, u) in enumerate(zip(times[:-1], times[1:])):
+    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
         alpha_t, sigma_t = denoiser.schedule.alpha_sigma(t)
-        alpha_u, sigma_u = denoiser.schedule.alpha_sigma(u)
-        level_t, level_u = sigma_t / alpha_t, sigma_u / alpha_u
+        alpha_next, sigma_next = denoiser.schedule.alpha_sigma(t_next)
+        level_t, level_next = sigma_t / alpha_t, sigma_next / alpha_next
         x0 = denoiser(xt, t)
         y = xt / alpha_t
         slope = (y - x0) / level_t  # line 4
-        y_next = y + (level_u - level_t) * slope  # line 5, Euler
+        y_next = y + (level_next - level_t) * slope  # line 5, Euler
         if i < len(times) - 2:
-            slope_next = (y_next - denoiser(alpha_u * y_next, u)) / level_u  # line 7
-            y_next = y + (level_u - level_t) * (slope + slope_next) / 2  # line 8, trapezoid
-        xt = alpha_u * y_next
+            slope_next = (y_next - denoiser(alpha_next * y_next, t_next)) / level_next  # line 7
+            y_next = y + (level_next - level_t) * (slope + slope_next) / 2  # line 8, trapezoid
+        xt = alpha_next * y_next
         if on_step is not None:
             on_step(i, xt, x0)
     return xt

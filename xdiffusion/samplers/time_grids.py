@@ -18,7 +18,12 @@ MAX_STEPS = 100_000
 
 
 def uniform_times(schedule: Schedule, steps: int, t_max: float = 1.0) -> Float[Tensor, " n"]:
-    """Equally spaced in t: the natural grid of the cosine schedule, and "trailing" spacing on a beta table."""
+    """Equally spaced in t: the natural grid of the cosine schedule, and "trailing" spacing on a beta table.
+
+    Raises:
+        ValueError: if t_max is not in (0, 1].
+    """
+    _check_start(t_max)
     return torch.linspace(t_max, 0, _checked(steps) + 1, dtype=torch.float64)
 
 
@@ -28,9 +33,17 @@ def logsnr_times(
     """Equally spaced in log-SNR from `t_max` (or logsnr_min, if that is later) to logsnr_max, then 0 ([DPM++] section 5).
 
     Where the schedule's data end, t = 0, is no cleaner than logsnr_max, the even spacing goes on to that end.
+
+    Raises:
+        ValueError: if t_max is not in (0, 1], or the grid would not rise from its start to logsnr_max.
     """
+    _check_start(t_max)
     start, end = schedule.logsnr(torch.tensor([t_max, 0.0], dtype=torch.float64)).tolist()
     start = max(start, logsnr_min)
+    if not start < min(end, logsnr_max):
+        raise ValueError(
+            f"logsnr_max={logsnr_max} must be above {start:.4g}, where t_max={t_max} and logsnr_min={logsnr_min} begin"
+        )
     if end <= logsnr_max:
         return schedule.time_of_logsnr(torch.linspace(start, end, _checked(steps) + 1, dtype=torch.float64))
     logsnr = torch.linspace(start, logsnr_max, _checked(steps), dtype=torch.float64)
@@ -40,12 +53,20 @@ def logsnr_times(
 def karras_times(
     schedule: Schedule, steps: int, sigma_max: float = 80.0, sigma_min: float = 0.02, rho: float = 7.0
 ) -> Float[Tensor, " n"]:
-    """Noise levels s_i = sigma / alpha spaced evenly in s^(1/rho) ([EDM] eq. 5), then 0.
+    """Levels sigma / alpha spaced evenly in level^(1/rho) ([EDM] eq. 5), then 0.
 
     The levels stay inside those that the schedule trains on: for Stable Diffusion 14.6 down to 0.029.
+
+    Raises:
+        ValueError: unless 0 < sigma_min < sigma_max, also within those levels, and rho > 0.
     """
     trained = schedule.training_time(torch.tensor([1.0, 0.0], dtype=torch.float64))
     highest, lowest = (-0.5 * schedule.logsnr(trained)).exp().tolist()
+    if not (0 < sigma_min < sigma_max and max(sigma_min, lowest) < min(sigma_max, highest) and rho > 0):
+        raise ValueError(
+            f"sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}: need 0 < sigma_min < sigma_max and rho > 0, and levels "
+            f"between {lowest:.4g} and {highest:.4g}, which the schedule has"
+        )
     sigma_max, sigma_min = min(sigma_max, highest), max(sigma_min, lowest)
     ramp = torch.linspace(0, 1, _checked(steps), dtype=torch.float64)
     levels = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
@@ -103,6 +124,11 @@ def timestep_times(
             f"timestep {top} to {'the first' if last == 'first' else 'clean data'}"
         )
     return times
+
+
+def _check_start(t_max: float) -> None:
+    if not 0 < t_max <= 1:
+        raise ValueError(f"t_max={t_max} must be above 0 and at most 1")
 
 
 def _checked(steps: int) -> int:

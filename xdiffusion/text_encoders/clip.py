@@ -39,7 +39,7 @@ class CLIPTextEncoder(nn.Module):
         pad_with_end_token: pad prompts with the end token (Stable Diffusion 1.x) instead of 0 (open_clip, 2.x).
 
     Raises:
-        ValueError: for a clip_skip that is not in 1..layers.
+        ValueError: for sizes that no transformer has, or a clip_skip that is not in 1..layers.
     """
 
     def __init__(
@@ -55,6 +55,10 @@ class CLIPTextEncoder(nn.Module):
         pad_with_end_token: bool = False,
     ):
         super().__init__()
+        sizes = {"width": (width, 1), "layers": (layers, 0), "heads": (heads, 1), "context_length": (context_length, 3)}
+        for name, (value, least) in (sizes | {"embed_dim": (width if embed_dim is None else embed_dim, 1)}).items():
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
         self.pad_token = END_TOKEN if pad_with_end_token else 0
         self.context_length = context_length
         self.width = width
