@@ -100,6 +100,9 @@ def test_files_functions_and_constructors_stay_small(path):
             if node.name == "__init__":
                 count = len(node.args.args) - 1 + len(node.args.kwonlyargs)
                 assert count <= 15, f"{count} arguments"
+        if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+            count = sum(isinstance(statement, ast.AnnAssign) for statement in node.body)
+            assert count <= 15, f"{node.name} has {count} fields"
 
 
 @pytest.mark.parametrize("path", package_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -110,6 +113,11 @@ def test_every_paper_key_is_in_the_references(path):
         ast.get_docstring(n) or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, documented)
     ]
     assert set(re.findall(r"\[([A-Z]\w+\+*)\]", "\n".join(docstrings))) <= known
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda p: p.name)
+def test_tests_are_read_in_one_sitting_too(path):
+    assert len(path.read_text().splitlines()) <= 350
 
 
 def test_names_that_say_nothing_are_not_used():

@@ -111,6 +111,20 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
 
 
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that trains."""
+    add = parser.add_argument
+    setting = "set any config key, such as optimizer.learning_rate=1e-3; repeatable"
+    add("--config_path", required=True, metavar="YAML", help="the config; every flag below beats it")
+    add("--num_training_steps", type=positive_int, metavar="N", help="optimizer steps")
+    add("--save_and_sample_every_n", type=positive_int, metavar="N", help="steps between checkpoints with a picture")
+    add("--resume_from", metavar="FILE", help="continue a run from one of its checkpoints, or 'auto' from its newest")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="autocast; what is trained stays float32")
+    add("--force_cpu", action="store_true", help="do not use a GPU that is there")
+    add("--seed", type=int, metavar="N", help="of weights, data order, noise and captions")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
+
+
 def overrides_from_flags(args: argparse.Namespace, keys: dict[str, str]) -> list[str]:
     """`--set` assignments, then the flags that were given, as KEY=VALUE; a flag beats the config and `--set`.
 

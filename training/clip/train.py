@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from xdiffusion.cli import Parser, naming_flags, overrides_from_flags, positive_int, run
+from xdiffusion.cli import Parser, add_run_flags, naming_flags, overrides_from_flags, positive_int, run
 
 SCRIPT = "training/clip/train.py"
 FLAG_KEYS = {
@@ -30,27 +30,14 @@ FLAG_KEYS = {
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
+    add_run_flags(parser)
     add = parser.add_argument
-    add("--config_path", required=True, metavar="YAML", help="a config whose model.text_encoder is of kind clip")
     add("--dataset_name", metavar="NAME", help="image/digits, image/mnist, image/fashion_mnist or image/cifar10")
     add("--data_dir", metavar="DIR", help="an existing copy of the data set; without it, it is downloaded")
     add(
         "--output_path", metavar="FILE", help="a .safetensors file; default: where training/image/train.py looks for it"
     )
-    add("--num_training_steps", type=positive_int, metavar="N", help="optimizer steps")
     add("--batch_size", type=positive_int, metavar="N", help="pairs per step, a multiple of the number of classes")
-    add("--save_and_sample_every_n", type=positive_int, metavar="N", help="steps between checkpoints with a picture")
-    add("--resume_from", metavar="FILE", help="continue a run from one of its checkpoints, or 'auto' from its newest")
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="autocast; what is trained stays float32")
-    add("--force_cpu", action="store_true", help="do not use a GPU that is there")
-    add("--seed", type=int, metavar="N", help="of weights and pairs")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="set any config key, such as clip.optimizer.learning_rate=2e-3; repeatable",
-    )
     return parser.parse_args(argv)
 
 

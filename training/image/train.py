@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from xdiffusion.cli import Parser, naming_flags, overrides_from_flags, positive_int, run
+from xdiffusion.cli import Parser, add_run_flags, naming_flags, overrides_from_flags, positive_int, run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,13 +37,13 @@ FLAG_KEYS = {
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
+    add_run_flags(parser)
     add = parser.add_argument
-    add("--config_path", required=True, metavar="YAML", help="the config; every flag below beats it")
     add(
         "--dataset_name",
         metavar="NAME",
-        help="image/digits, image/mnist, image/fashion_mnist, image/cifar10, or one with _inverted; image/folder; "
-        "image/shards",
+        help="image/digits, image/mnist, image/fashion_mnist, image/cifar10, or one with _inverted; image/folder, "
+        "image/hugging_face, image/shards",
     )
     add(
         "--data_dir",
@@ -55,18 +55,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="folder of the run; default output/<dataset>/<config name>, a LoRA's in lora/ below it",
     )
-    add("--num_training_steps", type=positive_int, metavar="N", help="optimizer steps")
     add("--batch_size", type=positive_int, metavar="N", help="images per step")
-    add(
-        "--save_and_sample_every_n", type=positive_int, metavar="N", help="steps between checkpoints with a sample grid"
-    )
     add(
         "--load_model_weights_from_checkpoint",
         metavar="FILE",
         help="start from these weights; with --use_lora_training the frozen base",
     )
-    add("--resume_from", metavar="FILE", help="continue a run from one of its checkpoints, or 'auto' from its newest")
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="autocast; what is trained stays float32")
     add(
         "--use_lora_training",
         action="store_true",
@@ -79,15 +73,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="guidance in the sample grids (sampling.cfg_scale)",
     )
     add("--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile the network")
-    add("--force_cpu", action="store_true", help="do not use a GPU that is there")
-    add("--seed", type=int, metavar="N", help="of weights, data order, noise and captions")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="set any config key, such as optimizer.learning_rate=1e-3; repeatable",
-    )
     add("--dry_run", action="store_true", help="print the resolved config and the parameter counts, and stop")
     return parser.parse_args(argv)
 
