@@ -8,9 +8,12 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from lora_cases import factors
 from picture_folders import write_discs
 from sd_files import write_native
 
+from xdiffusion.checkpoints.lora_file import LoRAFile
+from xdiffusion.checkpoints.lora_formats import sd_layer_table, write_lora
 from xdiffusion.cli import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +49,7 @@ SHORT = {
     "xdiffusion.commands.lora_add": [],
     "xdiffusion.commands.sd": [],
 }
+INSTALLED = ("lora", "lora_add", "sd")
 STABLE_DIFFUSION = "v1-5-pruned-emaonly.safetensors"
 
 
@@ -62,6 +66,8 @@ def shortened(command: str) -> tuple[str, list[str]]:
     command = re.sub(r"diffusion-\d+", f"diffusion-{FEW_STEPS}", command)
     words = shlex.split(re.sub(r"(configs/image/sd/|image/folder/)(sd\w+)", r"\1\2_tiny", command))
     python, script, *arguments = [word for word in words if word != "-m"]
+    if python in INSTALLED:
+        return f"xdiffusion.commands.{python}", [script, *arguments]
     assert python == "python"
     arguments += SHORT[script]
     if "mnist" in command and script == "training/image/train.py":
@@ -79,6 +85,14 @@ def main_of(script: str):
 def link_repository(folder: Path) -> None:
     for name in ("training", "sampling", "configs"):
         (folder / name).symlink_to(ROOT / name)
+
+
+def write_loras(folder: Path) -> None:
+    """LoRAs of two layers of Stable Diffusion 1.5 under the names that documents speak of."""
+    layers = [name for name in sd_layer_table("sd15") if name.endswith("down_blocks.0.attentions.0.proj_in")]
+    for seed, name in enumerate(("style", "ink")):
+        modules = {layer: factors(sd_layer_table("sd15")[layer], seed=seed) for layer in layers}
+        write_lora(LoRAFile(modules), folder / f"{name}.safetensors", "kohya")
 
 
 def write_stable_diffusion(folder: Path) -> None:
@@ -100,6 +114,8 @@ def test_every_command_of_a_document_runs(document, tmp_path, monkeypatch, fake_
     monkeypatch.chdir(tmp_path)
     if STABLE_DIFFUSION in document.read_text():
         write_stable_diffusion(tmp_path)
+    if "lora inspect style.safetensors" in commands(document):
+        write_loras(tmp_path)
     # a few steps leave lora_B and the un-averaged weights near zero, not at it
     assert commands(document)
     for command in commands(document):
