@@ -39,13 +39,17 @@ def test_killed_runs_lose_nothing_but_the_steps_since(monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("script", [TRAIN, TRAIN_CLIP])
-def test_a_signal_before_the_first_step_is_one_line(script, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_is_one_line(script, number, tmp_path, monkeypatch, capfd):
     """Within the data's loading, as a key that is pressed there would be."""
-    monkeypatch.setattr(digits, "_draw", lambda *_: signal.raise_signal(signal.SIGINT), raising=True)
+    monkeypatch.setattr(digits, "_draw", lambda *_: signal.raise_signal(number), raising=True)
     file = tmp_path / "clip.safetensors"
     words = ["--config_path", CONFIG, *set_words(["model.text_encoder.pretrained=tiny", "data.image_size=12"])]
-    assert run_script(script, *words, "--output_path", file if script == TRAIN_CLIP else tmp_path / "run") == 130
-    assert capfd.readouterr().err.splitlines() == ["stopped by SIGINT"]
+    assert (
+        run_script(script, *words, "--output_path", file if script == TRAIN_CLIP else tmp_path / "run") == 128 + number
+    )
+    assert capfd.readouterr().err.splitlines() == [f"stopped by {number.name}"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert not file.exists()
 
 

@@ -14,6 +14,7 @@ import runpy
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,18 +32,41 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
         # OpenMP's threads spin while they wait; by default so long that another busy process makes a step 20 times slower
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     try:
-        return main(argv) or 0
+        with _terminating():
+            return main(argv) or 0
     except ValueError as error:
         if os.environ.get("XDIFFUSION_TRACEBACK"):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR
-    except KeyboardInterrupt:  # a training takes the signal itself from its first step on: training/interruption.py
-        print("stopped by SIGINT", file=sys.stderr)
-        return 128 + signal.SIGINT
+    except (KeyboardInterrupt, _Terminated) as stop:  # a training takes both itself from its first step on
+        number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
+        print(f"stopped by {number.name}", file=sys.stderr)
+        return 128 + number
     except BrokenPipeError:  # the reader of the output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it flushes at its end
         return 0
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as KeyboardInterrupt is SIGINT."""
+
+
+@contextlib.contextmanager
+def _terminating() -> Iterator[None]:
+    """Within this block SIGTERM is raised, so that a command can say that it was stopped, and clean up."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield  # a script that another one calls, or somebody else's handler
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Parser(argparse.ArgumentParser):
