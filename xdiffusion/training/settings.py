@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -177,5 +177,5 @@ def check_ranges(
         if value is not None and not (at_least <= value <= at_most and above < value < below):
             bounds = {"at least": at_least, "at most": at_most, "above": above, "below": below}
             allowed = " and ".join(f"{name} {bound}" for name, bound in bounds.items() if math.isfinite(bound))
-            or_null = ", or null" if getattr(type(settings), key) is None else ""
+            or_null = ", or null" if type(None) in get_args(get_type_hints(type(settings))[key]) else ""
             raise ValueError(f"{section}.{key}={value} must be {allowed}{or_null}")
