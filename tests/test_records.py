@@ -1,5 +1,6 @@
 """What a run leaves to read: metrics.jsonl, TensorBoard and the loss curve, also after a resume."""
 
+import itertools
 import json
 import math
 
@@ -41,6 +42,13 @@ def test_a_run_leaves_its_record(tmp_path):
     with Image.open(tmp_path / "loss.png") as picture:
         assert picture.format == "PNG"
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 10  # lines and text, not an empty page
+
+
+def test_a_log_file_is_not_filled_with_bars(tmp_path, monkeypatch, capsys):
+    moment = itertools.count()
+    monkeypatch.setattr("tqdm.std.time", lambda: float(next(moment)))
+    record(tmp_path, 1, 100)
+    assert 2 <= capsys.readouterr().err.count("step/s") < 20
 
 
 def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +32,14 @@ class Records:
         self.folder = folder
         self.metrics_path = folder / "metrics.jsonl"
         self._open(first_step)
-        self.bar = tqdm(total=last_step, initial=first_step - 1, unit="step", dynamic_ncols=True, desc=folder.name)
+        self.bar = tqdm(
+            total=last_step,
+            initial=first_step - 1,
+            unit="step",
+            desc=folder.name,
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds: a log file is not filled with bars
+        )
 
     def _open(self, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
