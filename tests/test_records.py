@@ -48,7 +48,7 @@ def test_a_log_file_is_not_filled_with_bars(tmp_path, monkeypatch, capsys):
     moment = itertools.count()
     monkeypatch.setattr("tqdm.std.time", lambda: float(next(moment)))
     record(tmp_path, 1, 100)
-    assert 2 <= capsys.readouterr().err.count("step/s") < 20
+    assert 3 <= capsys.readouterr().err.count("100 [") < 10
 
 
 def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
