@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import random
+import re
 import runpy
 import subprocess
 from functools import partial
@@ -78,6 +79,13 @@ def test_damage_is_read_or_is_a_value_error(name, seed, whole_folder):
 
 
 # --- code ---
+
+
+def test_nothing_here_unpickles():
+    """Neither Python's unpickler nor torch's: `checkpoints/pickles.py` reads pickles as data."""
+    sources = [p for folder in ("xdiffusion", "training", "sampling") for p in (ROOT / folder).rglob("*.py")]
+    calls = re.compile(r"torch\.load\(|pickle\.(loads?|_?Unpickler)\b|allow_pickle|torch\.jit\.load")
+    assert [str(p) for p in sources if calls.search(p.read_text())] == []
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.ckpt", "a.bin"])

@@ -1,7 +1,7 @@
 """Writing and reading weight files: whole or not at all, and never by running what is in them.
 
 Every write goes to a temporary file beside the target, is flushed to the disk, and is renamed over the target, so a
-killed run leaves the last good file. Weights are safetensors; `.pt` and `.ckpt` files are read with weights_only=True.
+killed run leaves the last good file. Weights are safetensors; what is pickled in a `.pt` or `.ckpt` is read as data.
 A file takes no more memory than its own size lets expect, whatever its header says (docs/security.md).
 """
 
@@ -11,23 +11,22 @@ import hashlib
 import os
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from xdiffusion.checkpoints.trainer_objects import as_nothing
+from xdiffusion.checkpoints.torch_files import read_torch_file
 
 SAFETENSORS = ".safetensors"
 PICKLED = (".pt", ".ckpt", ".bin", ".pth")
 MAX_HEADER_BYTES = 8 * 2**20  # of a safetensors file; that of Stable Diffusion 1.5 has 0.15 MB
 MAX_VALUES = 100_000  # in a pickled file, as often as they are named; Stable Diffusion's trainer state has 10,000
+MAX_DEPTH = 100  # of values in values
 MAX_SHARING = 4  # what all tensors of a pickled file claim, over what it stores
 
 
@@ -127,36 +126,24 @@ def open_safetensors(path: Path, device: str = "cpu"):
 
 
 def load_pickled(path: Path, mmap: bool = False) -> Any:
-    """The content of a `.pt` file, restricted to tensors and plain containers: nothing in it is executed.
-
-    A trainer's objects in a file of torch 1.6 or newer come as empty ones, see `trainer_objects`.
+    """The content of a `.pt` file: tensors and plain containers, and `pickles.Nothing` for a trainer's objects.
 
     Args:
         path: of the file.
-        mmap: map the tensors instead of reading them; not possible with files of torch before 1.6.
+        mmap: map the tensors instead of reading them; those of torch before 1.6 are read.
 
     Raises:
-        CheckpointError: if the file is missing, truncated, no torch file, or holds anything but weights.
+        CheckpointError: if the file is missing, truncated, no torch file, or holds what no weights need.
     """
     if not path.is_file():
         raise CheckpointError(f"no file at {path}")
     try:
-        _check_archive(path)
-        with as_nothing(path) if is_archive(path) else nullcontext():
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        content = read_torch_file(path, mmap)
         _check_content(content, path.stat().st_size)
         return content
-    except Exception as error:  # the unpickler fails on damaged files with whatever its reading happens to hit
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # reading a damaged file fails with whatever it happens to hit
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{path} is not a torch file of plain weights: {reason}") from error
-
-
-def is_archive(path: Path) -> bool:
-    """Whether a file is one of torch's zip files, as torch itself tells them from those of before 1.6."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\3\4"
 
 
 def existing_weights(path: Path) -> tuple[Path, str | None]:
@@ -246,30 +233,6 @@ def _check_header_length(path: Path) -> None:
         raise OSError(f"its header has {length:,} bytes; allowed are {MAX_HEADER_BYTES:,}")
 
 
-def _check_archive(path: Path) -> None:
-    """See that a zip file's records are stored as they are, as torch writes them: a compressed one inflates to anything.
-
-    Raises:
-        ValueError: if not.
-    """
-    if not is_archive(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-        pickles = [
-            archive.read(r) for r in records if r.filename.endswith(".pkl") and r.compress_type == zipfile.ZIP_STORED
-        ]
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise ValueError("its records are compressed, which torch never does")
-    if any(b"builtin" in content and b"\nbytearray\n" in content for content in pickles):
-        raise ValueError("it asks for memory (bytearray), which no weights need")
-    # a directory that begins elsewhere than it says is another one to torch than to Python
-    if not records or min(record.header_offset for record in records) != 0:
-        raise ValueError("its directory is damaged")
-    if sum(record.file_size for record in records) > path.stat().st_size:
-        raise ValueError("its records overlap")
-
-
 def _check_content(content: Any, file_bytes: int) -> None:
     """See that unpickled values are as many and as large as their file can hold.
 
@@ -278,31 +241,23 @@ def _check_content(content: Any, file_bytes: int) -> None:
     Raises:
         ValueError: if not.
     """
-    pending, count, claimed, stored = [content], 1, 0, {}
+    pending, count, claimed, stored = [(content, 0)], 1, 0, {}
     while pending:
-        value = pending.pop()
+        value, depth = pending.pop()
         if isinstance(value, Tensor):
-            if type(value) not in (Tensor, nn.Parameter) or not _is_plain(value):
-                raise ValueError(f"it holds a {type(value).__name__} of {value.dtype}, {value.layout}, {value.device}")
             storage, claims = value.untyped_storage(), value.numel() * value.element_size()
             if claims > storage.nbytes():
                 raise ValueError(f"a tensor claims the shape {tuple(value.shape)} without the data")
             stored[storage.data_ptr()] = storage.nbytes()
             claimed += claims
-        elif isinstance(value, (dict, list, tuple, set)):
+        elif isinstance(value, (dict, list, tuple)):
             members = [*value, *value.values()] if isinstance(value, dict) else value
             count += len(members)
-            if count > MAX_VALUES:
-                raise ValueError(f"it names more than {MAX_VALUES:,} values")
-            pending += members
+            if count > MAX_VALUES or depth > MAX_DEPTH:
+                raise ValueError(f"it names more than {MAX_VALUES:,} values, or nests them more than {MAX_DEPTH} deep")
+            pending += [(member, depth + 1) for member in members]
     if sum(stored.values()) > file_bytes or claimed > MAX_SHARING * file_bytes:
         raise ValueError(f"its tensors claim {max(claimed, *stored.values()):,} bytes, the file has {file_bytes:,}")
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Dense numbers in this process's memory."""
-    dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
-    return dense and not (tensor.is_quantized or tensor.is_complex() or tensor.is_nested)
 
 
 def _umask() -> int:

@@ -22,7 +22,7 @@ from xdiffusion.checkpoints.diffusers import (
     text_encoder_from_transformers,
     unet_from_diffusers,
 )
-from xdiffusion.checkpoints.files import PICKLED, CheckpointError, is_archive, is_pipeline_folder, load_pickled
+from xdiffusion.checkpoints.files import PICKLED, CheckpointError, is_pipeline_folder, load_pickled
 from xdiffusion.checkpoints.stable_diffusion import UNET, from_original, with_text_projection
 from xdiffusion.checkpoints.streaming import StoredTensors
 from xdiffusion.checkpoints.weight_index import read_indexed
@@ -115,7 +115,7 @@ def _stored(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
     if path.suffix not in PICKLED:
         stored = StoredTensors(path)
         return stored, stored.metadata
-    content = load_pickled(path, mmap=is_archive(path))
+    content = load_pickled(path, mmap=True)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     named = content if isinstance(content, dict) else {}
