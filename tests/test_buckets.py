@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from xdiffusion.data.buckets import bucket_sizes, enlargement, fill, nearest_bucket
+from xdiffusion.data.buckets import bucket_sizes, cover, crop, enlargement, nearest_bucket
 
 
 @pytest.mark.parametrize(("size", "multiple", "aspect"), [(512, 64, 2.0), (768, 64, 3.0), (32, 8, 2.0), (64, 64, 4.0)])
@@ -42,6 +42,10 @@ def test_a_picture_goes_to_the_bucket_that_crops_it_least():
             return size[0] * size[1] / (width * height * scale**2)
 
         assert kept(chosen) == pytest.approx(max(map(kept, sizes)))
+
+
+def fill(image, size, top=0.5, left=0.5):
+    return crop(cover(image, size), size, top, left)
 
 
 def test_filling_keeps_the_aspect_and_crops_where_it_is_told():

@@ -42,18 +42,22 @@ def nearest_bucket(width: int, height: int, sizes: Sequence[Size]) -> Size:
     return min(sizes, key=lambda size: abs(math.log(width / height * size[0] / size[1])))
 
 
-def fill(image: Image.Image, size: Size, top: float = 0.5, left: float = 0.5) -> Image.Image:
-    """Resize so that the picture just covers (height, width), and crop what is over.
+def cover(image: Image.Image, size: Size) -> Image.Image:
+    """Resize so that the picture just covers (height, width)."""
+    height, width = size
+    scale = enlargement(*image.size, size)
+    covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    return image if covering == image.size else image.resize(covering, Image.Resampling.LANCZOS)
+
+
+def crop(image: Image.Image, size: Size, top: float = 0.5, left: float = 0.5) -> Image.Image:
+    """Cut off what a picture has over (height, width).
 
     Args:
         top, left: where the crop lies in what is over, 0 = upper left, 0.5 = centre, up to 1.
     """
     height, width = size
-    scale = enlargement(*image.size, size)
-    covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-    if covering != image.size:
-        image = image.resize(covering, Image.Resampling.LANCZOS)
-    x, y = round(left * (covering[0] - width)), round(top * (covering[1] - height))
+    x, y = round(left * (image.width - width)), round(top * (image.height - height))
     return image.crop((x, y, x + width, y + height))
 
 

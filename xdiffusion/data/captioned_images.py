@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from xdiffusion.data.buckets import MAX_ENLARGEMENT, Size, bucket_sizes, enlargement, fill, nearest_bucket
+from xdiffusion.data.buckets import MAX_ENLARGEMENT, Size, bucket_sizes, enlargement, nearest_bucket
 from xdiffusion.data.captions import PromptTable
 from xdiffusion.data.image_files import DamagedImage, Picture
 from xdiffusion.data.image_set import Batch, to_unit_range
@@ -24,7 +24,7 @@ PREVIEWED = 4
 
 @dataclass(frozen=True)
 class Crop:
-    """How a picture is cut to its bucket. flip: mirrored. top, left: see `buckets.fill`."""
+    """How a picture is cut to its bucket. flip: mirrored. top, left: see `buckets.crop`."""
 
     flip: bool = False
     top: float = 0.5
@@ -158,7 +158,7 @@ class CaptionedImages:
         for further in range(len(members)):
             candidate = int(members[(place + further) % len(members)])
             try:
-                image = fill(self.pictures[candidate].pixels(), size or self.sizes[index], crop.top, crop.left)
+                image = self.pictures[candidate].pixels(size or self.sizes[index], crop.top, crop.left)
             except DamagedImage as error:
                 self._report(candidate, error)
                 continue

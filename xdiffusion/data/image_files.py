@@ -13,12 +13,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-MAX_MEGAPIXELS = 64
+from xdiffusion.data.buckets import Size, cover, crop
+
+MAX_DECODED_BYTES = 256 * 2**20  # held at once while a picture is decoded, or twice its file
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # not EPS, for which Pillow runs another program
-_ORIENTATION = 0x0112  # EXIF: 5..8 are turned by a quarter
-_BACKGROUND = (255, 255, 255, 255)
+_ORIENTATION = 0x0112  # EXIF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_QUARTERS = (5, 6, 7, 8)  # of the orientations, those that turn by a quarter
+_SMALL_MODES = {
+    "1": 1,
+    "L": 1,
+    "P": 1,
+    "I;16": 2,
+    "I;16B": 2,
+    "I;16L": 2,
+}  # bytes of a pixel in memory; of all others 4
+_DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")
+_STRIP = 256  # rows that are converted at once
 
 
 class DamagedImage(ValueError):
@@ -40,25 +61,39 @@ class Picture:
         """(width, height) as shown, from the header alone.
 
         Raises:
-            DamagedImage: if it is no image, or has more than MAX_MEGAPIXELS.
+            DamagedImage: if it is no image, or decoding it would take more than MAX_DECODED_BYTES.
         """
-        with _decoder(self) as image:
-            width, height = image.size
-            # not image.getexif(), which for a PNG decodes all of it to look behind the pixels
-            turned = Image.Image.getexif(image).get(_ORIENTATION, 1) >= 5
-        if width * height > MAX_MEGAPIXELS * 1_000_000:
-            raise DamagedImage(f"{width}x{height} is above {MAX_MEGAPIXELS} megapixels")
-        return (height, width) if turned else (width, height)
+        with _opened(self) as file, _decoder(file) as image:
+            (width, height), held = _stored_size(image), _decoding_bytes(image, file)
+            allowed = max(MAX_DECODED_BYTES, 2 * file.seek(0, io.SEEK_END))
+            if held > allowed:
+                raise DamagedImage(
+                    f"{width}x{height} ({width * height / 1e6:.0f} megapixels, {image.format} {image.mode}) would take "
+                    f"{held / 2**20:.0f} MB of memory; allowed are {allowed / 2**20:.0f}"
+                )
+            return (height, width) if _orientation(image) in _QUARTERS else (width, height)
 
-    def pixels(self) -> Image.Image:
+    def pixels(self, size: Size | None = None, top: float = 0.5, left: float = 0.5) -> Image.Image:
         """The picture as shown: turned as its camera was, in RGB, on white where it is transparent.
+
+        Args:
+            size: (height, width) to which it is scaled and cropped; None leaves it as it is.
+            top, left: see `buckets.crop`.
 
         Raises:
             DamagedImage: if it cannot be decoded to its end, or is too large (see `size`).
         """
         self.size()
-        with _decoder(self) as image:
-            return _on_white(ImageOps.exif_transpose(image))
+        with _opened(self) as file, _decoder(file) as image:
+            _orientation(image)  # Pillow remembers it as the header says it
+            image.load()
+            orientation = _orientation(image)  # of a TIFF, which Pillow has turned by now, it is 1
+            shown = _in_rgb(image)
+            if size is not None:  # before it is turned, which takes as much memory again
+                shown = cover(shown, size[::-1] if orientation in _QUARTERS else size)
+            if orientation in _TURNS:
+                shown = shown.transpose(_TURNS[orientation])
+            return shown if size is None else crop(shown, size, top, left)
 
     def content_hash(self) -> str:
         """A hash of the stored bytes: 32 hex digits."""
@@ -76,29 +111,87 @@ def _opened(picture: Picture) -> Iterator[io.BufferedIOBase]:
 
 
 @contextmanager
-def _decoder(picture: Picture) -> Iterator[Image.Image]:
-    with _opened(picture) as file:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of Pillow, on sizes (checked here) and on odd EXIF entries
-                with Image.open(file, formats=FORMATS) as image:
-                    yield image
-        except Image.DecompressionBombError as error:
-            raise DamagedImage(f"it is above {MAX_MEGAPIXELS} megapixels") from error
-        except DamagedImage:
-            raise
-        except Exception as error:  # Pillow's decoders fail on damaged files with whatever their reading happens to hit
-            unknown = isinstance(error, UnidentifiedImageError)
-            reason = "no known image format" if unknown else " ".join(str(error).split())[:100]
-            raise DamagedImage(f"cannot be read ({reason})") from error
+def _decoder(file: io.BufferedIOBase) -> Iterator[Image.Image]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow, on sizes (checked here) and on odd EXIF entries
+            with Image.open(file, formats=FORMATS) as image:
+                yield image
+    except Image.DecompressionBombError as error:
+        raise DamagedImage(f"it has more than {2 * Image.MAX_IMAGE_PIXELS // 1_000_000} megapixels") from error
+    except DamagedImage:
+        raise
+    except Exception as error:  # Pillow's decoders fail on damaged files with whatever their reading happens to hit
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "no known image format" if unknown else " ".join(str(error).split())[:100]
+        raise DamagedImage(f"cannot be read ({reason})") from error
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode in ("I;16", "I;16B", "I", "F"):  # Pillow would clip them at 255 rather than scale them
-        image = image.convert("F")
-        _, highest = image.getextrema()
-        image = image.point(lambda value: value * (255 / max(highest, 255.0)))
+def _stored_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of the rows in the file; of a TIFF some versions of Pillow give the size as shown."""
+    return (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's, 1 is upright."""
+    # not image.getexif(), which for a PNG decodes all of it to look behind the pixels
+    return Image.Image.getexif(image).get(_ORIENTATION, 1)
+
+
+def _decoding_bytes(image: Image.Image, file: io.BufferedIOBase) -> float:
+    """What is held at once of the picture that a header announces: Pillow's pixels, and the larger of what it needs to
+    decode them and what comes after, a copy in RGB and rows half scaled. The figures were measured."""
+    pixels = image.width * image.height
+    stored = pixels * _SMALL_MODES.get(image.mode, 4)
+    after = pixels * (1 if _is_rgb(image) else 5)
+    if image.format == "WEBP":
+        return stored + max(after, pixels * 13.5)  # two canvases, the frame, and again as bytes
+    if image.format in ("JPEG", "MPO") and _is_in_scans(file):
+        _, across, down, _ = zip(*image.layer)
+        blocks = sum(h * v for h, v in zip(across, down)) / (max(across) * max(down))
+        return stored + max(after, pixels * 2 * blocks)
+    if image.format == "TIFF" and image.tile[0][0] != "raw":
+        tile = image.tag_v2.get(322, 0) * image.tag_v2.get(323, 0)  # which may be larger than the picture
+        after = max(after, max(pixels, tile) * 1.5 * sum(image.tag_v2.get(258, (8,))) / 8)
+    return stored + max(after, stored if image.format == "TIFF" else 0)  # Pillow turns a TIFF itself
+
+
+def _is_in_scans(file: io.BufferedIOBase) -> bool:
+    """Whether a JPEG comes in several scans, so that the coefficients of all of it are held until the last."""
+    file.seek(2)
+    components = 0
+    while (marker := file.read(2)) and marker[0] == 0xFF and not (marker[1] < 2 or 0xD0 <= marker[1] <= 0xD9):
+        segment = file.read(int.from_bytes(file.read(2), "big") - 2)
+        if marker[1] in (0xC0, 0xC1):  # a frame that is not progressive
+            components = segment[5]
+        elif marker[1] == 0xDA:
+            return segment[0] < components or not components
+    return True
+
+
+def _is_rgb(image: Image.Image) -> bool:
+    return image.mode == "RGB" and "transparency" not in image.info
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    """The picture itself, or a copy on white that is made strip by strip: nothing else is held of it."""
+    if _is_rgb(image):
+        return image
+    copy = Image.new("RGB", image.size)
+    strips = [(0, top, image.width, min(top + _STRIP, image.height)) for top in range(0, image.height, _STRIP)]
+    highest = 255.0
+    if image.mode in _DEEP_MODES:
+        highest = max(highest, *(image.crop(strip).convert("F").getextrema()[1] for strip in strips))
+    for strip in strips:
+        copy.paste(_on_white(image.crop(strip), highest), strip)
+    return copy
+
+
+def _on_white(image: Image.Image, highest: float) -> Image.Image:
+    """A picture in RGB; one of deep grey scaled so that its `highest` is 255, where Pillow would clip it."""
+    if image.mode in _DEEP_MODES:
+        image = image.convert("F").point(lambda value: value * (255 / highest))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, _BACKGROUND), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

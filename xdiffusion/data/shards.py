@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from xdiffusion.data.buckets import Size, fill
+from xdiffusion.data.buckets import Size
 from xdiffusion.data.captions import PromptTable
 from xdiffusion.data.image_files import DamagedImage, Picture
 from xdiffusion.data.image_set import Batch, to_unit_range
@@ -176,7 +176,7 @@ class Shards:
         for number in range(first, first + MAX_DAMAGED):
             picture = self._at(number)
             try:
-                return number, picture, fill(picture.pixels(), size, *(place if self.random_crop else ()))
+                return number, picture, picture.pixels(size, *(place if self.random_crop else ()))
             except DamagedImage as error:
                 if picture.name not in self.damaged:
                     self.damaged[picture.name] = str(error)

@@ -1,0 +1,123 @@
+"""One picture: what it looks like however it is stored, and what decoding it takes."""
+
+import io
+import struct
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from commands import ROOT
+from PIL import Image
+
+from xdiffusion.data import image_files
+from xdiffusion.data.buckets import cover, crop
+from xdiffusion.data.image_files import DamagedImage, Picture, _is_in_scans
+
+sys.path.append(str(ROOT / "bench"))
+from measure import peak_resident
+
+JPEG = {"quality": 90}
+STORED = {  # mode, format, options
+    "photograph": ("RGB", "JPEG", JPEG),
+    "progressive": ("RGB", "JPEG", {**JPEG, "progressive": True}),
+    "progressive, full colour": ("RGB", "JPEG", {**JPEG, "progressive": True, "subsampling": 0}),
+    "print": ("CMYK", "JPEG", {**JPEG, "progressive": True}),
+    "png": ("RGB", "PNG", {"compress_level": 1}),
+    "transparent": ("RGBA", "PNG", {"compress_level": 1}),
+    "grey": ("L", "PNG", {"compress_level": 1}),
+    "deep grey": ("I;16", "PNG", {"compress_level": 1}),
+    "palette": ("P", "PNG", {"compress_level": 1, "transparency": 0}),
+    "webp": ("RGB", "WEBP", {"method": 0}),
+    "lossless webp": ("RGBA", "WEBP", {"method": 0, "lossless": True, "quality": 0}),
+    "one strip": ("RGB", "TIFF", {"compression": "tiff_lzw", "tiffinfo": {278: 4000}}),
+    "raw": ("CMYK", "TIFF", {}),
+    "gif": ("P", "GIF", {}),
+    "bmp": ("RGB", "BMP", {}),
+}
+
+
+def stored(mode, format, options, side):
+    """A photograph's bytes: smooth, with some noise."""
+    small = np.random.default_rng(0).integers(0, 255, (side // 20, side // 20, 3), dtype=np.uint8)
+    image = Image.fromarray(small).resize((side, side))
+    image = (
+        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257) if "16" in mode else image.convert(mode)
+    )
+    if mode == "RGBA":
+        image.putalpha(100)
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def picture(content):
+    return Picture("picture", "words", lambda: io.BytesIO(content))
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_a_picture_takes_no_more_memory_than_its_header_lets_expect(kind, monkeypatch):
+    side, spare = 2000, 6 * 2**20  # what every decoder has beside the pixels
+    shown = picture(stored(*STORED[kind], side))
+    expected = []
+    original = image_files._decoding_bytes
+    monkeypatch.setattr(
+        image_files, "_decoding_bytes", lambda *given: expected.append(original(*given)) or expected[-1]
+    )
+    taken = peak_resident(lambda: shown.pixels((64, 64)))
+    assert taken < expected[0] + spare
+
+
+@pytest.mark.parametrize("kind", ["photograph", "progressive, full colour", "png", "transparent", "palette", "grey"])
+def test_photographs_of_24_megapixels_can_be_read(kind):
+    """Of 48 too, as most of them are stored."""
+    content = bytearray(stored(*STORED[kind], 200))
+    sizes = [(6000, 4000)] + [(8064, 6048)] * (kind in ("photograph", "png"))
+    for width, height in sizes:
+        if content.startswith(b"\x89PNG"):
+            content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+            content[29:33] = (zlib.crc32(content[12:29])).to_bytes(4, "big")
+        else:
+            at = max(content.find(b"\xff\xc0"), content.find(b"\xff\xc2")) + 5
+            content[at : at + 4] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+        assert picture(bytes(content)).size() == (width, height)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "I;16", "CMYK"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_picture_is_scaled_as_if_it_stood_upright(orientation, mode):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    format = "TIFF" if mode == "CMYK" else "PNG"
+    turned, upright = (picture(stored(mode, format, {"exif": e}, 100)) for e in (exif, Image.Exif()))
+    whole = turned.pixels()
+    assert (whole.tobytes() == upright.pixels().tobytes()) == (orientation == 1)
+    expected = crop(cover(whole, (20, 30)), (20, 30), 0.2, 0.9)
+    found = turned.pixels((20, 30), 0.2, 0.9)
+    assert found.size == (30, 20)
+    assert np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int)).max() <= 2  # rounded in another order
+
+
+def test_a_jpeg_of_several_scans_is_told_by_its_first():
+    whole, progressive = (stored(*STORED[kind], 100) for kind in ("photograph", "progressive"))
+    alone = bytearray(whole)
+    alone[alone.index(b"\xff\xda") + 4] = 1  # of three components
+    filled = whole[:2] + b"\xff" + whole[2:]  # which may stand before a marker
+    found = [_is_in_scans(io.BytesIO(c)) for c in (whole, progressive, bytes(alone), filled, whole[:30], b"")]
+    assert found == [False, True, True, True, True, True]
+
+
+def test_a_tile_that_is_larger_than_its_picture_is_refused():
+    entries = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 277: 1, 322: 20_000, 323: 20_000, 324: 200, 325: 8}
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    content = b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(100)
+    with pytest.raises(DamagedImage, match=r"64x64 \(0 megapixels, TIFF L\) would take 572 MB of memory"):
+        picture(content).size()
+
+
+def test_what_may_be_held_grows_with_the_file(monkeypatch):
+    monkeypatch.setattr(image_files, "MAX_DECODED_BYTES", 1000)
+    content = stored("RGB", "PNG", {"compress_level": 0}, 100)
+    with pytest.raises(DamagedImage, match=r"100x100 .* would take 0 MB"):
+        picture(content[:20_000]).size()
+    assert picture(content).size() == (100, 100)
