@@ -1,5 +1,7 @@
 """Weights in prompts: the grammar, what is refused, and what a weight does to hidden states."""
 
+import time
+
 import pytest
 import torch
 
@@ -42,12 +44,20 @@ def test_the_grammar(prompt, expected):
         ("a (fox]", r"'\]' closes nothing"),
         ("[fox:1.2)", r"':1.2\)' closes nothing"),
         ("(fox:1.2.3)", "'1.2.3' must be a number"),
+        ("(" * 33 + "fox" + ")" * 33, "more than 32 brackets are open"),
     ],
 )
 def test_mistakes_are_named(prompt, message):
     with pytest.raises(ValueError, match=message) as error:
         parse_weights(prompt)
     assert repr(prompt) in str(error.value)
+
+
+@pytest.mark.parametrize("prompt", ["\\a" * 200_000, "(a)" * 100_000, "(" * 31 + "(a)b" * 20_000 + ")" * 31])
+def test_a_long_prompt_is_parsed_at_once(prompt):
+    started = time.process_time()
+    parse_weights(prompt)
+    assert time.process_time() - started < 1.5
 
 
 def test_weights_of_one_change_no_bit(generator):

@@ -1,13 +1,16 @@
 import subprocess
 import sys
+import time
 from inspect import unwrap
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from xdiffusion.text_encoders.clip import END_TOKEN, CLIPTextEncoder
 from xdiffusion.text_encoders.prompt_cache import PromptCache
-from xdiffusion.text_encoders.tokenizer import VOCAB_SIZE, token_ids, tokenize
+from xdiffusion.text_encoders.tokenizer import LONGEST_WORD, VOCAB_SIZE, _tokenizer, token_ids, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +27,38 @@ def test_tokens_are_open_clips():
     assert tokenize(prompts, 8).shape == (4, 8)
     assert open_clip.get_tokenizer("ViT-B-32").vocab_size == VOCAB_SIZE
     assert tokenize(["x"], 8)[0, 2] == END_TOKEN
+
+
+TEXTS = st.one_of(
+    st.text(max_size=40),
+    st.text(alphabet="aábcdefghtne ", max_size=LONGEST_WORD),
+    st.lists(
+        st.sampled_from(["a", "ab ", "the", "ing", "日本", "🙂", "é", "!", "<end_of_text>", "'s"]), max_size=60
+    ).map("".join),
+)
+
+
+@given(text=TEXTS, enough=st.integers(0, 100))
+@settings(max_examples=200, deadline=None)
+def test_tokens_of_any_text_are_open_clips(text, enough):
+    """As long as no word is longer than any is."""
+    expected = _tokenizer().encode(text)
+    assert token_ids(text) == expected
+    assert token_ids(text, enough)[:enough] == expected[:enough]
+
+
+@pytest.mark.parametrize("letters", ["a", "ab", "日本", "qwertyuiop", "🙂"])
+def test_a_word_without_end_is_tokenized_at_once(letters):
+    started = time.process_time()
+    assert tokenize([letters * 300_000], 77)[0, -1] == END_TOKEN
+    assert len(token_ids(letters * 3000)) > 100
+    assert time.process_time() - started < 1
+
+
+def test_words_are_not_kept_for_ever():
+    before = len(_tokenizer().cache)
+    token_ids("some words that were not there, <start_of_text> among them")
+    assert len(_tokenizer().cache) == before and token_ids("<start_of_text>") == [VOCAB_SIZE - 2]
 
 
 def test_the_tokenizer_does_not_import_the_rest_of_open_clip():

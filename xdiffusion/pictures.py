@@ -128,6 +128,7 @@ def _tile(image: Float[Tensor, "C H W"]) -> Image.Image:
 
 
 def _fit(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    text = text[:width]  # a caption may have any length, and each look at it takes as long
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

@@ -9,6 +9,7 @@ of their own can be added ([TI]).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Literal
@@ -151,17 +152,17 @@ class CLIPTextEncoder(nn.Module):
 
     def tokenize(self, prompts: list[str]) -> Int[Tensor, "B L"]:
         """Start, the prompt cut to fit, end, padding; learned words are ids from VOCAB_SIZE on."""
-        return self._framed([self._token_ids(prompt) for prompt in prompts])
+        return self._framed([self._token_ids(prompt, self.context_length) for prompt in prompts])
 
     def _framed(self, rows: list[list[int]]) -> Tensor:
         return framed(rows, self.context_length, self.pad_token).to(self.positional_embedding.device)
 
-    def _token_ids(self, text: str) -> list[int]:
+    def _token_ids(self, text: str, enough: float = math.inf) -> list[int]:
         if not self.learned_ids:
-            return token_ids(text)
+            return token_ids(text, enough)
         names = "|".join(_whole_word(name) for name in sorted(self.learned_ids, key=len, reverse=True))
         pieces = re.split(f"({names})", text, flags=re.IGNORECASE)
-        return [token for piece in pieces for token in self.learned_ids.get(piece.lower()) or token_ids(piece)]
+        return [token for piece in pieces for token in self.learned_ids.get(piece.lower()) or token_ids(piece, enough)]
 
     def add_tokens(self, tokens: Mapping[str, Float[Tensor, "..."]]) -> None:
         """Give the encoder new words with embeddings of their own ([TI]); each may then stand in any prompt.

@@ -9,6 +9,7 @@ A weight multiplies the hidden states of its tokens; the whole is then scaled so
 from __future__ import annotations
 
 import re
+from itertools import groupby
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,7 @@ from torch import Tensor
 
 EMPHASIS = 1.1
 SMALLEST_MEAN = 1e-3  # over the mean absolute value
+MAX_DEPTH = 32  # of brackets in brackets, where a round one alone weighs 21
 _PIECES = re.compile(r"\\.?|[()\[\]]|:\s*(?P<weight>[+-]?[\d.]+)\s*\)|[^\\()\[\]:]+|:", re.DOTALL)
 _CLOSES = {")": "(", "]": "["}
 
@@ -24,7 +26,7 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     """The texts of a prompt in order, each with its weight; neighbours of one weight are one text.
 
     Raises:
-        ValueError: for a bracket without its partner, or a weight that is no number.
+        ValueError: for a bracket without its partner or too many in each other, or a weight that is no number.
     """
     texts: list[tuple[str, float]] = []
     opened: list[tuple[str, int]] = []  # the brackets around the current place, and how many texts stood before each
@@ -34,10 +36,14 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
             texts.append((text[1:], 1.0))
         elif text in ("(", "["):
             opened.append((text, len(texts)))
+            if len(opened) > MAX_DEPTH:
+                raise ValueError(f"prompt {prompt!r:.100}: more than {MAX_DEPTH} brackets are open at {text!r}")
         elif text in _CLOSES or given:
             bracket, start = opened.pop() if opened else ("", 0)
             if bracket != _CLOSES[text[-1]]:
-                raise ValueError(f"prompt {prompt!r}: {text!r} closes nothing; write \\{text[-1]} for the character")
+                raise ValueError(
+                    f"prompt {prompt!r:.100}: {text!r} closes nothing; write \\{text[-1]} for the character"
+                )
             factor = EMPHASIS if bracket == "(" else 1 / EMPHASIS
             factor = _number(given, prompt) if given else factor
             texts[start:] = [(inside, weight * factor) for inside, weight in texts[start:]]
@@ -45,7 +51,7 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
             texts.append((text, 1.0))
     if opened:
         bracket = opened[-1][0]
-        raise ValueError(f"prompt {prompt!r}: {bracket!r} is never closed; write \\{bracket} for the character")
+        raise ValueError(f"prompt {prompt!r:.100}: {bracket!r} is never closed; write \\{bracket} for the character")
     return _merged(texts)
 
 
@@ -64,14 +70,8 @@ def _number(text: str, prompt: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"prompt {prompt!r}: the weight {text!r} must be a number, as in (word:1.2)") from None
+        raise ValueError(f"prompt {prompt!r:.100}: the weight {text!r} must be a number, as in (word:1.2)") from None
 
 
 def _merged(texts: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    merged: list[tuple[str, float]] = []
-    for text, weight in texts:
-        if merged and merged[-1][1] == weight:
-            merged[-1] = (merged[-1][0] + text, weight)
-        else:
-            merged.append((text, weight))
-    return merged
+    return [("".join(text for text, _ in run), weight) for weight, run in groupby(texts, key=lambda piece: piece[1])]
