@@ -2,17 +2,25 @@
 
 import io
 import json
+import os
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT
 from picture_folders import truncate, write_pictures
 from PIL import Image
 
 from xdiffusion.build import build_data, image_shape, load_config
 from xdiffusion.config_files import ConfigError
+from xdiffusion.data import image_folder as module
 from xdiffusion.data.image_files import DamagedImage, Picture
 from xdiffusion.data.image_folder import load_image_folder
+
+sys.path.append(str(ROOT / "bench"))
+from measure import peak_resident
 
 SMALL = {"image_size": 16, "bucket_multiple": 4}
 CENTRE = torch.full((3, 1), 0.5)
@@ -91,6 +99,8 @@ def test_a_caption_with_braces_is_no_template(tmp_path):
         ("[1]", "must be a JSON object"),
         ('{"text": "x"}', "must have the texts file_name and text"),
         ('{"file_name": "picture_0.png", "text": 3}', "must have the texts"),
+        ('{"file_name": "%s.png"}' % ("a" * 5000), "line 1: file_name 'a{79} File name too long"),
+        ('{"file_name": "a\\u0000.png"}', "line 1: file_name"),
     ],
 )
 def test_wrong_metadata_is_an_error_that_names_the_line(tmp_path, line, complaint):
@@ -99,6 +109,49 @@ def test_wrong_metadata_is_an_error_that_names_the_line(tmp_path, line, complain
     (tmp_path / "set" / "metadata.jsonl").write_text(line)
     with pytest.raises(ValueError, match=complaint):
         load(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "reason"),
+    [
+        ("jsonl", b"[" * 2 * 10**7, r"line 1: a row of more than 1,048,576 letters"),
+        ("csv", b'file_name,text\n"' + b"\n" * 10**7, r"behind line \d+: field larger than field limit"),
+        ("csv", b"file_name,text\n" + b"," * 10**7, "line 2: a row of more than 1,048,576 letters"),
+    ],
+)
+def test_a_row_without_end_is_named_and_not_held(kind, content, reason, tmp_path):
+    write_pictures(tmp_path, [(16, 16)])
+    (tmp_path / f"metadata.{kind}").write_bytes(content)
+
+    def read():
+        with pytest.raises(ValueError, match=rf"metadata\.{kind}.* {reason}"):
+            load(tmp_path)
+
+    assert peak_resident(read) < 8 * 2**20
+
+
+def test_a_list_of_pictures_that_are_not_there_is_counted_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_ABSENT", 10)
+    write_pictures(tmp_path, [(16, 16)])
+    rows = [f"{i}.png,words" for i in range(40)] + ["picture_0.png,words"]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
+    images = load(tmp_path)
+    assert len(images) == 1 and len(images.skipped) == 10
+    assert "skipped 40: 0.png (" in images.summary and images.summary.endswith("and 35 more")
+
+
+@pytest.mark.parametrize("source", ["txt", "jsonl"])
+def test_a_picture_with_a_caption_without_end_is_skipped(source, tmp_path):
+    write_pictures(tmp_path, [(16, 16)] * 2, ["words"])
+    (tmp_path / "picture_1.txt").write_text("w" * 10**6)
+    if source == "jsonl":
+        rows = [{"file_name": f"picture_{i}.png", "text": text} for i, text in enumerate(["words", "w" * 20_000])]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        for path in tmp_path.glob("*.txt"):
+            path.unlink()
+    images = load(tmp_path)
+    assert captions(images) == {"picture_0.png": "words"}
+    assert images.skipped == {"picture_1.png": "its caption has more than 16,384 letters"}
 
 
 def test_metadata_cannot_reach_out_through_a_link(tmp_path):
@@ -154,6 +207,14 @@ def test_pillow_s_own_limit_is_a_skip_too(tmp_path, monkeypatch):
     write_pictures(tmp_path, [(16, 16), (64, 64)], ["words"])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert load(tmp_path).skipped == {"picture_1.png": "it has more than 0 megapixels"}
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir])
+def test_what_is_no_file_is_skipped_and_named(make, tmp_path):
+    """Whoever opened a pipe would wait for ever, and a device has no end."""
+    write_pictures(tmp_path, [(16, 16)])
+    make(tmp_path / "pipe.png")
+    assert load(tmp_path).skipped == {"pipe.png": "is no file"}
 
 
 def test_nothing_left_is_an_error_that_says_why(tmp_path):

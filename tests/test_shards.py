@@ -2,12 +2,13 @@
 
 import io
 import json
+import sys
 import tarfile
 from itertools import islice
 
 import pytest
 import torch
-from commands import TRAIN, run_script, set_words
+from commands import ROOT, TRAIN, run_script, set_words
 from PIL import Image
 from test_resume import COMMON, STEPS
 
@@ -17,6 +18,9 @@ from xdiffusion.training.batches import Batches, Source
 from xdiffusion.training.records import read_metrics
 from xdiffusion.training.run_record import read_run
 from xdiffusion.training.settings import TrainingSettings
+
+sys.path.append(str(ROOT / "bench"))
+from measure import peak_resident
 
 
 def png(value, size=(6, 4)):
@@ -150,6 +154,12 @@ def link(name):
     return info
 
 
+def typed(name, kind):
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    return info
+
+
 BAD = {
     "a name that leads out": ([("../a.png", png(1)), ("../a.txt", b"a")], "is no plain file inside the shard"),
     "an absolute name": ([("/a.png", png(1))], "is no plain file inside the shard"),
@@ -160,6 +170,9 @@ BAD = {
     "a caption that is no text": ([("a.png", png(1)), ("a.json", b'{"caption": 3}')], "sample 'a' has no caption"),
     "no samples": ([], "holds no sample"),
     "text that is no UTF-8": ([("a.png", png(1)), ("a.txt", b"\xff\xfe")], "cannot be read"),
+    "a caption without end": ([("a.png", png(1)), ("a.txt", b"a" * 16_385)], "has 16,385 letters; allowed are 16,384"),
+    "a file with holes": ([("a.png", typed("a.png", tarfile.GNUTYPE_SPARSE))], "is no plain file inside the shard"),
+    "deep JSON": ([("a.png", png(1)), ("a.json", b"[" * 100_000)], "cannot be read"),
 }
 
 
@@ -181,6 +194,48 @@ def test_headers_that_lie_and_files_that_are_cut(shards, tmp_path):
     cut.write_bytes(lie.tobuf() + b"\0" * 1024)
     with pytest.raises(ShardError, match="says it has 1,099,511,627,776 bytes"):
         list(read_shard(cut))
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_a_shard_of_any_form_is_read(form, tmp_path):
+    """Long names and names of other scripts are headers of their own, in GNU's form and in pax'."""
+    folder = "a folder/" * 10 if form == tarfile.USTAR_FORMAT else "ein Ordner für Bilder/" * 20
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+        tar.addfile(typed(folder, tarfile.DIRTYPE))
+        for name, content in ((f"{folder}1.png", png(7)), (f"{folder}1.txt", b"words")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    (picture,) = read_shard(tmp_path / "a.tar")
+    assert picture.caption == "words" and picture.name == f"a.tar/{folder}1"
+    assert picture.pixels().getpixel((0, 0)) == (7, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("records", "reason"),
+    [
+        ("comment=" + "x" * 10**7, "an extended header of 10,000,0"),
+        ("GNU.sparse.map=" + "0,1," * 15_000, "is no plain file inside the shard"),
+        ("size=1099511627776", "says it has 1,099,511,627,776 bytes"),
+        ("size=-1", "says it has -1 bytes"),
+        ("path=../../a.png", "is no plain file inside the shard"),
+    ],
+    ids=["length", "holes", "size", "negative", "path"],
+)
+def test_what_a_pax_header_says_is_bounded(records, reason, tmp_path):
+    record = f" {records}\n"
+    length = next(n for n in range(len(record), len(record) + 20) if len(f"{n}{record}") == n)
+    header = typed("pax", tarfile.XHDTYPE)
+    header.size = length
+    content = f"{length}{record}".encode().ljust(-(-length // 512) * 512, b"\0")
+    path = tmp_path / "a.tar"
+    path.write_bytes(header.tobuf() + content + typed("a.png", tarfile.REGTYPE).tobuf() + b"\0" * 1024)
+
+    def read():
+        with pytest.raises(ShardError, match=reason):
+            list(read_shard(path))
+
+    assert peak_resident(read) < 4 * 2**20
 
 
 def test_settings_that_cannot_be(shards, tmp_path):

@@ -227,13 +227,13 @@ def set_up(model: DiffusionModel, args: argparse.Namespace) -> StartImage | None
         print(f"{path}: {', '.join(f'{token} ({len(rows)} vectors)' for token, rows in tokens.items())}")
     if not args.init_image:
         return None
-    from xdiffusion.data.image_files import DamagedImage, Picture
+    from xdiffusion.data.image_files import DamagedImage, Picture, open_file
     from xdiffusion.model import StartImage
     from xdiffusion.pictures import image_tensor, mask_tensor
 
     def read(path: str):
         try:
-            return Picture(path, None, partial(open, path, "rb")).pixels()
+            return Picture(path, None, partial(open_file, Path(path))).pixels()
         except DamagedImage as error:
             raise ValueError(f"{path}: {error}") from error
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from xdiffusion.data.buckets import MAX_ENLARGEMENT, Size, bucket_sizes, enlargement, nearest_bucket
 from xdiffusion.data.captions import PromptTable
-from xdiffusion.data.image_files import DamagedImage, Picture
+from xdiffusion.data.image_files import MAX_CAPTION, DamagedImage, Picture
 from xdiffusion.data.image_set import Batch, to_unit_range
 
+LONGEST_NAME = 80  # letters that a message shows
 NAMED = 5  # skipped pictures that a summary names; the others are counted
 PREVIEWED = 4
 
@@ -42,6 +43,7 @@ class CaptionedImages:
         random_crop: crop somewhere, not at the centre.
         flip: mirror every other picture at random.
         captions: if given, the captions of every picture instead of its own; one is drawn each time.
+        absent: pictures that a list names and that are not there, beside those of `pictures`.
 
     Raises:
         ValueError: if no picture is left, or the sizes do not go together.
@@ -61,6 +63,7 @@ class CaptionedImages:
         random_crop: bool = False,
         flip: bool = False,
         captions: Sequence[str] | None = None,
+        absent: int = 0,
     ):
         self.name = name
         self.image_size = image_size
@@ -70,6 +73,7 @@ class CaptionedImages:
         self.sizes: list[Size] = []
         self.captions: list[tuple[str, ...]] = []
         self.skipped: dict[str, str] = {}
+        self.absent = absent
         self._reported: set[int] = set()
         sizes = bucket_sizes(image_size, bucket_multiple, max_aspect)
         for picture in pictures:
@@ -110,9 +114,10 @@ class CaptionedImages:
         line += f" ({shapes}), captions from {self.captions_from}" if shapes else ""
         if not self.skipped:
             return line
-        named = [f"{name} ({reason})" for name, reason in list(self.skipped.items())[:NAMED]]
-        more = [f"and {len(self.skipped) - NAMED} more"] if len(self.skipped) > NAMED else []
-        return f"{line}; skipped {len(self.skipped)}: {', '.join(named + more)}"
+        named = [f"{_shortened(name)} ({reason})" for name, reason in list(self.skipped.items())[:NAMED]]
+        count = len(self.skipped) + self.absent
+        more = [f"and {count - NAMED} more"] if count > NAMED else []
+        return f"{line}; skipped {count}: {', '.join(named + more)}"
 
     def batch(
         self,
@@ -165,13 +170,21 @@ class CaptionedImages:
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
             return candidate, pixels.flip(2) if crop.flip else pixels
         raise ValueError(
-            f"{self.name}: none of the {len(members)} pictures of {self.pictures[index].name}'s shape is whole"
+            f"{self.name}: none of the {len(members)} pictures of {_shortened(self.pictures[index].name)}'s shape is whole"
         )
 
     def _report(self, index: int, error: DamagedImage) -> None:
         if index not in self._reported:
             self._reported.add(index)
-            print(f"warning: {self.pictures[index].name} is replaced by the next picture: {error}", file=sys.stderr)
+            print(
+                f"warning: {_shortened(self.pictures[index].name)} is replaced by the next picture: {error}",
+                file=sys.stderr,
+            )
+
+
+def _shortened(name: str) -> str:
+    """A name that a list gave, of any length."""
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
 
 
 def _usable_size(picture: Picture, sizes: Sequence[Size], needs_caption: bool) -> Size:
@@ -182,6 +195,8 @@ def _usable_size(picture: Picture, sizes: Sequence[Size], needs_caption: bool) -
     """
     if needs_caption and not (picture.caption or "").strip():
         raise DamagedImage("no caption")
+    if needs_caption and len(picture.caption) > MAX_CAPTION:
+        raise DamagedImage(f"its caption has more than {MAX_CAPTION:,} letters")
     width, height = picture.size()
     size = nearest_bucket(width, height, sizes)
     if enlargement(width, height, size) > MAX_ENLARGEMENT:

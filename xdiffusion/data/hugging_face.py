@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xdiffusion.data.captioned_images import CaptionedImages
-from xdiffusion.data.image_files import DamagedImage, Picture
+from xdiffusion.data.image_files import DamagedImage, Picture, open_file
 
 
 def load_hugging_face(
@@ -95,5 +95,5 @@ def _open_cell(stored: Any, index: int, image_column: str) -> io.BufferedIOBase:
     if cell.get("bytes"):
         return io.BytesIO(cell["bytes"])
     if cell.get("path"):
-        return Path(cell["path"]).open("rb")
+        return open_file(Path(cell["path"]))
     raise DamagedImage("the cell is empty")

@@ -12,12 +12,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
 from xdiffusion.data.buckets import Size, cover, crop
 
 MAX_DECODED_BYTES = 256 * 2**20  # held at once while a picture is decoded, or twice its file
+MAX_CAPTION = 2**14  # letters; a text encoder sees some hundreds
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # not EPS, for which Pillow runs another program
 _ORIENTATION = 0x0112  # EXIF
 _TURNS = {
@@ -99,6 +101,18 @@ class Picture:
         """A hash of the stored bytes: 32 hex digits."""
         with _opened(self) as file:
             return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
+
+
+def open_file(path: Path) -> io.BufferedIOBase:
+    """A file's bytes, of a link too.
+
+    Raises:
+        DamagedImage: for what would never end, such as a pipe or a device.
+        OSError: if there is none, or it cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise DamagedImage("is no file")
+    return path.open("rb")
 
 
 @contextmanager

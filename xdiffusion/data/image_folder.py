@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 
 from xdiffusion.data.captioned_images import CaptionedImages
-from xdiffusion.data.image_files import Picture
+from xdiffusion.data.image_files import MAX_CAPTION, Picture, open_file
+from xdiffusion.data.lines import MAX_ROW, BoundedLines
 
+MAX_ABSENT = 1000  # pictures that a list names, are not there, and are remembered by name
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 METADATA = ("metadata.jsonl", "metadata.csv")
 
@@ -47,7 +49,7 @@ def load_image_folder(
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not _hidden(p, folder))
     if not files:
         raise ValueError(f"--data_dir {folder} holds no picture; the endings looked for are {', '.join(SUFFIXES)}")
-    captions_from, pictures = _captioned(folder, files)
+    captions_from, pictures, absent = _captioned(folder, files)
     images = CaptionedImages(
         f"image/folder {folder}",
         pictures,
@@ -58,33 +60,41 @@ def load_image_folder(
         random_crop=random_crop,
         flip=flip,
         captions=captions,
+        absent=absent,
     )
     print(images.summary)
     return images
 
 
-def _captioned(folder: Path, files: Sequence[Path]) -> tuple[str, list[Picture]]:
+def _captioned(folder: Path, files: Sequence[Path]) -> tuple[str, list[Picture], int]:
+    """Where the captions come from, the pictures, and how many more a list names."""
     names = [str(file.relative_to(folder)) for file in files]
     if any(file.with_suffix(".txt").is_file() for file in files):
-        found = {name: _sidecar(file) for name, file in zip(names, files)}
-        return ".txt files", [_picture(folder, name, found[name]) for name in names]
+        return ".txt files", [_picture(folder, name, _sidecar(file)) for name, file in zip(names, files)], 0
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if metadata:
-        found = _read_metadata(metadata, folder)
+        found, absent = _read_metadata(metadata, folder, set(names))
         listed = [_picture(folder, name, text) for name, text in found.items()]
-        return metadata.name, listed + [_picture(folder, name, None) for name in names if name not in found]
-    return "file names", [_picture(folder, name, _words(file)) for name, file in zip(names, files)]
+        rest = [_picture(folder, name, None) for name in names if name not in found]
+        return metadata.name, listed + rest, absent
+    return "file names", [_picture(folder, name, _words(file)) for name, file in zip(names, files)], 0
 
 
 def _picture(folder: Path, name: str, caption: str | None) -> Picture:
-    return Picture(name, caption, partial((folder / name).open, "rb"))
+    return Picture(name, caption, partial(open_file, folder / name))
 
 
 def _sidecar(file: Path) -> str | None:
     beside = file.with_suffix(".txt")
     if not beside.is_file():
         return None
-    return " ".join(beside.read_text(encoding="utf-8-sig", errors="replace").split())
+    with beside.open(encoding="utf-8-sig", errors="replace") as stream:
+        return _caption(stream.read(MAX_CAPTION + 1))
+
+
+def _caption(text: str) -> str:
+    """On one line; one that is too long is kept so long that it is seen."""
+    return text[: MAX_CAPTION + 1] if len(text) > MAX_CAPTION else " ".join(text.split())
 
 
 def _words(file: Path) -> str:
@@ -93,53 +103,82 @@ def _words(file: Path) -> str:
     return re.sub(r"[\s-]*\(?\d+\)?$", "", words) or words
 
 
-def _read_metadata(path: Path, folder: Path) -> dict[str, str]:
-    """file_name -> text, by paths below the folder.
+def _read_metadata(path: Path, folder: Path, present: Set[str]) -> tuple[dict[str, str], int]:
+    """file_name -> text, by paths below the folder, and how many more are named that are not there.
+
+    Args:
+        present: names that are known to be in the folder.
 
     Raises:
         ValueError: naming the line that is wrong.
     """
-    found = {}
+    found, absent = {}, 0
     for number, row in _rows(path):
         where = f"{path}, line {number}"
         name, text = (row.get(key) for key in ("file_name", "text"))
         if not isinstance(name, str) or not name or not isinstance(text, str | None):
             raise ValueError(f"{where} must have the texts file_name and text, not {str(dict(row))[:100]}")
-        if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{where}: file_name {name!r} leads out of the folder")
-        found[str((folder / name).relative_to(folder))] = " ".join((text or "").split())
-    return found
+        if name not in present:
+            try:
+                name = _inside(folder, name)
+                there = (folder / name).exists()
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise ValueError(f"{where}: file_name {name!r:.80} {reason}") from error
+            absent += not there
+            if not there and absent > MAX_ABSENT:
+                continue
+        found[name] = _caption(text or "")
+    return found, max(absent - MAX_ABSENT, 0)
+
+
+def _inside(folder: Path, name: str) -> str:
+    """A name as seen from the folder.
+
+    Raises:
+        ValueError: if it is not below the folder, links followed.
+    """
+    path = folder / name
+    if not path.is_relative_to(folder) or not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError("leads out of the folder")
+    return str(path.relative_to(folder))
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     read: Callable = _jsonl_rows if path.suffix == ".jsonl" else _csv_rows
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from read(file, path)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = BoundedLines(file, path)
+        try:
+            yield from read(lines)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path} cannot be read behind line {lines.number}: {error}") from error
 
 
-def _jsonl_rows(file, path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
-    for number, line in enumerate(file, start=1):
+def _jsonl_rows(lines: BoundedLines) -> Iterator[tuple[int, Mapping[str, object]]]:
+    for line in lines:
+        lines.room = MAX_ROW
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", error)
-            raise ValueError(f"{path}, line {number} is no JSON: {reason}") from error
+            raise ValueError(f"{lines.path}, line {lines.number} is no JSON: {reason}") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} must be a JSON object, not {line.strip()[:100]}")
-        yield number, row
+            raise ValueError(f"{lines.path}, line {lines.number} must be a JSON object, not {line.strip()[:100]}")
+        yield lines.number, row
 
 
-def _csv_rows(file, path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
-    reader = csv.DictReader(file)
-    if missing := {"file_name", "text"} - set(reader.fieldnames or ()):
-        raise ValueError(f"{path} has no column {' and '.join(sorted(missing))}; its columns are {reader.fieldnames}")
+def _csv_rows(lines: BoundedLines) -> Iterator[tuple[int, Mapping[str, object]]]:
+    reader = csv.DictReader(lines)
+    columns = reader.fieldnames or ()
+    if missing := {"file_name", "text"} - set(columns):
+        raise ValueError(
+            f"{lines.path} has no column {' and '.join(sorted(missing))}; its columns are {columns!s:.200}"
+        )
     for row in reader:
-        yield reader.line_num, row
+        lines.room = MAX_ROW
+        yield lines.number, row
 
 
 def _hidden(path: Path, folder: Path) -> bool:

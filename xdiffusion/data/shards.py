@@ -26,8 +26,9 @@ from torch import Tensor
 
 from xdiffusion.data.buckets import Size
 from xdiffusion.data.captions import PromptTable
-from xdiffusion.data.image_files import DamagedImage, Picture
+from xdiffusion.data.image_files import MAX_CAPTION, DamagedImage, Picture
 from xdiffusion.data.image_set import Batch, to_unit_range
+from xdiffusion.data.tar_members import Member, tar_members
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "json")
@@ -223,9 +224,9 @@ def read_shard(shard: Path) -> Iterator[Picture]:
     length = shard.stat().st_size
     key, picture, caption = None, None, None
     try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if member.isdir():
+        with shard.open("rb") as file:
+            for member in tar_members(shard):
+                if member.is_folder:
                     continue
                 member_key, kind = _checked(shard, member, length)
                 if member_key != key:
@@ -235,34 +236,41 @@ def read_shard(shard: Path) -> Iterator[Picture]:
                 if kind in IMAGES:
                     picture = member
                 elif kind == "txt" or (kind == "json" and caption is None):
-                    text = tar.extractfile(member).read().decode()
+                    file.seek(member.start)
+                    text = file.read(member.size).decode()
                     caption = text.strip() if kind == "txt" else _caption_of(text)
-    except (tarfile.TarError, OSError, UnicodeDecodeError, EOFError, RecursionError) as error:
+    except ShardError:
+        raise
+    except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
         raise ShardError(f"{shard} cannot be read: {error}") from error
     if key is None:
         raise ShardError(f"{shard} holds no sample")
     yield _sample(shard, key, picture, caption)
 
 
-def _checked(shard: Path, member: tarfile.TarInfo, length: int) -> tuple[str, str]:
+def _checked(shard: Path, member: Member, length: int) -> tuple[str, str]:
     """The key and the kind of a member whose header can be trusted."""
     path = PurePosixPath(member.name)
-    if not member.isreg() or path.is_absolute() or ".." in path.parts:
-        raise ShardError(f"{shard}: member {member.name!r} is no plain file inside the shard")
+    if not member.is_file or path.is_absolute() or ".." in path.parts:
+        raise ShardError(f"{shard}: member {member.name!r:.100} is no plain file inside the shard")
     stem, _, kind = path.name.partition(".")
     kind = kind.lower()
     limit = MAX_TEXT_BYTES if kind in TEXTS else MAX_IMAGE_BYTES
-    if not 0 <= member.size <= limit or member.offset_data + member.size > length:
+    if not 0 <= member.size <= limit or member.start + member.size > length:
         raise ShardError(
-            f"{shard}: member {member.name!r} says it has {member.size:,} bytes; allowed {limit:,}, within the file"
+            f"{shard}: member {member.name!r:.100} says it has {member.size:,} bytes; allowed {limit:,}, within the file"
         )
     return str(path.with_name(stem)), kind
 
 
-def _sample(shard: Path, key: str, member: tarfile.TarInfo | None, caption: str | None) -> Picture:
+def _sample(shard: Path, key: str, member: Member | None, caption: str | None) -> Picture:
     if member is None or caption is None:
-        raise ShardError(f"{shard}: sample {key!r} has no {'picture' if member is None else 'caption'}")
-    offset, size = member.offset_data, member.size
+        raise ShardError(f"{shard}: sample {key!r:.100} has no {'picture' if member is None else 'caption'}")
+    if len(caption) > MAX_CAPTION:
+        raise ShardError(
+            f"{shard}: the caption of {key!r:.100} has {len(caption):,} letters; allowed are {MAX_CAPTION:,}"
+        )
+    offset, size = member.start, member.size
 
     def read() -> io.BytesIO:
         with shard.open("rb") as file:
