@@ -1,5 +1,7 @@
 """Merging, cutting and distilling updates, each computed a second way from the full matrices."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -32,6 +34,16 @@ def relative(result: Tensor, exact: Tensor) -> float:
 
 
 # --- merging ---
+
+
+@pytest.mark.parametrize("method", merge.METHODS)
+@pytest.mark.parametrize("what", ["lora_A", "lora_B", "lora_alpha"])
+def test_factors_that_are_not_finite_are_named(what, method):
+    damaged = factors(SHAPES["linear"])
+    bad = torch.inf if what == "lora_alpha" else getattr(damaged, what).index_fill(0, torch.tensor(0), torch.nan)
+    lora = LoRAFile({"linear": replace(damaged, **{what: bad})})
+    with pytest.raises(LoRAError, match="the factors of linear are not finite"):
+        merge.merge_loras([(lora, 1.0)], method, rank=2 if method == "svd" else None)
 
 
 def test_concat_is_the_sum_for_every_kernel_rank_alpha_and_sign():

@@ -140,7 +140,7 @@ def differences(tuned: BaseModel, base: BaseModel, progress: Progress = iter) ->
     """(name in its file, tuned - base in float32) of every tensor that differs, one after another.
 
     Raises:
-        CheckpointError: if the models have different tensors.
+        CheckpointError: if the models have different tensors, or differ by numbers that are not finite.
     """
     if len(tuned.files) != len(base.files):
         raise CheckpointError(f"{tuned.path} and {base.path} are models of different parts")
@@ -149,6 +149,8 @@ def differences(tuned: BaseModel, base: BaseModel, progress: Progress = iter) ->
             raise CheckpointError(f"{tuned.path} and {base.path} are models of different architectures")
         for name in progress(ours):
             delta = theirs[name].float() - ours[name].float()
+            if not delta.isfinite().all():
+                raise CheckpointError(f"{name} of {tuned.path} and {base.path} does not differ by finite numbers")
             if delta.any():
                 yield name, delta
 

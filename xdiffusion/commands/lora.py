@@ -188,6 +188,7 @@ def _extract(args: argparse.Namespace) -> None:
     from xdiffusion.checkpoints.component_names import exchange_name
     from xdiffusion.checkpoints.files import content_hash
     from xdiffusion.checkpoints.lora_file import LoRAFile
+    from xdiffusion.checkpoints.native import reading_header
     from xdiffusion.commands.base_weights import differences, open_base
     from xdiffusion.commands.lora_files import layer_table, progress, write
     from xdiffusion.commands.report import table
@@ -211,7 +212,8 @@ def _extract(args: argparse.Namespace) -> None:
     if left_out:
         print(f"{len(left_out)} tensors differ that no LoRA can change (biases, norms, ...), such as {left_out[0]}")
     base_hash = content_hash(base.files[0]) if base.ours else None
-    config = json.loads(base.files[0].metadata.get("config", "null")) if base.ours else None
+    with reading_header(base.path):
+        config = json.loads(base.files[0].metadata.get("config", "null")) if base.ours else None
     lora = LoRAFile(modules, base_hash=base_hash, config=config)
     write(lora, args.output, args.to or "native", names, args.dtype)
 

@@ -62,7 +62,7 @@ def text(facts: Mapping[str, Any]) -> str:
         ("scaling", values("scaling")),
         ("parameters", f"{facts['parameters']:,} in {values('dtype')}"),
         ("step", facts["step"] or ""),
-        ("base", facts["base_hash"] or ""),
+        ("base", _shortened(facts["base_hash"] or "")),
         ("tokens", ", ".join(f"{name} {tuple(shape)}" for name, shape in facts["tokens"].items())),
         *(("repair", repair) for repair in facts["repairs"]),
         *(("metadata", f"{key} = {_shortened(value)}") for key, value in sorted(facts["metadata"].items())[:SHOWN]),

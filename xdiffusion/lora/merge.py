@@ -12,6 +12,7 @@ float64, and what comes out is float32. Convolutions are matrices over patches: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -77,6 +78,8 @@ def merge_factors(
     energy: float | None = None,
 ) -> LoRAFactors:
     """`merge_loras` for the factors of one module, which is called `name` in errors."""
+    if not all(math.isfinite(f.scaling) and f.lora_A.isfinite().all() and f.lora_B.isfinite().all() for f, _ in parts):
+        raise LoRAError(f"the factors of {name} are not finite")
     if any(factors.magnitude is not None for factors, _ in parts):
         raise LoRAError(
             f"{name} is DoRA, whose update is no product B A and cannot be summed; fold it into its base "
