@@ -33,7 +33,7 @@ from xdiffusion.data.shards import read_shard
 from xdiffusion.data.torchvision_sets import load_mnist
 from xdiffusion.loading import load_model
 from xdiffusion.pictures import read_metadata, save_png
-from xdiffusion.training.records import read_metrics
+from xdiffusion.training.records import read_losses
 from xdiffusion.training.run_record import read_run
 from xdiffusion.training.state import state_path, whole_state, write_state
 
@@ -207,7 +207,7 @@ READERS: Mapping[str, Reader] = {
     "MNIST labels": Reader("MNIST/raw/train-labels-idx1-ubyte", write_mnist, lambda f: load_mnist(28, str(f))),
     "tensor cache": Reader("entry.safetensors", _write_cached, _read_cached),
     "run.json": Reader("run.json", _write_run, read_run),
-    "metrics.jsonl": Reader("metrics.jsonl", _write_run, lambda f: read_metrics(f / "metrics.jsonl")),
+    "metrics.jsonl": Reader("metrics.jsonl", _write_run, lambda f: read_losses(f / "metrics.jsonl")),
 }  # fmt: skip
 
 

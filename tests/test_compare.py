@@ -3,11 +3,13 @@
 import json
 import math
 import re
+from functools import reduce
 
 import pytest
 from commands import run_process, run_script
 from PIL import Image
 
+from xdiffusion.checkpoints.files import CheckpointError
 from xdiffusion.training.comparison import as_text, outcome, read_runs, smoothed
 
 COMPARE = "training/image/compare.py"
@@ -120,6 +122,44 @@ def test_what_cannot_be_compared(wrong, runs, tmp_path, capsys):
     assert run_script(COMPARE, first, second, "--output_path", picture) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(f"error: .*{expected}", line)
+
+
+STEP = '{"step": 1, "loss": 0.5}\n'
+WHOLE = {"config": {}, "segments": [{"status": "finished"}]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": []},
+        {"config": reduce(lambda inner, _: {"a": inner}, range(100), 1)},
+        {"config": {"a": reduce(lambda inner, _: [inner], range(100), 1)}},
+        {"segments": []},
+        {"segments": {}},
+        {"segments": [{"status": None}]},
+        {"segments": [{"first_step": 1}]},
+        {"segments": [{"status": "finished", "seconds": 3}]},
+        {"segments": [{"status": "finished", "seconds": "3", "first_step": 1, "last_step": 2}]},
+        {"segments": [{"status": "finished", "git": [1]}]},
+        {"segments": [{"status": "finished", "git": {"commit": 5}}]},
+        {"segments": [{"status": "finished", "peak_memory_bytes": "much"}]},
+        {"segments": [{"status": "finished", "device": {}}]},
+        {"data": 5},
+        {"data": {"fingerprint": 5}},
+    ],
+)
+def test_a_run_of_odd_values_is_named(changes, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(STEP)
+    (tmp_path / "run.json").write_text(json.dumps(WHOLE | changes))
+    with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
+        read_runs([tmp_path])
+
+
+def test_a_run_json_without_end_is_not_read(tmp_path):
+    with (tmp_path / "run.json").open("wb") as file:
+        file.truncate(2**33)
+    with pytest.raises(CheckpointError, match=r"run\.json is damaged: .*it has 8,589,934,592 bytes"):
+        read_runs([tmp_path])
 
 
 def test_help_loads_nothing_heavy():

@@ -95,7 +95,7 @@ def finish(process, bound=BOUND):
 
 def wait_for_steps(folder, count):
     until = time.monotonic() + BOUND
-    while len(read_metrics(folder / "metrics.jsonl")) < count:
+    while len(list(read_metrics(folder / "metrics.jsonl"))) < count:
         assert time.monotonic() < until, "no step was taken"
         time.sleep(0.05)
 

@@ -70,7 +70,7 @@ def test_a_new_run_in_an_old_folder_starts_anew(tmp_path):
 def test_every_step_is_on_the_disk_at_once(tmp_path):
     with Records(tmp_path, 1, 2) as records:
         records.step(metrics(1))
-        assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+        assert len(list(read_metrics(tmp_path / "metrics.jsonl"))) == 1
 
 
 def test_a_line_that_a_killed_run_left_unfinished_is_dropped(tmp_path):
@@ -80,7 +80,30 @@ def test_a_line_that_a_killed_run_left_unfinished_is_dropped(tmp_path):
     assert [m["step"] for m in read_metrics(path)] == [1, 2]
     record(tmp_path, 3, 4)
     assert [m["step"] for m in read_metrics(path)] == [1, 2, 3, 4]
-    assert read_metrics(tmp_path / "none.jsonl") == []
+    assert not list(read_metrics(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000,
+        "[1]",
+        '{"step": 2}',
+        '{"step": 2, "loss": "a"}',
+        '{"step": "2", "loss": 1}',
+        '{"step": true, "loss": 1}',
+        '{"step": 2, "loss": 1%s}' % ("0" * 400),
+        '{"step": 2, "loss": 1%s}' % ("0" * 5000),
+        '{"step": 2, "loss": 1}%s' % (" " * 2**20),
+    ],
+    ids=range(9),
+)
+def test_a_line_that_says_no_step_and_loss_is_named(line, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "loss": 1}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl.* line 2") as error:
+        draw_loss_curve(path, tmp_path / "loss.png")
+    assert len(str(error.value)) < 400
 
 
 def test_an_error_closes_the_record(tmp_path):

@@ -248,6 +248,15 @@ def test_the_states_of_an_earlier_run_are_set_aside(tmp_path):
     assert files.newest() == files.path(4)
 
 
+def test_a_file_whose_number_is_none_is_no_checkpoint(tmp_path):
+    """Superscripts are digits to Python, and no numbers."""
+    trainer, checkpoints = fresh(tmp_path)
+    train(trainer, checkpoints, stop_after=2)
+    for name in ("²", "٣", "-1", "3 copy", ""):
+        (tmp_path / f"diffusion-{name}.state.pt").touch()
+    assert checkpoints.newest_step() == 2
+
+
 def test_pissas_first_factors_come_from_the_file(tmp_path):
     """Where they are computed anew, by another library or thread count, an SVD may round otherwise."""
     overrides = ["lora.init=pissa"]

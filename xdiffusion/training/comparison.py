@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from xdiffusion.checkpoints.files import CheckpointError, write_atomically
-from xdiffusion.training.records import SMOOTHING, read_metrics
+from xdiffusion.training.records import SMOOTHING, read_losses
 from xdiffusion.training.run_record import flat, read_run
 
 ABSENT = "-"  # a key that another run's config has
@@ -20,11 +21,11 @@ ABSENT = "-"  # a key that another run's config has
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its files tell it; name: its folder's, as short as the runs compared allow."""
+    """A run as its files tell it; name: its folder's, as short as the runs compared allow; losses: (steps, losses)."""
 
     name: str
     record: dict[str, Any]
-    metrics: list[dict[str, Any]]
+    losses: Float64[np.ndarray, "2 N"]
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -40,10 +41,10 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     shared = os.path.commonpath(resolved) if len(resolved) > 1 else resolved[0].parent
     runs = []
     for folder, path in zip(folders, resolved):
-        record, metrics = read_run(folder), read_metrics(folder / "metrics.jsonl")
-        if not metrics:
+        record, losses = read_run(folder), read_losses(folder / "metrics.jsonl")
+        if not losses.size:
             raise CheckpointError(f"{folder}: its metrics.jsonl has no step")
-        runs.append(Run(os.path.relpath(path, shared), record, metrics))
+        runs.append(Run(os.path.relpath(path, shared), record, losses))
     return runs
 
 
@@ -60,7 +61,7 @@ def table(runs: Sequence[Run]) -> list[tuple[str, ...]]:
 
 def outcome(run: Run) -> dict[str, str]:
     """How far a run came and at what cost, over all its segments; a segment that was killed has no times."""
-    losses = [m["loss"] for m in run.metrics]
+    steps, losses = run.losses
     segments = run.record["segments"]
     seconds = sum(segment.get("seconds", 0) for segment in segments)
     timed = sum(s["last_step"] - s["first_step"] + 1 for s in segments if "seconds" in s)
@@ -69,7 +70,7 @@ def outcome(run: Run) -> dict[str, str]:
     git = last.get("git") or {}
     return {
         "status": last["status"],
-        "steps": str(run.metrics[-1]["step"]),
+        "steps": f"{steps[-1]:.0f}",
         f"loss, mean of last {SMOOTHING}": f"{math.fsum(losses[-SMOOTHING:]) / len(losses[-SMOOTHING:]):.4f}",
         "smallest smoothed loss": f"{smoothed(losses).min():.4f}",
         "steps/s": f"{timed / seconds:.3g}" if seconds else "-",
@@ -95,7 +96,7 @@ def draw_curves(runs: Sequence[Run], picture: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for run in runs:
-        steps, losses = ([m[key] for m in run.metrics] for key in ("step", "loss"))
+        steps, losses = run.losses
         smooth = smoothed(losses)
         (line,) = axes.plot(steps[len(steps) - len(smooth) :], smooth, label=run.name, zorder=2)
         axes.plot(steps, losses, color=line.get_color(), alpha=0.15, linewidth=0.8, zorder=1)
@@ -105,7 +106,7 @@ def draw_curves(runs: Sequence[Run], picture: Path) -> None:
     write_atomically(picture, lambda path: figure.savefig(path, dpi=120, format="png"))
 
 
-def smoothed(losses: Sequence[float]) -> np.ndarray:
+def smoothed(losses: Float64[np.ndarray, " N"]) -> np.ndarray:
     """The running mean over SMOOTHING steps, or over all where there are fewer: (N - window + 1,)."""
     window = min(SMOOTHING, len(losses))
     return np.convolve(losses, np.ones(window) / window, mode="valid")

@@ -52,10 +52,15 @@ class LossWatch:
 def write_report(folder: Path, error: TrainingDiverged) -> Path:
     """Write diverged.json: the step, its numbers, the losses before it and the indices of its batch.
 
-    After N rollbacks it is diverged-N.json.
+    After N rollbacks it is diverged-N.json. JSON knows no number that is not finite: it is written as the text "nan" or "inf".
     """
     rollbacks = error.report["rollbacks"]
     path = folder / (f"diverged-{rollbacks}.json" if rollbacks else "diverged.json")
-    text = json.dumps({"reason": str(error)} | error.report, indent=1) + "\n"
+    report = {key: value if _finite(value) else str(value) for key, value in error.report.items()}
+    text = json.dumps({"reason": str(error)} | report, indent=1, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
     return path
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 from PIL import Image
 from tqdm import tqdm
 
 from xdiffusion.checkpoints.files import CheckpointError, write_atomically
+from xdiffusion.data.lines import MAX_ROW, BoundedLines
 from xdiffusion.training.loop import StepMetrics
 
 SMOOTHING = 50
@@ -44,9 +48,12 @@ class Records:
     def _open(self, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        kept = [m for m in read_metrics(self.metrics_path) if m["step"] < first_step]
-        text = "".join(json.dumps(m) + "\n" for m in kept)
-        write_atomically(self.metrics_path, lambda path: path.write_text(text))
+        def write(path: Path) -> None:
+            with path.open("w") as file:
+                kept = (m for m in read_metrics(self.metrics_path) if m["step"] < first_step)
+                file.writelines(json.dumps(m) + "\n" for m in kept)
+
+        write_atomically(self.metrics_path, write)
         self.metrics = self.metrics_path.open("a", buffering=1)
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
 
@@ -90,26 +97,43 @@ class Records:
         draw_loss_curve(self.metrics_path, self.folder / "loss.png")
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line that a killed run left unfinished is dropped."""
-    metrics = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return metrics
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.jsonl, one by one; a last line that a killed run left unfinished is dropped.
+
+    Raises:
+        CheckpointError: naming a line that says no step and loss.
+    """
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        lines = BoundedLines(file, path)
+        for line in lines:
+            lines.room = MAX_ROW
+            try:
+                metrics = json.loads(line)
+                if type(metrics["step"]) is not int or not isinstance(metrics["loss"], float | int):
+                    raise TypeError(f"step={metrics['step']!r:.40}, loss={metrics['loss']!r:.40}")
+                float(metrics["step"]), float(metrics["loss"])
+            except json.JSONDecodeError:
+                return
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+                raise CheckpointError(f"{path} is damaged in line {lines.number}: {error!r:.200}") from error
+            yield metrics
+
+
+def read_losses(path: Path) -> Float64[np.ndarray, "2 N"]:
+    """The steps and the losses of a metrics.jsonl."""
+    pairs = ((metrics["step"], metrics["loss"]) for metrics in read_metrics(path))
+    return np.fromiter(pairs, dtype=np.dtype((float, 2))).T
 
 
 def draw_loss_curve(metrics_path: Path, picture: Path) -> None:
     """The loss of each step and its running mean, on a logarithmic scale."""
-    metrics = read_metrics(metrics_path)
-    if len(metrics) < 2:
+    steps, losses = read_losses(metrics_path)
+    if len(steps) < 2:
         return
     from matplotlib.figure import Figure
 
-    steps = np.array([m["step"] for m in metrics])
-    losses = np.array([m["loss"] for m in metrics])
     window = min(SMOOTHING, len(losses))
     smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -10,9 +10,10 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,17 @@ from xdiffusion.data.image_set import ImageSet
 from xdiffusion.data.shards import Shards
 
 FILE = "run.json"
+MAX_BYTES, MAX_DEPTH = 8 * 2**20, 64  # of a run.json; a start takes 1 kB
+SEGMENT = {  # what is read of a start of a run, where it is there
+    "status": str,
+    "first_step": int,
+    "last_step": int,
+    "seconds": int | float,
+    "peak_memory_bytes": int,
+    "device": str,
+    "packages": Mapping,
+    "git": Mapping | None,
+}
 END_BYTES = 4096
 SOURCES = ("xdiffusion", "training", "sampling", "configs")  # an untracked file here may be part of what runs
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -132,13 +144,42 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     path = folder / FILE
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes; allowed are {MAX_BYTES:,}")
         run = json.loads(path.read_text())
-        run["config"].items(), [segment["status"] for segment in run["segments"]]
+        _check(run)
         return run
     except FileNotFoundError:
         raise CheckpointError(f"no run in {folder}: it has no {FILE}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error!s:.200}") from error
+
+
+def _check(run: Any) -> None:
+    """See that what is read of a run.json is there, and of its kind.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: if not.
+    """
+    level = [run]
+    for _ in range(MAX_DEPTH):
+        values = (v.values() if isinstance(v, dict) else v if isinstance(v, list) else () for v in level)
+        level = list(chain.from_iterable(values))
+    if level:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    run["config"].items(), run["segments"][-1]
+    data = run.get("data", {})
+    _check_kinds(data, {"name": str, "fingerprint": str})
+    for segment in run["segments"]:
+        timed = ("first_step", "last_step") if "seconds" in segment else ()
+        _check_kinds(segment, SEGMENT, ("status", *timed))
+        _check_kinds(segment.get("git") or {}, {"commit": str})
+
+
+def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Any], needed: Sequence[str] = ()) -> None:
+    for key, kind in kinds.items():
+        if (key in values or key in needed) and not isinstance(values[key], kind):
+            raise TypeError(f"{key}={values[key]!r:.100}")
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -196,7 +196,7 @@ class RunCheckpoints:
         """The steps that have a state."""
         found = self.folder.glob(f"{self.files.prefix}-*.state.pt")
         names = (state.name.split("-")[1].split(".")[0] for state in found)
-        steps = {int(name) for name in names if name.isdigit()}
+        steps = {int(name) for name in names if name.isascii() and name.isdigit()}
         return sorted(s for s in steps if state_path(self.path(s)).is_file())
 
     def _steps(self) -> list[int]:
