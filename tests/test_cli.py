@@ -102,6 +102,14 @@ def test_a_users_mistake_is_one_line_and_status_2(capsys, monkeypatch):
         cli.run(mistaken)
 
 
+def test_an_error_with_a_name_without_end_is_cut(capsys):
+    def main(argv):
+        raise ValueError("a.json names\n" + "x " * 10**6 + "x" * 10**6)
+
+    assert cli.run(main) == 2
+    assert len(capsys.readouterr().err) <= cli.LONGEST_ERROR + 10
+
+
 def test_ctrl_c_is_one_line_and_status_130(capsys):
     def stopped(argv):
         raise KeyboardInterrupt

@@ -61,13 +61,13 @@ def test_two_files_may_share_a_base(write):
     [
         ("base: config.yaml", r"config\.yaml: reads itself through base:"),
         ("base: absent.yaml", r"no config file at .*absent\.yaml"),
-        ("base: 5", r"config\.yaml: base=5 must be the path of a YAML file or a list"),
+        ("base: 5", r"config\.yaml: base=5 must be the path of a \.yaml file or a list"),
         ("base: [5]", r"base=\[5\] must be the path"),
         ("base:", r"base=None must be the path"),
         ("a: [1", r"config\.yaml is not readable YAML: .*line 1"),
         ("a: 1\na: 2", r"not readable YAML: .*duplicate key a"),
-        ("5", r"not readable YAML"),
-        ("- a\n- b", r"config\.yaml must hold a mapping of sections, not ListConfig"),
+        ("5", "it must hold a mapping of sections"),
+        ("- a\n- b", "it must hold a mapping of sections"),
         ("base: list.yaml\na: [1]", r"config\.yaml: .*(incompatible container types|Cannot merge)"),
     ],
 )

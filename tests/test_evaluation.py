@@ -12,6 +12,7 @@ from torch import nn
 
 from xdiffusion import scoring
 from xdiffusion.build import build_sampling
+from xdiffusion.checkpoints.files import CheckpointError, save_safetensors
 from xdiffusion.data.image_set import ImageSet, Split, invert
 from xdiffusion.diffusion.objective import squared_error
 from xdiffusion.diffusion.predictions import PREDICTIONS
@@ -232,6 +233,17 @@ def test_other_data_has_another_judge(quick_judge, tmp_path):
     for images in (data, tiny_images(seed=1), relabelled):
         cached_judge(images, tmp_path)
     assert len(list(tmp_path.glob("image/digits/judge_12px_*.safetensors"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata"), [({"a": torch.ones(1)}, {"accuracy": "1"}), (None, {}), (None, {"accuracy": "much"})]
+)
+def test_a_kept_judge_that_is_none_is_named(tensors, metadata, quick_judge, tmp_path):
+    judge, _ = cached_judge(tiny_images(), tmp_path)
+    (file,) = tmp_path.glob("image/digits/*")
+    save_safetensors(file, tensors or judge.state_dict(), metadata)
+    with pytest.raises(CheckpointError, match=f"{file.name} is no judge"):
+        cached_judge(tiny_images(), tmp_path)
 
 
 # all scores of a model

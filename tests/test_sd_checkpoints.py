@@ -259,6 +259,11 @@ def test_an_index_that_does_not_fit_its_files_is_refused(folder, tmp_path):
     refused(naming(other), rf"{other} has no tensor {first}, which .*index.json says is there")
     for content in ("", "[]", "{}", '{"weight_map": []}', "[" * 100_000, " " * (2**23 + 1)):
         refused(content, r"index.json is damaged")
+    refused(naming("a" * 300 + ".safetensors"), "which is no .safetensors file beside it")
+    with pytest.raises(CheckpointError) as error:
+        index.write_text(json.dumps({"weight_map": {"a" * 10**5: other}}))
+        load_model(folder)
+    assert len(str(error.value)) < 500
     index.write_text(json.dumps(whole))
     (index.parent / other).unlink()
     with pytest.raises(CheckpointError, match=rf"{other} is not there, which .*index.json names"):

@@ -122,6 +122,15 @@ def test_a_tag_in_a_config_is_refused(tag, tmp_path):
         load_config(tmp_path / "a.yaml")
 
 
+@pytest.mark.parametrize("name", ["passwd", "secret.yaml"])
+def test_what_is_in_a_file_that_a_config_names_as_its_base_is_not_told(name, tmp_path):
+    (tmp_path / name).write_text("root:x:0:0:hunter2:/root\n")
+    (tmp_path / "a.yaml").write_text(f"base: {tmp_path / name}\n")
+    with pytest.raises(ConfigError, match=r"must be the path of a \.yaml file|must hold a mapping") as error:
+        load_config(tmp_path / "a.yaml")
+    assert "hunter2" not in str(error.value)
+
+
 def test_a_picture_of_a_format_that_needs_another_program_is_not_opened(monkeypatch):
     """Pillow hands PostScript to Ghostscript, whatever the file's ending is."""
     monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program was run"))

@@ -9,6 +9,7 @@ from functools import partial
 from importlib import import_module
 from itertools import count
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -66,6 +67,7 @@ TIME_GRIDS = {
 INVERTED = "_inverted"
 WITH_CLASSES = ("image/digits", "image/mnist", "image/fashion_mnist", "image/cifar10")
 MAX_PARAMETERS = 3_000  # weight tensors of a model that is read from a file; Stable Diffusion has 1,200
+MAX_SIDE = 8192  # pixels of an image
 _PRETRAINED = Parameter("pretrained", ast.parse("str | None", mode="eval").body, "tiny")
 _LEARNING_RATE = Parameter("learning_rate", ast.parse("float | None", mode="eval").body, None)
 _SAMPLER_ARGUMENTS = frozenset({"denoiser", "x_T", "times", "generator", "on_step"})
@@ -167,7 +169,13 @@ def build_data(config: DictConfig) -> ImageSet | CaptionedImages | Shards:
 
 
 def image_shape(config: DictConfig) -> tuple[int, int, int]:
-    """(C, H, W) of the images of `data:`, known without loading them."""
+    """(C, H, W) of the images of `data:`, known without loading them.
+
+    Raises:
+        ConfigError: if they have a side that no image has.
+    """
+    if not 1 <= config.data.image_size <= MAX_SIDE:
+        raise ConfigError(f"data.image_size={config.data.image_size} must be from 1 to {MAX_SIDE:,}")
     channels = IMAGE_CHANNELS[config.data.kind.removesuffix(INVERTED)]
     return channels, config.data.image_size, config.data.image_size
 
@@ -286,7 +294,7 @@ def _without_weights() -> Iterator[None]:
         with torch.device("meta"), SkipInit():
             yield
     except (RuntimeError, TypeError, OverflowError, ZeroDivisionError) as error:  # widths that no tensor can have
-        raise ConfigError(f"the sizes of its model cannot be: {' '.join(str(error).split())[:100]}") from error
+        raise ConfigError(f"the sizes of its model cannot be: {shorten(str(error), 100, placeholder='...')}") from error
     finally:
         counting.remove()
 

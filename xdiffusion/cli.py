@@ -17,10 +17,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NoReturn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 USAGE_ERROR = 2
+LONGEST_ERROR = 4000  # letters
 
 
 def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
@@ -37,7 +39,8 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
     except ValueError as error:
         if os.environ.get("XDIFFUSION_TRACEBACK"):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = str(error)[: 2 * LONGEST_ERROR]  # names of any length that a file has chosen may be in it
+        print(f"error: {shorten(text, LONGEST_ERROR, placeholder=' ...')}", file=sys.stderr)
         return USAGE_ERROR
     except (KeyboardInterrupt, _Terminated) as stop:  # a training takes both itself from its first step on
         number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT

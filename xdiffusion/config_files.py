@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 MAX_BYTES = 2**16  # of a YAML file; the longest here has 2 kB
 MAX_VALUES = 2_000  # of a config with its bases; ours have 70, and each takes a tenth of a millisecond and more
 MAX_DEPTH = 16  # of sections in sections
+SUFFIXES = (".yaml", ".yml")  # of a base: one that a stranger names is none of the files that hold passwords
 MAX_FILES = 64  # that one file names under base:, and those under theirs
 
 
@@ -44,24 +45,35 @@ def _layers(path: Path, readers: tuple[Path, ...], read: list[Path], values: Ite
         values: counts those of all files.
     """
     read.append(path)
-    if path.resolve() in readers:
+    place = _place(path)
+    if place in readers:
         raise ConfigError(f"{path}: reads itself through base:")
     if len(read) > MAX_FILES:
         raise ConfigError(f"{read[0]} names more than {MAX_FILES} files through base:")
-    if not path.is_file():
-        raise ConfigError(f"no config file at {path}")
     try:
         own = OmegaConf.load(io.StringIO(_plain_yaml(path, values)))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError, OSError) as error:
         raise ConfigError(f"{path} is not readable YAML: {one_line(error)}") from error
-    if not isinstance(own, DictConfig):
-        raise ConfigError(f"{path} must hold a mapping of sections, not {type(own).__name__}")
     bases = own.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, Sequence) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{path}: base={bases} must be the path of a YAML file or a list of paths")
-    here = (*readers, path.resolve())
+    if not isinstance(bases, Sequence) or not all(isinstance(b, str) and b.endswith(SUFFIXES) for b in bases):
+        raise ConfigError(f"{path}: base={bases!s:.200} must be the path of a .yaml file or a list of paths")
+    here = (*readers, place)
     return [layer for base in bases for layer in _layers(path.parent / base, here, read, values)] + [own]
+
+
+def _place(path: Path) -> Path:
+    """Where a config file is, links followed.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    try:
+        if path.is_file():
+            return path.resolve()
+    except OSError:  # a name that is too long
+        pass
+    raise ConfigError(f"no config file at {path!s:.200}")
 
 
 def _plain_yaml(path: Path, values: Iterator[int]) -> str:
@@ -74,6 +86,8 @@ def _plain_yaml(path: Path, values: Iterator[int]) -> str:
         raise ValueError(f"it has {path.stat().st_size:,} bytes; allowed are {MAX_BYTES:,}")
     text, depth = path.read_text(encoding="utf-8"), 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if not depth and isinstance(event, yaml.NodeEvent) and not isinstance(event, yaml.MappingStartEvent):
+            raise ValueError("it must hold a mapping of sections")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise ValueError(f"it is nested more than {MAX_DEPTH} deep")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -36,7 +39,8 @@ def load_model(path: str | Path, config_path: str | Path | None = None) -> tuple
     """
     file = load_model_file(Path(path))
     config = config_of(file, config_path)
-    model = build_model(config, without_weights=True)
+    with _named(config_path if file.config is None and config_path else path):
+        model = build_model(config, without_weights=True)
     load_weights(model, file)
     return model.eval().requires_grad_(False), config
 
@@ -63,9 +67,27 @@ def config_of(file: ModelFile, config_path: str | Path | None = None) -> DictCon
 
 
 def _own_config(file: ModelFile) -> DictConfig:
-    """What a file says of its model, with the defaults of keys that are younger than the file."""
+    """What a file says of its model, with the defaults of keys that are younger than the file.
+
+    Raises:
+        CheckpointError, ConfigError: if it is wrong, or its header says another thing.
+    """
     content = without_unknown(file.config, SCHEMA, RECORDS)
-    return resolve(from_mapping(content, str(file.path)), SCHEMA, str(file.path))
+    config = resolve(from_mapping(content, str(file.path)), SCHEMA, str(file.path))
+    with _named(file.path):
+        shape = image_shape(config)
+    if file.image_shape and file.image_shape != shape:
+        raise CheckpointError(f"{file.path}: its header is that of images {file.image_shape}, its config of {shape}")
+    return config
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """A mistake in a config that a file holds is a mistake in this file."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def check_fits(file: ModelFile, config: DictConfig) -> None:
@@ -98,7 +120,7 @@ def load_weights(model: DiffusionModel, file: ModelFile) -> None:
     try:
         model.load_state_dict(tensors, assign=without_weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = shorten(str(error), 300, placeholder="...")
         raise CheckpointError(f"{file.path} is a checkpoint for another architecture: {reason}") from error
 
 

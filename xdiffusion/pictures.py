@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import BinaryIO
 
 import numpy as np
@@ -83,7 +84,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     except OSError as error:  # UnidentifiedImageError is one
         raise ValueError(f"{path} cannot be read as a PNG: {error.strerror or 'it is none'}") from error
     except Exception as error:  # Pillow fails on damaged files with whatever its reading happens to hit
-        raise ValueError(f"{path} cannot be read as a PNG: {' '.join(str(error).split())[:100]}") from error
+        raise ValueError(f"{path} cannot be read as a PNG: {shorten(str(error), 100, placeholder='...')}") from error
 
 
 def _read_text(file: BinaryIO) -> dict[str, str]:

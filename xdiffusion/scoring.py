@@ -6,13 +6,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from xdiffusion.checkpoints.files import content_hash, load_safetensors, save_safetensors
+from xdiffusion.checkpoints.files import CheckpointError, content_hash, load_safetensors, save_safetensors
 from xdiffusion.data.image_set import ImageSet, invert, to_uint8, to_unit_range
 from xdiffusion.evaluation.background import background_brightness, background_mask
 from xdiffusion.evaluation.bootstrap import interval, mean_interval
@@ -221,6 +222,9 @@ def cached_judge(images: ImageSet, folder: Path) -> tuple[Judge, float]:
     """The judge of a data set and its held-out accuracy, trained on the first call and kept in `folder`.
 
     The file's name holds a hash of the training split: another copy of the data has another judge.
+
+    Raises:
+        CheckpointError: if the file that is kept is damaged.
     """
     fingerprint = content_hash({"images": images.train.images, "labels": images.train.labels})[:12]
     path = folder / images.name / f"judge_{images.image_size}px_{fingerprint}.safetensors"
@@ -228,8 +232,12 @@ def cached_judge(images: ImageSet, folder: Path) -> tuple[Judge, float]:
         tensors, metadata = load_safetensors(path)
         judge = Judge(images.channels, images.image_size, images.prompts.num_classes)
         judge = judge.to(memory_format=torch.channels_last)  # as it was trained: the same scores to the last digit
-        judge.load_state_dict(tensors)
-        return judge.eval().requires_grad_(False), float(metadata["accuracy"])
+        try:
+            judge.load_state_dict(tensors)
+            return judge.eval().requires_grad_(False), float(metadata["accuracy"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = shorten(str(error), 200, placeholder="...")
+            raise CheckpointError(f"{path} is no judge ({reason}); without it, one is trained") from error
     judge = train_judge(images.train.images, images.train.labels, images.prompts.num_classes)
     held_out = accuracy(judge, images.test.floats(), images.test.labels)
     save_safetensors(path, judge.state_dict(), {"accuracy": f"{held_out:.5f}", "dataset": images.name})

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ def open_safetensors(path: Path, device: str = "cpu"):
     if not path.is_file():
         raise CheckpointError(f"no file at {path}")
     try:
-        _check_header_length(path)
+        _check_start(path)
         return safe_open(path, framework="pt", device=device)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
@@ -142,7 +143,7 @@ def load_pickled(path: Path, mmap: bool = False) -> Any:
         _check_content(content, path.stat().st_size)
         return content
     except Exception as error:  # reading a damaged file fails with whatever it happens to hit
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = shorten(str(error), 200, placeholder="...") or type(error).__name__
         raise CheckpointError(f"{path} is not a torch file of plain weights: {reason}") from error
 
 
@@ -221,14 +222,17 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_header_length(path: Path) -> None:
-    """See that a safetensors file's header is of a size that a model's can have.
+def _check_start(path: Path) -> None:
+    """See that a file begins as safetensors files do, with a header of a size that a model's can have.
 
     Raises:
-        OSError: if not.
+        CheckpointError, OSError: if not.
     """
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(9)
+    if len(start) == 9 and start[8:] != b"{":
+        raise CheckpointError(f"{path} is no safetensors file: it begins with {start!r}")
+    length = int.from_bytes(start[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise OSError(f"its header has {length:,} bytes; allowed are {MAX_HEADER_BYTES:,}")
 

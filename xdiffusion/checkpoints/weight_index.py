@@ -15,6 +15,8 @@ from torch import Tensor
 from xdiffusion.checkpoints.files import MAX_HEADER_BYTES, SAFETENSORS, CheckpointError
 from xdiffusion.checkpoints.streaming import StoredTensors
 
+MAX_NAME = 64  # letters of at most four bytes: no file system here knows longer ones
+
 
 def read_indexed(index: Path) -> dict[str, Tensor]:
     """The tensors that an index names, mapped, by name; all files lie beside it.
@@ -30,7 +32,7 @@ def read_indexed(index: Path) -> dict[str, Tensor]:
         shards[file] = StoredTensors(index.parent / file)
     for name, file in places.items():
         if name not in shards[file]:
-            raise CheckpointError(f"{index.parent / file} has no tensor {name}, which {index.name} says is there")
+            raise CheckpointError(f"{index.parent / file} has no tensor {name:.100}, which {index.name} says is there")
     return {name: shards[file][name] for name, file in places.items()}
 
 
@@ -45,6 +47,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error})") from error
     for file in files:
         # read as Windows does, a path is one there or here
-        if not isinstance(file, str) or PureWindowsPath(file).name != file or not file.endswith(SAFETENSORS):
+        is_name = isinstance(file, str) and len(file) < MAX_NAME and PureWindowsPath(file).name == file
+        if not is_name or not file.endswith(SAFETENSORS):
             raise CheckpointError(f"{index} names {file!r:.100}, which is no {SAFETENSORS} file beside it")
     return places

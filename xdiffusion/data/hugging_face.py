@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from xdiffusion.data.captioned_images import CaptionedImages
@@ -70,7 +71,7 @@ def _rows(dataset_name: str, split: str, data_dir: str | None) -> Any:
         saved = datasets.load_from_disk(data_dir)
         return saved[split] if isinstance(saved, dict) else saved
     except Exception as error:  # the hub's own errors, a split that is not there, no network: all end here
-        reason = " ".join(str(error).split())[:200]
+        reason = shorten(str(error), 200, placeholder="...")
         raise ValueError(f"image/hugging_face {data_dir or dataset_name}, split {split}: {reason}") from error
 
 

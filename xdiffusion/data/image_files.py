@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 from PIL import Image, UnidentifiedImageError
 
@@ -137,7 +138,7 @@ def _decoder(file: io.BufferedIOBase) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # Pillow's decoders fail on damaged files with whatever their reading happens to hit
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = "no known image format" if unknown else " ".join(str(error).split())[:100]
+        reason = "no known image format" if unknown else shorten(str(error), 100, placeholder="...")
         raise DamagedImage(f"cannot be read ({reason})") from error
 
 

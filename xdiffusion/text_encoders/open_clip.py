@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import shorten
 
 from jaxtyping import Float
 from torch import Tensor
@@ -65,7 +66,7 @@ def download_open_clip_weights(model_name: str, tag: str) -> dict[str, Float[Ten
         with _offline_unless_reachable(), _quiet():
             return open_clip.create_model(model_name, pretrained=tag).state_dict()
     except Exception as error:  # the hub's own errors, a full disk, a damaged cache: all end here
-        reason = " ".join(str(error).split())[:200]
+        reason = shorten(str(error), 200, placeholder="...")
         raise ValueError(
             f"the weights {tag!r} of {model_name} cannot be downloaded ({reason}). Connect to the network, or add "
             "--set model.text_encoder.pretrained=null for random frozen weights, or take a config whose text encoder is "

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -148,5 +149,5 @@ def _load(encoder: CLIPTextEncoder, weights: dict, source: str) -> None:
         encoder.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{source} does not fit model.text_encoder: {' '.join(str(error).split())[:300]}"
+            f"{source} does not fit model.text_encoder: {shorten(str(error), 300, placeholder='...')}"
         ) from error
