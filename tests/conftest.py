@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,6 +23,11 @@ install_import_hook(
 )  # fmt: skip
 
 import torch
+
+# the same examples in every run; --hypothesis-profile=fresh has others each time, which --hypothesis-seed repeats
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("fresh", derandomize=False, database=None, print_blob=True)
+settings.load_profile("repeatable")
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent

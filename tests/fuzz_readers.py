@@ -4,8 +4,9 @@
 
 For each reader, N copies of a small whole file are damaged, each by a seed of its own, and read in a child process. A crash
 is anything but a value or the one error that is documented (ValueError, of which CheckpointError and ConfigError are
-kinds), the end of the process too. A hang is a read of more than a second of processor time. Memory is the growth of the
-process at the worst moment of one read; the bound is twice the file, or 256 MB. Ends with status 1 if any bound is broken.
+kinds) with the file's name; the end of the process too. A hang is a read of more than a second of processor time. Memory is
+the growth of the process at the worst moment of one read; the bound is twice the file, or 256 MB. Ends with status 1 if any
+bound is broken.
 """
 
 from __future__ import annotations
@@ -127,8 +128,10 @@ def read(reader: Reader, folder: Path, outcome: dict[str, Any]) -> None:
     """Read, and note what came of it."""
     try:
         reader.read(folder)
-    except ValueError:
+    except ValueError as error:
         outcome["refused"] = 1
+        if not reader.is_named(error, folder):
+            outcome["crash"] = f"names no file: {' '.join(str(error).split())[:100]}"
     except Exception as error:
         outcome["crash"] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
 

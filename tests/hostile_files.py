@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy
 import torch
@@ -19,7 +20,7 @@ from omegaconf import OmegaConf
 from picture_folders import write_pictures
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import SETTINGS, tiny_config, tiny_model
+from tiny import SETTINGS, tiny_config, tiny_images, tiny_model
 
 from xdiffusion.build import image_shape, load_config
 from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
@@ -27,15 +28,21 @@ from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
 from xdiffusion.checkpoints.native import load_model_file, save_model
 from xdiffusion.checkpoints.tensor_cache import TensorCache
-from xdiffusion.data.image_files import Picture
+from xdiffusion.checkpoints.weight_index import read_indexed
+from xdiffusion.clip_towers import own_towers
+from xdiffusion.data.captioned_images import Crop
 from xdiffusion.data.image_folder import load_image_folder
 from xdiffusion.data.shards import read_shard
 from xdiffusion.data.torchvision_sets import load_mnist
+from xdiffusion.evaluation.judge import Judge
 from xdiffusion.loading import load_model
 from xdiffusion.pictures import read_metadata, save_png
+from xdiffusion.scoring import cached_judge
+from xdiffusion.text_encoders.clip import CLIPTextEncoder
 from xdiffusion.training.records import read_losses
 from xdiffusion.training.run_record import read_run
 from xdiffusion.training.state import state_path, whole_state, write_state
+from xdiffusion.training.text_encoder import load_text_encoder
 
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 INTERESTING = b'0123456789"{}[],:.-eN_*&!$\x00\x7f\x80\xff'
@@ -43,11 +50,16 @@ INTERESTING = b'0123456789"{}[],:.-eN_*&!$\x00\x7f\x80\xff'
 
 @dataclass(frozen=True)
 class Reader:
-    """damaged: the file that is damaged, below the folder. read: the folder -> whatever; ValueError is its one error."""
+    """damaged: the file that is damaged, below the folder. read: the folder -> whatever; ValueError is its one error, which
+    names the file, or the folder where that is what was given."""
 
     damaged: str
     write: Callable[[Path], Any]
     read: Callable[[Path], Any]
+
+    def is_named(self, error: ValueError, folder: Path) -> bool:
+        """Whether an error says what is damaged."""
+        return any(name in str(error) for name in (str(folder), Path(self.damaged).name))
 
 
 def _write_model(folder: Path) -> None:
@@ -110,9 +122,9 @@ def _write_picture(folder: Path, format: str) -> None:
     Image.effect_noise((40, 24), 50).convert("RGB").save(folder / f"a.{format}", exif=exif)
 
 
-def _read_picture(path: Path) -> None:
-    picture = Picture("a", "words", partial(path.open, "rb"))
-    picture.size(), picture.pixels(), picture.content_hash()
+def _read_picture(folder: Path) -> None:
+    images = load_image_folder(16, str(folder), bucket_multiple=4, captions=["words"])
+    images.load(0, Crop(False, 0.5, 0.5)), images.pictures[0].content_hash()
 
 
 def _write_metadata(folder: Path, name: str) -> None:
@@ -157,6 +169,42 @@ def _read_cached(folder: Path) -> None:
     _cache(folder).require("key")
 
 
+def _write_index(folder: Path) -> None:
+    places = {f"layer.{i}": f"model-{i % 2 + 1:05}-of-00002.safetensors" for i in range(6)}
+    for file in set(places.values()):
+        save_file({name: torch.ones(2) for name in places if places[name] == file}, folder / file)
+    text = json.dumps({"metadata": {"total_size": 48}, "weight_map": places})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def _text_encoder() -> CLIPTextEncoder:
+    return CLIPTextEncoder(width=8, layers=1, heads=2, context_length=8)
+
+
+def _read_judge(folder: Path) -> None:
+    with mock.patch("xdiffusion.scoring.train_judge", lambda *given: Judge(1, 12, 10).eval()):
+        cached_judge(tiny_images(), folder)
+
+
+def _read_tower(folder: Path) -> None:
+    with mock.patch("xdiffusion.clip_towers.train_contrastive"):
+        torch.manual_seed(0)
+        own_towers(_text_encoder(), tiny_images(), folder)
+
+
+def _write_kept(folder: Path, read: Callable[[Path], None]) -> None:
+    """What is kept of a training, under a name that tests know."""
+    read(folder)
+    (kept,) = folder.rglob("*.safetensors")
+    (folder / "kept").write_bytes(kept.read_bytes())
+
+
+def _read_kept(folder: Path, read: Callable[[Path], None]) -> None:
+    (kept,) = folder.rglob("*.safetensors")
+    kept.write_bytes((folder / "kept").read_bytes())
+    read(folder)
+
+
 READERS: Mapping[str, Reader] = {
     "model, safetensors": Reader("a.safetensors", _write_model, lambda f: load_model(f / "a.safetensors")),
     "model, pickled": Reader("a.pt", _write_pickled, lambda f: load_model_file(f / "a.pt")),
@@ -185,6 +233,16 @@ READERS: Mapping[str, Reader] = {
         "a.safetensors", _write_tokens, lambda f: read_learned_tokens(f / "a.safetensors")
     ),
     "learned tokens, pickled": Reader("a.pt", _write_tokens, lambda f: read_learned_tokens(f / "a.pt")),
+    "weights in several files": Reader(
+        "model.safetensors.index.json", _write_index, lambda f: read_indexed(f / "model.safetensors.index.json")
+    ),
+    "text encoder": Reader(
+        "a.safetensors",
+        lambda f: save_file(_text_encoder().state_dict(), f / "a.safetensors"),
+        lambda f: load_text_encoder(_text_encoder(), f / "a.safetensors"),
+    ),
+    "judge": Reader("kept", partial(_write_kept, read=_read_judge), partial(_read_kept, read=_read_judge)),
+    "vision tower": Reader("kept", partial(_write_kept, read=_read_tower), partial(_read_kept, read=_read_tower)),
     "config, YAML": Reader(
         "a.yaml", lambda f: (f / "a.yaml").write_text(OmegaConf.to_yaml(SETTINGS)), lambda f: load_config(f / "a.yaml")
     ),
@@ -193,7 +251,7 @@ READERS: Mapping[str, Reader] = {
     "captions, csv": Reader("metadata.csv", partial(_write_metadata, name="metadata.csv"), _read_folder),
     **{
         f"picture, {format}": Reader(
-            f"a.{format}", partial(_write_picture, format=format), lambda f, format=format: _read_picture(f / f"a.{format}")
+            f"a.{format}", partial(_write_picture, format=format), _read_picture
         )
         for format in ("png", "jpg", "webp", "tiff", "gif", "bmp")
     },

@@ -250,7 +250,7 @@ EDITS = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), ANY_BYTE), min_siz
 
 @pytest.mark.parametrize("name", READERS)
 @given(edits=EDITS, kept=st.one_of(st.just(1.0), st.floats(0, 1)))
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damaged_files_read_or_raise_the_one_error(name, edits, kept, tmp_path):
     write, readers = READERS[name]
     path = tmp_path / name
@@ -269,7 +269,7 @@ def test_damaged_files_read_or_raise_the_one_error(name, edits, kept, tmp_path):
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", READERS)
 @given(content=st.binary(max_size=64))
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_bytes_raise_the_one_error(name, content, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)

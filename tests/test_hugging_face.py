@@ -68,6 +68,14 @@ def test_rows_are_captioned_pictures(datasets, capsys):
     assert batch.images.shape == (2, 3, 16, 16) and batch.images[0, 0].min() == 1
 
 
+@pytest.mark.parametrize("path", ["/dev/zero", "/", "a" * 5000, "a\0b", "nowhere"])
+def test_a_row_whose_path_is_no_file_is_skipped(path, datasets, monkeypatch):
+    rows = Rows({"image": [stored((16, 16)), {"bytes": None, "path": path}], "text": ["one", "two"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    images = load_hugging_face(dataset_name="someone/pictures", **SMALL)
+    assert images.captions == [("one",)] and list(images.skipped) == ["row 1"]
+
+
 def test_a_saved_data_set_and_other_columns(datasets):
     images = load_hugging_face(
         dataset_name="-", data_dir="somewhere", split="test", image_column="photo", caption_column="words", **SMALL

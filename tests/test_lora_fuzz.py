@@ -142,9 +142,7 @@ def parts_of(path):
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore:Validating sparse")
 @pytest.mark.parametrize("format", FORMATS)
 @given(edits=EDITS, kept=st.one_of(st.just(1.0), st.floats(0, 1)), near_start=st.booleans(), which=st.integers(0, 9))
-@settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damage_reads_or_raises_the_one_error(format, edits, kept, near_start, which, whole_files, tmp_path):
     copy = tmp_path / whole_files[format].name
     for part in parts_of(whole_files[format]):

@@ -6,13 +6,14 @@ Both have `image_features(images)` and `text_features(prompts)`, unit vectors in
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from xdiffusion.checkpoints.files import content_hash, load_safetensors, save_safetensors
+from xdiffusion.checkpoints.files import CheckpointError, content_hash, load_safetensors, save_safetensors
 from xdiffusion.data.image_set import ImageSet
 from xdiffusion.text_encoders.clip import CLIPTextEncoder
 from xdiffusion.text_encoders.open_clip import download_open_clip_weights
@@ -28,6 +29,9 @@ def own_towers(text_encoder: CLIPTextEncoder, images: ImageSet, folder: Path) ->
 
     A checkpoint holds the text tower alone. The contrastive loss with the text tower frozen gives it its other half, from
     the training split; under a minute. The file's name holds a hash of the text encoder and of the images.
+
+    Raises:
+        CheckpointError: if the file that is kept is damaged.
     """
     fingerprint = content_hash({**text_encoder.state_dict(), "images": images.train.images})[:12]
     path = folder / images.name / f"vision_tower_{images.image_size}px_{fingerprint}.safetensors"
@@ -37,7 +41,11 @@ def own_towers(text_encoder: CLIPTextEncoder, images: ImageSet, folder: Path) ->
         towers = ContrastiveModel(text_encoder, image_size=images.image_size, channels=images.channels)
     if path.is_file():
         tensors, _ = load_safetensors(path)
-        towers.visual.load_state_dict(tensors)
+        try:
+            towers.visual.load_state_dict(tensors)
+        except RuntimeError as error:
+            reason = shorten(str(error), 200, placeholder="...")
+            raise CheckpointError(f"{path} is no vision tower ({reason}); without it, one is trained") from error
     else:
         train_contrastive(towers, images, TRAINING, OPTIMIZER)
         save_safetensors(path, towers.visual.state_dict(), {"dataset": images.name})

@@ -95,6 +95,9 @@ def _open_cell(stored: Any, index: int, image_column: str) -> io.BufferedIOBase:
     cell = stored[index][image_column] or {}
     if cell.get("bytes"):
         return io.BytesIO(cell["bytes"])
-    if cell.get("path"):
-        return open_file(Path(cell["path"]))
+    if path := cell.get("path"):
+        try:
+            return open_file(Path(path))
+        except ValueError as error:  # a zero byte
+            raise DamagedImage(str(error)) from error
     raise DamagedImage("the cell is empty")
