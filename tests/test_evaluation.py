@@ -305,10 +305,11 @@ def test_samples_that_are_training_images_are_found_out(good_judge, tmp_path, mo
     monkeypatch.setattr(scoring, "generate", lambda model, prompts, generators, **_: data.train.floats(slice(20)))
     evaluation = score(
         tiny_model(tiny_config()).eval(), data, {}, num_samples=20, seed=0, has_lora=False, judge_folder=tmp_path,
-        depth=Depth(full=True),
+        depth=Depth(resamples=2, full=True),
     )  # fmt: skip
-    assert evaluation.scores["data_copying"] == 1
-    assert evaluation.scores["copies"] == 1
+    for name in ("data_copying", "copies"):
+        low, high = evaluation.scores[f"{name}_interval"]
+        assert 0.8 < low < 0.95 and high == evaluation.scores[name] == 1, name  # not [1, 1]: of 20 samples
     assert evaluation.scores["nearest_distance"] == pytest.approx(0, abs=1e-6)
     assert evaluation.neighbours.index[:, 0].tolist() == list(range(20))
 

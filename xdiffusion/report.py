@@ -109,7 +109,7 @@ def write_report(
     title = f"{scores['dataset']}: {scores['num_samples']} samples"
     tiles = [_tile(key, label, scores) for key in TILES for k, label, *_ in SCORES if k == key]
     sections = [
-        f"<h1>{_text(title)}</h1><p>Brackets: bootstrap intervals of 95%. Real: the same score of as many real images.</p>",
+        f"<h1>{_text(title)}</h1><p>Brackets: intervals of 95%. Real: the same score of as many real images.</p>",
         f'<div class="tiles">{"".join(tiles)}</div>',
         "<h2>Samples</h2><p>Not chosen: the first of each class, in columns.</p>",
         _samples(evaluation, data),

@@ -24,18 +24,20 @@ from xdiffusion.evaluation.judge import Judge, accuracy, judge_features, train_j
 from xdiffusion.evaluation.loss_curve import LossCurve
 from xdiffusion.evaluation.memorisation import Nearest, copied, data_copying, nearest
 from xdiffusion.evaluation.overlap import NEIGHBOURS, Overlap, overlap
+from xdiffusion.evaluation.shares import pairs_share_interval, share_interval
 from xdiffusion.held_out import WithoutLoRA, bound_scores, loss_curves, loss_gap
 from xdiffusion.lora.adapters import lora_disabled
 from xdiffusion.model import DiffusionModel, generate, generators_for
 
 BLOCK = 128
+SHARES = ("prompt_accuracy", "precision", "recall", "coverage", "copies")  # means of rows that are 0 or 1
 
 
 @dataclass(frozen=True)
 class Depth:
     """How much is computed beside the plain scores.
 
-    resamples: of the bootstrap intervals; 0 leaves them out.
+    resamples: of the bootstrap intervals; 0 leaves all intervals out.
     full: the scores of `full_scores` too.
     clip: two towers with `image_features` and `text_features` (see `clip_towers`), for a CLIP score.
     """
@@ -151,14 +153,13 @@ def image_scores(
     features = judge_features(judge, as_the_judge_sees(samples.images, data))
     held_out = judge_features(judge, normal.test.floats())
     hits = (judge.head(features).argmax(1) == samples.labels).float()
-    scores = {
-        "prompt_accuracy": float(hits.mean()),
+    scores = mean_scores({"prompt_accuracy": hits}, resamples, seed)
+    scores |= {
         "frechet_distance": frechet_distance(features, held_out),
         "frechet_floor": frechet_distance(judge_features(judge, normal.train.floats(samples.real)), held_out),
     }
     if resamples:
         drawn = {"resamples": resamples, "seed": seed}
-        scores["prompt_accuracy_interval"] = mean_interval(hits, **drawn)
         scores["frechet_distance_interval"] = interval(frechet_distance, features, held_out, centred=True, **drawn)
         scores["resamples"] = resamples
     return scores
@@ -170,7 +171,7 @@ def full_scores(
     """Overlap, diversity, memorisation and CLIP score; `_real` is the same score of as many real training images.
 
     The neighbourhoods of the overlap are those of the samples and of as many held-out images, and are held fixed in
-    the intervals, which resample their points: a point drawn twice would shrink them.
+    the intervals, which are of the chance of the points in them: one that a bootstrap draws twice would shrink them.
     """
     count = len(samples.labels)
     held_out = torch.randperm(len(normal.test), generator=samples.generator)[:count]
@@ -192,17 +193,25 @@ def full_scores(
         return diversity(features[index], labels[index], real, real_labels)
 
     of_samples, of_new = neighbours.distance[:, 0], new.distance[:, 0]
-    scores = {name: float(r.mean()) for name, r in rows.items()}
+    scores = mean_scores(rows, depth.resamples, seed)
     scores |= {f"{name}_real": value for name, value in reference.items()}
     scores["diversity"] = diversity_of(torch.arange(count))
     scores["diversity_real"] = diversity(known, known_labels, real, real_labels)
     scores["data_copying"] = data_copying(of_samples, of_new)
     scores |= {"nearest_distance": float(of_samples.median()), "nearest_distance_real": float(of_new.median())}
     if depth.resamples:
-        scores |= {f"{name}_interval": mean_interval(r, **drawn) for name, r in rows.items()}
         scores["diversity_interval"] = interval(diversity_of, torch.arange(count), centred=True, **drawn)
-        scores["data_copying_interval"] = interval(data_copying, of_samples, of_new, **drawn)
+        scores["data_copying_interval"] = pairs_share_interval(scores["data_copying"], len(of_samples), len(of_new))
     return scores, neighbours
+
+
+def mean_scores(rows: Mapping[str, Float[Tensor, " N"]], resamples: int, seed: int) -> dict[str, Any]:
+    """The mean of each score's rows, and its interval where resamples are asked for."""
+    scores: dict[str, Any] = {name: float(r.mean()) for name, r in rows.items()}
+    for name, r in rows.items() if resamples else ():
+        drawn = share_interval(r) if name in SHARES else mean_interval(r, resamples=resamples, seed=seed)
+        scores[f"{name}_interval"] = drawn
+    return scores
 
 
 def as_the_judge_sees(images: Float[Tensor, "N C H W"], data: ImageSet) -> Float[Tensor, "N C H W"]:

@@ -9,10 +9,11 @@ many real training images. background: mean brightness in [0, 1] over the pixels
 gap_closed (a LoRA on an inverted set): share of the way from the base's loss there to its loss on its own images. For an
 inverted set the judge sees the samples un-inverted.
 
---intervals adds bootstrap intervals of 95%, --full these: precision, recall, density and coverage of the samples' features
-against held-out images; diversity within a class over the data's; data_copying, copies and nearest_distance, a check for
-memorised training images; loss_curve, the held-out loss by log-SNR; bits_per_dim of discrete DDPMs. NAME_real is the same
-score of as many real images. --report writes all of it, with pictures, as one page.
+--intervals adds intervals of 95%: of shares exact ones, of other scores by the bootstrap. --full adds: precision, recall,
+density and coverage of the samples' features against held-out images; diversity within a class over the data's;
+data_copying, copies and nearest_distance, a check for memorised training images; loss_curve, the held-out loss by log-SNR;
+bits_per_dim of discrete DDPMs. NAME_real is the same score of as many real images. --report writes all of it, with pictures,
+as one page.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="?",
         const=1000,
         metavar="N",
-        help="add bootstrap intervals of 95%% from N resamples (without a number 1000)",
+        help="add intervals of 95%%, of what is no share by N bootstrap resamples (without a number 1000)",
     )
     add("--full", action="store_true", help="add all scores that are not plain; about as long again")
     add(
