@@ -38,6 +38,7 @@ from xdiffusion.cli import REPOSITORY, Parser, call_script, positive_int, run
 from xdiffusion.data.image_set import ImageSet, invert
 from xdiffusion.loading import load_model
 from xdiffusion.model import DiffusionModel
+from xdiffusion.places import JUDGE_FOLDER, OUTPUT_ROOT
 from xdiffusion.scoring import Depth, score
 from xdiffusion.text_encoders.prompt_cache import PromptCache
 from xdiffusion.training.randomness import DataOrder, generator_at
@@ -202,7 +203,7 @@ def peer_scores(
         num_samples=args.num_samples,
         seed=0,
         has_lora=has_lora,
-        judge_folder=Path("output/judge"),
+        judge_folder=JUDGE_FOLDER,
         depth=Depth(args.intervals, full=True),
         without_lora=peft_disabled,
     ).scores
@@ -326,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--num_training_steps", type=positive_int, metavar="N", help="of every training (default: the config's)")
     add("--num_samples", type=positive_int, default=1000, metavar="N", help="that are scored (1000)")
     add("--intervals", type=positive_int, default=1000, metavar="N", help="resamples of the bootstrap (1000)")
-    add("--output_path", type=Path, default=Path("output/results"), metavar="DIR", help="rows and weights")
+    add("--output_path", type=Path, default=OUTPUT_ROOT / "results", metavar="DIR", help="rows and weights")
     add("--markdown", type=Path, default=Path("docs/results.md"), metavar="FILE", help="default: docs/results.md")
     add("--threads", type=positive_int, default=2, metavar="N", help="CPU threads (2)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="set a key of both configs; repeatable")

@@ -31,7 +31,8 @@ from torch import Tensor
 from xdiffusion.cli import positive_int, run
 from xdiffusion.data.captions import PROMPT_TABLES
 from xdiffusion.diffusion.schedules import Schedule
-from xdiffusion.model import DiffusionModel, generate, generators_for, initial_noise
+from xdiffusion.model import DiffusionModel, SamplingSettings, generate, generators_for, initial_noise
+from xdiffusion.places import JUDGE_FOLDER
 from xdiffusion.samplers.ddim import sample_ddim
 from xdiffusion.samplers.dpm_solver import sample_dpm_solver
 from xdiffusion.samplers.time_grids import uniform_times
@@ -68,8 +69,9 @@ def our_run(
 ) -> Draw:
     """`generate` with everything around it."""
     times = uniform_times(model.schedule, steps)
-    settings = {"sampler": SOLVERS[solver], "times": times, "cfg_scale": cfg_scale, "clip_x0": clip_x0}
-    return lambda: generate(model, prompts, generators_for(0, len(prompts)), **settings)
+    settings = SamplingSettings(cfg_scale=cfg_scale, clip_x0=clip_x0)
+    sampling = {"sampler": SOLVERS[solver], "times": times, "settings": settings}
+    return lambda: generate(model, prompts, generators_for(0, len(prompts)), **sampling)
 
 
 def peer_run(network, scheduler, model: DiffusionModel, prompts: list[str], steps: int, cfg_scale: float) -> Draw:
@@ -166,9 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument(
         "--num_samples", type=positive_int, default=200, metavar="N", help="samples of the checkpoint (200)"
     )
-    flags.add_argument(
-        "--judge_path", type=Path, default=Path("output/judge"), metavar="DIR", help="where judges are kept"
-    )
+    flags.add_argument("--judge_path", type=Path, default=JUDGE_FOLDER, metavar="DIR", help="where judges are kept")
     args = flags.parse_args(argv)
     device = prepare(args)
     report = Report(args)

@@ -226,7 +226,7 @@ def measure_txt2img(args: argparse.Namespace, device: torch.device, report: Repo
             words, none = (text(model.text_encoder.tokenize([p]).to(device)).last_hidden_state for p in (PROMPT, ""))
         return pipeline(
             prompt_embeds=words, negative_prompt_embeds=none, num_inference_steps=args.steps, output_type="pt",
-            guidance_scale=sampling["cfg_scale"], generator=generators_for(0, 1), height=height, width=width,
+            guidance_scale=sampling["settings"].cfg_scale, generator=generators_for(0, 1), height=height, width=width,
         ).images.cpu() * 2 - 1  # fmt: skip
 
     runs, figure = {"ours": ours, "theirs": theirs}, f"txt2img_{args.size}"

@@ -37,6 +37,7 @@ from xdiffusion.cli import positive_int, run
 from xdiffusion.data.image_set import ImageSet
 from xdiffusion.evaluation.judge import Judge
 from xdiffusion.model import DiffusionModel, generate, generators_for, initial_noise
+from xdiffusion.places import JUDGE_FOLDER
 from xdiffusion.scoring import cached_judge
 from xdiffusion.text_encoders.prompt_cache import PromptCache
 from xdiffusion.training.contrastive import ContrastiveModel, train_contrastive
@@ -237,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--num_samples", type=positive_int, default=200, metavar="N", help="samples per evaluation (200)")
     add("--evaluate_every", type=float, default=20, metavar="S", help="seconds of training between evaluations (20)")
     add("--max_seconds", type=float, default=1800, metavar="S", help="of training, for each side (1800)")
-    add("--judge_path", type=Path, default=Path("output/judge"), metavar="DIR", help="where judges are kept")
+    add("--judge_path", type=Path, default=JUDGE_FOLDER, metavar="DIR", help="where judges are kept")
     args = flags.parse_args(argv)
     device = prepare(args)
     report = Report(args)

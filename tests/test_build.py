@@ -154,7 +154,7 @@ def test_sampling_is_what_the_section_says(config, generator):
     )  # fmt: skip
     schedule = build_schedule(tiny)
     sampling = build_sampling(tiny, schedule)
-    assert (sampling["cfg_scale"], sampling["clip_x0"]) == (3.0, False)
+    assert (sampling["settings"].cfg_scale, sampling["settings"].clip_x0) == (3.0, False)
     assert torch.equal(sampling["times"], logsnr_times(schedule, 3, logsnr_max=6.0))
     denoiser, noise = Towards(schedule, torch.full((1, 1, 1), 0.5)), torch.randn(2, 1, 4, 4, generator=generator)
     drawn = [

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from open_clip.model import CLIPTextCfg, _build_text_tower
 from PIL import Image
 from test_resume import CONFIG
-from tiny import copies, equal_bits, tiny_config, tiny_images
+from tiny import copies, equal_bits, label_of, tiny_config, tiny_images
 
 from xdiffusion.build import build_fresh_text_encoder, build_text_encoder, clip_config
 from xdiffusion.checkpoints.files import CheckpointError, load_safetensors
@@ -178,7 +178,7 @@ def test_zero_shot_accuracy_of_known_features():
     def model(shift):
         labels = iter(((data.test.labels - torch.arange(20) // 10 * shift) % 10).split(512))
         return SimpleNamespace(
-            text_features=lambda prompts: torch.stack([classes[data.prompts.label_of(p)] for p in prompts]),
+            text_features=lambda prompts: torch.stack([classes[label_of(data.prompts, p)] for p in prompts]),
             image_features=lambda images: classes[next(labels)],
         )
 

@@ -43,6 +43,16 @@ def test_whole_steps_round_what_the_network_sees_and_not_the_noise_level():
     assert torch.equal(*x0)  # xt / alpha(t)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_times_of_their_own_are_each_samples_alone(scale, generator):
+    xt, context = torch.randn(3, 1, 4, 4, generator=generator), torch.randn(3, 2, 5, generator=generator)
+    network = lambda xt, time, c: xt * (time / 1000 + c.mean(dim=(1, 2))).view(-1, 1, 1, 1)  # noqa: E731
+    denoiser, t = Denoiser(network, CosineSchedule(), "v"), torch.tensor([0.2, 0.5, 0.9])
+    together = GuidedDenoiser(denoiser, context, context[:1], scale)(xt, t)
+    alone = [GuidedDenoiser(denoiser, context[i : i + 1], context[:1], scale)(xt[i : i + 1], t[i]) for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
 def test_guidance_is_the_formula_on_two_separate_passes(scale, generator):
     xt = torch.randn(3, 1, 4, 4, generator=generator)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from tiny import SIZE, copies, equal_bits, tiny_config, tiny_images, tiny_model
+from tiny import SIZE, copies, equal_bits, label_of, tiny_config, tiny_images, tiny_model
 from torch import nn
 
 from xdiffusion import scoring
@@ -160,7 +160,7 @@ def test_loss_gap_from_its_three_losses():
 @pytest.fixture(scope="module")
 def judged():
     data = tiny_images(train=200, test=60)
-    return data, train_judge(data.train.images, data.train.labels, 10, steps=150, batch_size=20)
+    return data, train_judge(data.train.floats, data.train.labels, 10, steps=150, batch_size=20)
 
 
 def test_a_judge_learns_and_is_frozen(judged):
@@ -189,7 +189,7 @@ def test_training_a_judge_is_a_function_of_its_seed():
     for seed, global_seed in ((0, 1), (0, 2), (1, 1)):
         torch.manual_seed(global_seed)
         state = torch.get_rng_state()
-        judges.append(train_judge(data.train.images, data.train.labels, 10, steps=3, batch_size=16, seed=seed))
+        judges.append(train_judge(data.train.floats, data.train.labels, 10, steps=3, batch_size=16, seed=seed))
         assert torch.equal(torch.get_rng_state(), state)  # nor does it disturb other draws
     first, second, other = (judge.state_dict() for judge in judges)
     assert equal_bits(first, second)
@@ -323,12 +323,12 @@ def test_perfect_samples_have_perfect_scores(inverted, good_judge, tmp_path, mon
 
     def draw_held_out(model, prompts, generators, **sampling):
         prompts_seen.extend(prompts)
-        labels = [data.prompts.label_of(prompt) for prompt in prompts]
+        labels = [label_of(data.prompts, prompt) for prompt in prompts]
         return data.test.floats(torch.tensor([label + 10 * (i // 10) for i, label in enumerate(labels)]))
 
     monkeypatch.setattr(scoring, "generate", draw_held_out)
     scores = scored(lora_model(fill=True), data, tmp_path, num_samples=40, has_lora=True)
-    assert [data.prompts.label_of(prompt) for prompt in prompts_seen] == [*range(10)] * 4
+    assert [label_of(data.prompts, prompt) for prompt in prompts_seen] == [*range(10)] * 4
     assert scores["prompt_accuracy"] == scores["judge_accuracy"] > 0.8
     assert scores["frechet_distance"] == pytest.approx(0, abs=1e-3)
     dark = data.test.images[:, :, :3].float().mean().item() / 255  # the patterns have a margin of three pixels

@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState
 from omegaconf import DictConfig, OmegaConf
 
 from xdiffusion.build import build_model, override
-from xdiffusion.data.captions import PROMPT_TABLES
+from xdiffusion.data.captions import PROMPT_TABLES, PromptTable
 from xdiffusion.data.image_set import ImageSet, Split
 from xdiffusion.model import DiffusionModel
 from xdiffusion.training.diffusion_task import DiffusionTask
@@ -65,6 +65,12 @@ def tiny_trainer(config: DictConfig, data: ImageSet | None = None, *, lora: bool
     model = tiny_model(config)
     make_trainable(model, config, lora=lora)
     return Trainer(DiffusionTask(model, data or tiny_images(), config), force_cpu=True)
+
+
+def label_of(table: PromptTable, prompt: str) -> int:
+    """The class that a caption names."""
+    (label,) = (label for label, captions in enumerate(table.captions) if prompt in captions)
+    return label
 
 
 def copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

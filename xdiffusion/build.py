@@ -241,14 +241,16 @@ def build_schedule(config: DictConfig) -> Schedule:
 
 
 def build_sampling(config: DictConfig, schedule: Schedule) -> dict[str, Any]:
-    """The keyword arguments of `model.generate` that `sampling:` decides: sampler, times, and most `SamplingSettings`."""
+    """The keyword arguments of `model.generate` that `sampling:` decides: sampler, times and settings."""
+    from xdiffusion.model import SamplingSettings
+
     sampling = config.sampling
     sampler = partial(_target(SAMPLERS[sampling.sampler.kind]), **_keywords(sampling.sampler))
     grid = _target(TIME_GRIDS[sampling.times.kind])
     with _named("sampling.times"):
         times = grid(schedule, sampling.steps, **_keywords(sampling.times))
-    settings = ("cfg_scale", "clip_x0", "negative_prompt", "prompt_syntax", "whole_steps", "start_noise")
-    return {"sampler": sampler, "times": times} | {key: sampling[key] for key in settings}
+    settings = {k: v for k, v in _keywords(sampling).items() if k not in ("sampler", "times")}
+    return {"sampler": sampler, "times": times, "settings": SamplingSettings(**settings)}
 
 
 def _construct(target: str, slot: DictConfig, where: str, **injected: Any) -> Any:

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xdiffusion.data.image_set import ImageSet
+from xdiffusion.diffusion.denoiser import Denoiser, GuidedDenoiser
 from xdiffusion.diffusion.objective import squared_error
-from xdiffusion.diffusion.predictions import to_x0
 from xdiffusion.diffusion.schedules import BetaSchedule
 from xdiffusion.evaluation.bootstrap import mean_interval
 from xdiffusion.evaluation.gap import FixedDraws, fixed_draws, gap_closed
@@ -87,12 +87,11 @@ def bound_scores(model: DiffusionModel, data: ImageSet, resamples: int, seed: in
     index = torch.randperm(len(data.test), generator=generator)[:BOUND_IMAGES]
     context = model.text_encoder.encode([data.prompts.captions[label][0] for label in data.test.labels[index].tolist()])
 
+    denoiser = Denoiser(model.network, schedule, model.prediction)
+    clipped = GuidedDenoiser(denoiser, context, context[:1], cfg_scale=1.0, clip_x0=True)
+
     def denoise(xt: Tensor, n: Tensor) -> Tensor:
-        t = n.to(model.device) / schedule.num_timesteps
-        alpha, sigma = (c.view(-1, 1, 1, 1) for c in schedule.alpha_sigma(t))
-        xt = xt.to(model.device)
-        output = model.network(xt, schedule.network_time(t), context).float()
-        return to_x0(model.prediction, output, xt, alpha, sigma).clamp(-1, 1).cpu()
+        return clipped(xt.to(model.device), n.to(model.device) / schedule.num_timesteps).cpu()
 
     x0 = data.test.floats(index)
     rows = bits_per_dim(denoise, schedule.alpha_bar, x0, strata=BOUND_STRATA, generator=generator)

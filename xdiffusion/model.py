@@ -5,10 +5,10 @@ images = autoencoder.decode(sampler(denoiser(network, schedule, prediction), noi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,9 @@ Sampler = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """The `sampling:` section of a config, beside its sampler and its time grid.
+    """The `sampling:` section of a config, beside its sampler and its time grid; `generate` takes all but the steps from it.
 
-    steps: of the sampler.
+    steps: of the time grid.
     cfg_scale: strength of classifier-free guidance; 1 is none.
     clip_x0: clamp each estimate of x0 to [-1, 1]; for pixel-space models.
     negative_prompt: what guidance leads away from.
@@ -166,6 +166,11 @@ def best_device(force_cpu: bool = False) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and not force_cpu else "cpu")
 
 
+def of_captions(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """`generate`'s sampling, settings among it, for prompts that are pictures' captions: a bracket in one is no weight."""
+    return {**sampling, "settings": replace(sampling["settings"], prompt_syntax="plain")}
+
+
 def initial_noise(shape: tuple[int, int, int], generators: Sequence[torch.Generator]) -> Float[Tensor, "B C H W"]:
     """Standard normal noise, sample i from generator i, so that an image does not depend on its batch."""
     return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
@@ -184,12 +189,7 @@ def generate(
     *,
     sampler: Sampler,
     times: Float[Tensor, " n"],
-    cfg_scale: float = 1.0,
-    clip_x0: bool = False,
-    negative_prompt: str = "",
-    prompt_syntax: Literal["plain", "weighted"] = "plain",
-    whole_steps: bool = False,
-    start_noise: Literal["unit", "sigma"] = "unit",
+    settings: SamplingSettings = SamplingSettings(),
     start_image: StartImage | None = None,
     batch_size: int = 100,
     on_step: OnStep | None = None,
@@ -202,8 +202,7 @@ def generate(
         generators: one per image; the source of its starting noise and of the sampler's.
         sampler: `(denoiser, x_T, times, *, generator, on_step) -> x0`.
         times: see `samplers.time_grids`.
-        cfg_scale, clip_x0: see `GuidedDenoiser`.
-        negative_prompt, prompt_syntax, whole_steps, start_noise: see `SamplingSettings`.
+        settings: guidance, prompts and noise.
         start_image: what to start from; None: noise.
         on_step: called as on_step(i, xt, x0) within each block.
 
@@ -213,15 +212,15 @@ def generate(
     if start_image is not None:
         start_image.check(model.image_shape)
         times = times_from(times, start_image.strength)
-    context, null_context = _embedded(model, prompts, negative_prompt, prompt_syntax)
-    denoiser = Denoiser(model.network, model.schedule, model.prediction, whole_steps)
+    context, null_context = _embedded(model, prompts, settings)
+    denoiser = Denoiser(model.network, model.schedule, model.prediction, settings.whole_steps)
     images = []
     for start in range(0, len(prompts), batch_size):
         block = slice(start, start + batch_size)
-        guided = GuidedDenoiser(denoiser, context[block], null_context, cfg_scale, clip_x0)
+        guided = GuidedDenoiser(denoiser, context[block], null_context, settings.cfg_scale, settings.clip_x0)
         if start_image is None:
             x_T = initial_noise(model.latent_shape, generators[block]).to(model.device)
-            x_T = x_T * model.schedule.alpha_sigma(times[0])[1] if start_noise == "sigma" else x_T
+            x_T = x_T * model.schedule.alpha_sigma(times[0])[1] if settings.start_noise == "sigma" else x_T
         else:
             guided, x_T = _started(model, start_image.rows(block, len(prompts)), guided, generators[block], times)
         with model.at_work(model.network), computed_once(model.network):
@@ -234,15 +233,18 @@ def generate(
 
 
 def _embedded(
-    model: DiffusionModel, prompts: Sequence[str], negative_prompt: str, syntax: str
+    model: DiffusionModel, prompts: Sequence[str], settings: SamplingSettings
 ) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "1 L D"]]:
     """The contexts of the prompts and of the negative prompt, of one length, in the network's precision."""
-    different = list(dict.fromkeys([*prompts, negative_prompt]))
+    negative = settings.negative_prompt
+    different = list(dict.fromkeys([*prompts, negative]))
     with model.at_work(model.text_encoder):
-        embedded = model.text_encoder.encode(different, syntax).to(next(model.network.parameters()).dtype)
+        embedded = model.text_encoder.encode(different, settings.prompt_syntax).to(
+            next(model.network.parameters()).dtype
+        )
     embedded = embedded.to(model.device)
     row = {prompt: i for i, prompt in enumerate(different)}
-    return embedded[[row[prompt] for prompt in prompts]], embedded[[row[negative_prompt]]]
+    return embedded[[row[prompt] for prompt in prompts]], embedded[[row[negative]]]
 
 
 def _started(

@@ -15,6 +15,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from xdiffusion.data.image_set import to_uint8
+
 SHORT_SIDE = 72  # small images are enlarged by a whole factor to at least this
 MARGIN = 6
 PAPER, INK = (246, 246, 244), (40, 40, 40)
@@ -118,7 +120,7 @@ def save_gif(pages: Sequence[Image.Image], path: Path, milliseconds: int = 120) 
 
 def as_picture(image: Float[Tensor, "C H W"]) -> Image.Image:
     """One image in [-1, 1], pixel by pixel."""
-    pixels = image.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    pixels = to_uint8(image[None])[0].permute(1, 2, 0).numpy()
     return Image.fromarray(np.ascontiguousarray(pixels.repeat(3, axis=2) if pixels.shape[2] == 1 else pixels))
 
 

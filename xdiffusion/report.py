@@ -13,15 +13,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from xdiffusion.checkpoints.files import write_atomically
-from xdiffusion.data.image_set import ImageSet, invert, to_uint8
+from xdiffusion.data.image_set import ImageSet, invert
 from xdiffusion.evaluation.loss_curve import LossCurve
+from xdiffusion.pictures import as_picture
 from xdiffusion.scoring import Evaluation, as_the_judge_sees
 
 ROWS_OF_SAMPLES = 10
@@ -202,9 +201,8 @@ def _suspects(evaluation: Evaluation, data: ImageSet) -> str:
 
 def _picture(image: Float[Tensor, "C H W"], about: str) -> str:
     """An image in [-1, 1] as an <img> with the picture in it."""
-    pixels = to_uint8(image[None])[0].permute(1, 2, 0).numpy()
     file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)).save(file, "PNG")
+    as_picture(image).save(file, "PNG")
     encoded = base64.b64encode(file.getvalue()).decode()
     return f'<img src="data:image/png;base64,{encoded}" alt="{_text(about)}" title="{_text(about)}">'
 

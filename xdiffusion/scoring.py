@@ -247,7 +247,7 @@ def cached_judge(images: ImageSet, folder: Path) -> tuple[Judge, float]:
         except (RuntimeError, KeyError, ValueError) as error:
             reason = shorten(str(error), 200, placeholder="...")
             raise CheckpointError(f"{path} is no judge ({reason}); without it, one is trained") from error
-    judge = train_judge(images.train.images, images.train.labels, images.prompts.num_classes)
+    judge = train_judge(images.train.floats, images.train.labels, images.prompts.num_classes)
     held_out = accuracy(judge, images.test.floats(), images.test.labels)
     save_safetensors(path, judge.state_dict(), {"accuracy": f"{held_out:.5f}", "dataset": images.name})
     return judge, held_out

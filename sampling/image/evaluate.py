@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xdiffusion.cli import SAMPLING_FLAGS, Parser, add_model_flags, positive_int, run, sampling_overrides
+from xdiffusion.places import JUDGE_FOLDER, OUTPUT_ROOT
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from xdiffusion.model import DiffusionModel
     from xdiffusion.scoring import Evaluation
 
-OUTPUT_ROOT = Path("output")
 FLAG_KEYS = SAMPLING_FLAGS | {"dataset_name": "data.kind", "data_dir": "data.data_dir"}
 
 
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         num_samples=args.num_samples,
         seed=args.seed,
         has_lora=bool(args.lora_path),
-        judge_folder=OUTPUT_ROOT / "judge",
+        judge_folder=JUDGE_FOLDER,
         depth=Depth(resamples, args.full or bool(args.clip or args.report), towers),
     )
     scores = evaluation.scores

@@ -140,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xdiffusion.lora import load_lora_weights, merge_lora_weights, set_lora_scale, unmerge_lora_weights
     from xdiffusion.lora.weights import parse_lora_spec
     from xdiffusion.model import best_device, generate, generators_for
+    from xdiffusion.places import OUTPUT_ROOT
     from xdiffusion.prompts import expand_prompts
 
     checkpoint = weights_file(args.checkpoint)
@@ -149,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = PROMPT_TABLES.get(config.data.kind.removesuffix("_inverted"))
     prompts = expand_prompts(args.prompt, table, args.num_samples)
     name = Path(args.config_path).stem if args.config_path else checkpoint.absolute().parent.name
-    folder = Path(args.output_path) if args.output_path else Path("output") / config.data.kind / "sample" / name
+    folder = Path(args.output_path) if args.output_path else OUTPUT_ROOT / config.data.kind / "sample" / name
     start_image = set_up(model, args)
 
     base_hash = content_hash(model.base_weights()) if args.lora_path and not args.allow_other_base else None

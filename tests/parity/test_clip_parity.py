@@ -85,7 +85,7 @@ def test_without_a_network_the_download_fails_at_once_and_says_what_to_do(monkey
 
     from xdiffusion.text_encoders import open_clip as module
 
-    monkeypatch.setattr(module, "_reachable", lambda url: False)
+    monkeypatch.setattr(module, "reachable", lambda url: False)
     started = time.perf_counter()
     with pytest.raises(ValueError, match=r"--set model.text_encoder.pretrained=null"):
         download_open_clip_weights("ViT-B-32-quickgelu", "openai")

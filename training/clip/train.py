@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if path is not None and (path.suffix != ".safetensors" or path.is_dir()):
         raise ValueError(f"--output_path {path} must name a .safetensors file")
 
+    from xdiffusion.places import OUTPUT_ROOT
     from xdiffusion.training.processes import leaving_together
-    from xdiffusion.training.run import OUTPUT_ROOT
     from xdiffusion.training.settings import check_settings
     from xdiffusion.training.text_encoder import tiny_clip_path, train_tiny_clip
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from xdiffusion.cli import REPOSITORY, Parser, call_script, positive_int, run
+from xdiffusion.places import OUTPUT_ROOT
 
 CONFIG = REPOSITORY / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
 LORA_PLUS_RATIO = 4
@@ -36,7 +37,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--checkpoint", type=Path, required=True, metavar="FILE", help="the base, a model of training/image/train.py")
     add("--config_path", default=CONFIG, metavar="YAML", help="of the base; its section lora: is the recipe (digits)")
     add("--dataset_name", default="image/digits_inverted", metavar="NAME", help="the style (image/digits_inverted)")
-    add("--output_path", type=Path, default=Path("output/ablation"), metavar="DIR", help="default: output/ablation")
+    add("--output_path", type=Path, default=OUTPUT_ROOT / "ablation", metavar="DIR", help="default: output/ablation")
     add("--ranks", type=positive_int, nargs="+", default=[1, 2, 4, 8], metavar="R", help="1 2 4 8")
     add(
         "--targets",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xdiffusion.cli import Parser, run
+from xdiffusion.places import OUTPUT_ROOT
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -18,7 +19,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="folders that training/image/train.py wrote")
     add(
-        "--output_path", type=Path, default=Path("output/compare.png"), metavar="PNG", help="default output/compare.png"
+        "--output_path",
+        type=Path,
+        default=OUTPUT_ROOT / "compare.png",
+        metavar="PNG",
+        help="default output/compare.png",
     )
     return parser.parse_args(argv)
 

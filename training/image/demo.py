@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xdiffusion.cli import REPOSITORY, Parser, call_script, positive_int, run
+from xdiffusion.places import OUTPUT_ROOT
 
 CONFIG = REPOSITORY / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
 
@@ -24,7 +25,7 @@ CONFIG = REPOSITORY / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--output_path", type=Path, default=Path("output/demo"), metavar="DIR", help="default: output/demo")
+    add("--output_path", type=Path, default=OUTPUT_ROOT / "demo", metavar="DIR", help="default: output/demo")
     add(
         "--num_training_steps",
         type=positive_int,

@@ -113,7 +113,7 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
     """Make model, data, trainer and folder, and take the steps. Returns the exit status."""
     from accelerate import PartialState
 
-    from xdiffusion.build import build_data, build_model, build_sampling
+    from xdiffusion.build import build_data, build_model, build_sampling, override
     from xdiffusion.checkpoints.files import content_hash, weights_file
     from xdiffusion.checkpoints.native import load_model_file
     from xdiffusion.loading import check_same_architecture, load_weights
@@ -134,7 +134,8 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
     if not process.is_main_process:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
     folder = run_folder(config, args.config_path, args.output_path, lora=args.use_lora_training)
-    sampling = build_sampling(config, model.schedule) | ({} if args.sample_with_guidance else {"cfg_scale": 1.0})
+    unguided = [] if args.sample_with_guidance else ["sampling.cfg_scale=1.0"]
+    sampling = build_sampling(override(config, unguided, "--no-sample_with_guidance"), model.schedule)
     with first_ones_first(process):  # the others find what the first has downloaded
         data = build_data(config)
     clip = None
@@ -175,8 +176,8 @@ def tiny_clip(
     A training of it that was stopped goes on, but with several processes, whose disks may not be the same.
     """
     from xdiffusion.build import build_fresh_text_encoder, clip_config
+    from xdiffusion.places import OUTPUT_ROOT
     from xdiffusion.training.processes import largest
-    from xdiffusion.training.run import OUTPUT_ROOT
     from xdiffusion.training.text_encoder import tiny_clip_path, train_tiny_clip
 
     clip = clip_config(config)

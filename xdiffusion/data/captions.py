@@ -39,10 +39,6 @@ class PromptTable:
         tables = [self.captions[label] for label in labels.tolist()]
         return [captions[int(u * len(captions))] for captions, u in zip(tables, wording.tolist())]
 
-    def label_of(self, prompt: str) -> int | None:
-        """The class that a caption names, or None if it is no caption of this table."""
-        return next((label for label, captions in enumerate(self.captions) if prompt in captions), None)
-
 
 _DIGITS = PromptTable(
     names=tuple(

@@ -5,10 +5,7 @@ Each is read into one uint8 tensor and resized once, by the antialiased bilinear
 
 from __future__ import annotations
 
-import socket
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +16,10 @@ from torch import Tensor
 
 from xdiffusion.data.captions import PROMPT_TABLES
 from xdiffusion.data.image_set import ImageSet, Split
+from xdiffusion.downloads import impatient
+from xdiffusion.places import OUTPUT_ROOT
 
-DOWNLOAD_ROOT = Path("output/datasets")
-SECONDS_WITHOUT_ANSWER = 5.0
+DOWNLOAD_ROOT = OUTPUT_ROOT / "datasets"
 
 
 class DatasetUnavailable(ValueError):
@@ -59,7 +57,7 @@ def _load(name: str, torchvision_name: str, image_size: int, data_dir: str | Non
     read = getattr(torchvision.datasets, torchvision_name)
     root = DOWNLOAD_ROOT if data_dir is None else Path(data_dir)
     try:
-        with _network_timeout():
+        with impatient():
             train, test = (read(root, train=train, download=data_dir is None) for train in (True, False))
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AssertionError) as error:
         reason = textwrap.shorten(str(error), 200, placeholder=" ...") or "damaged files"
@@ -97,14 +95,3 @@ def resize(images: UInt8[Tensor, "N C H W"], image_size: int) -> UInt8[Tensor, "
         return F.interpolate(block.float(), size=size, mode="bilinear", antialias=True).round().clamp(0, 255).byte()
 
     return torch.cat([resized(block) for block in images.split(4096)])
-
-
-@contextmanager
-def _network_timeout() -> Iterator[None]:
-    """torchvision's downloads would wait for ever on a network that swallows packets."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SECONDS_WITHOUT_ANSWER)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

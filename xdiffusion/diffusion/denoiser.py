@@ -35,10 +35,10 @@ class Denoiser:
         self.whole_steps = whole_steps
 
     def __call__(
-        self, xt: Float[Tensor, "B C H W"], t: Float[Tensor, ""], context: Float[Tensor, "B L D"]
+        self, xt: Float[Tensor, "B C H W"], t: Float[Tensor, ""] | Float[Tensor, " B"], context: Float[Tensor, "B L D"]
     ) -> Float[Tensor, "B C H W"]:
-        """The estimate of x0 at the common time t in (0, 1]; computed in float32 whatever the network's dtype."""
-        alpha, sigma = self.schedule.alpha_sigma(t)
+        """The estimate of x0 at the times t in (0, 1], one or one for each; in float32 whatever the network's dtype."""
+        alpha, sigma = (c.view(-1, 1, 1, 1) if c.dim() else c for c in self.schedule.alpha_sigma(t))
         time = self.schedule.network_time(t)
         time = (time.round() if self.whole_steps else time).to(xt.device, torch.float32)
         output = self.network(xt, time.expand(xt.shape[0]), context).float()
@@ -73,9 +73,12 @@ class GuidedDenoiser:
         self.guides = cfg_scale != 1
         self.context = torch.cat([null_context.expand_as(context), context]) if self.guides else context
 
-    def __call__(self, xt: Float[Tensor, "B C H W"], t: Float[Tensor, ""]) -> Float[Tensor, "B C H W"]:
+    def __call__(
+        self, xt: Float[Tensor, "B C H W"], t: Float[Tensor, ""] | Float[Tensor, " B"]
+    ) -> Float[Tensor, "B C H W"]:
         if self.guides:
-            uncond, cond = self.denoiser(torch.cat([xt, xt]), t, self.context).chunk(2)
+            both_t = torch.cat([t, t]) if t.dim() else t
+            uncond, cond = self.denoiser(torch.cat([xt, xt]), both_t, self.context).chunk(2)
             x0 = uncond + self.cfg_scale * (cond - uncond)
         else:
             x0 = self.denoiser(xt, t, self.context)

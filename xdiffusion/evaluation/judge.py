@@ -6,9 +6,11 @@ accuracy can be read against what the judge itself gets right.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
@@ -49,7 +51,7 @@ def _halve(width_in: int, width_out: int, kernel: int) -> list[nn.Module]:
 
 
 def train_judge(
-    images: UInt8[Tensor, "N C H W"],
+    images: Callable[[Tensor], Tensor],
     labels: Int[Tensor, " N"],
     num_classes: int,
     *,
@@ -61,7 +63,7 @@ def train_judge(
     """A judge of these images, in evaluation mode on the CPU; a few seconds on two cores.
 
     Args:
-        images: the training split, 0 = black.
+        images: indices (B,) of the training split -> (B, C, H, W) in [-1, 1].
         labels: classes in [0, num_classes).
         steps, batch_size, learning_rate: of AdamW with a one-cycle schedule; images are shifted by up to two pixels.
         seed: of weights, order and shifts.
@@ -69,13 +71,14 @@ def train_judge(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judge = Judge(images.shape[1], images.shape[-1], num_classes).to(memory_format=torch.channels_last)
+        _, channels, _, size = images(torch.zeros(1, dtype=torch.long)).shape
+        judge = Judge(channels, size, num_classes).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=learning_rate, weight_decay=0.05)
     one_cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     for _ in range(steps):
         index = torch.randint(len(labels), (batch_size,), generator=generator)
         shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
-        batch = torch.roll(images[index], shift, dims=(2, 3)).float().mul_(2 / 255).sub_(1)
+        batch = torch.roll(images(index), shift, dims=(2, 3))
         loss = F.cross_entropy(judge(batch), labels[index], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from textwrap import shorten
@@ -12,9 +10,8 @@ from textwrap import shorten
 from jaxtyping import Float
 from torch import Tensor
 
+from xdiffusion.downloads import reachable
 from xdiffusion.text_encoders.clip import CLIPTextEncoder
-
-SECONDS_WITHOUT_ANSWER = 5.0
 
 
 def open_clip_text_encoder(model_name: str) -> CLIPTextEncoder:
@@ -80,7 +77,7 @@ def _offline_unless_reachable() -> Iterator[None]:
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not _reachable(constants.ENDPOINT)
+    constants.HF_HUB_OFFLINE = before or not reachable(constants.ENDPOINT)
     try:
         yield
     finally:
@@ -96,13 +93,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def _reachable(url: str) -> bool:
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=SECONDS_WITHOUT_ANSWER).close()
-    except urllib.error.HTTPError:
-        return True  # it answered
-    except OSError:
-        return False
-    return True

@@ -13,7 +13,7 @@ from PIL import Image
 from xdiffusion.checkpoints.files import write_atomically
 from xdiffusion.data.captions import PromptTable
 from xdiffusion.data.image_set import ImageSet
-from xdiffusion.model import DiffusionModel, generate, generators_for
+from xdiffusion.model import DiffusionModel, generate, generators_for, of_captions
 from xdiffusion.pictures import grid, save_png
 from xdiffusion.training.contrastive import ContrastiveModel, similarities
 
@@ -31,10 +31,9 @@ def draw_samples(
 ) -> Image.Image:
     """Sample every class twice, from the same noise each time, and write the captioned grid to `path`, if given."""
     prompts = preview_prompts(table)
-    as_captions = {**sampling, "prompt_syntax": "plain"}  # a bracket in a caption is no weight
     _, height, width = model.image_shape
     at_a_time = max(1, PIXELS_AT_A_TIME // (height * width))
-    images = generate(model, prompts, generators_for(seed, len(prompts)), batch_size=at_a_time, **as_captions)
+    images = generate(model, prompts, generators_for(seed, len(prompts)), batch_size=at_a_time, **of_captions(sampling))
     page = grid(images, prompts, columns=table.num_classes, title=title)
     metadata = {"prompts": "\n".join(prompts), "title": title}
     if path is not None:  # a run resumed takes it for whole

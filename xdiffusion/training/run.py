@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from xdiffusion.checkpoints.files import CheckpointError, ensure_writable, remove_leftovers, write_atomically
+from xdiffusion.places import OUTPUT_ROOT
 from xdiffusion.training.divergence import TrainingDiverged, write_report
 from xdiffusion.training.interruption import Interruption, resuming_command
 from xdiffusion.training.loop import StepMetrics, Trainer, averaged, fit
@@ -22,7 +23,6 @@ from xdiffusion.training.records import Records
 from xdiffusion.training.run_record import RunRecord
 from xdiffusion.training.state import RunCheckpoints
 
-OUTPUT_ROOT = Path("output")
 # what may befall a run that is not at fault: diverging, other processes, disks, data, memory
 FAULTS = (TrainingDiverged, LostProcess, OSError, ValueError, MemoryError, torch.OutOfMemoryError)
 Draw = Callable[[Path | None, str], Image.Image]  # (where to write it, title) -> a picture of what the model can

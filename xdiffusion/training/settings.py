@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
+from xdiffusion.places import CACHE_FOLDER
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -130,7 +132,7 @@ class CacheSettings:
 
     latents: bool = False
     text_embeddings: bool = False
-    folder: str = "output/cache"
+    folder: str = CACHE_FOLDER
 
     def check(self) -> None:
         """There is no value that no run can have."""
