@@ -32,7 +32,7 @@ from PIL import Image
 
 from xdiffusion import cli, scoring
 from xdiffusion.build import load_config
-from xdiffusion.checkpoints.native import load_model_file
+from xdiffusion.checkpoints.native import load_model_file, save_model
 from xdiffusion.evaluation.judge import train_judge
 
 HEADER = 20  # pixels of a titled grid above its images
@@ -302,6 +302,22 @@ def test_evaluation_prints_one_json_line(tiny_run, work_folder, capsys, monkeypa
     assert (base["dataset"], lora["dataset"]) == ("image/digits", "image/digits_inverted")
     assert base["gap_closed"] is None
     assert math.isfinite(lora["gap_closed"])
+
+
+@pytest.mark.parametrize("words", [[SAMPLE], [EVALUATE, "--full", "--json"], [EVALUATE, "--report", "out.html"]])
+def test_a_model_of_nan_is_one_line_and_no_picture(words, tiny_run, work_folder, capsys, monkeypatch):
+    monkeypatch.setattr(scoring, "train_judge", lambda *arguments: train_judge(*arguments, steps=1))
+    file = load_model_file(tiny_run.checkpoint)
+    file.tensors["network.conv_out.bias"] = torch.full_like(file.tensors["network.conv_out.bias"], torch.nan)
+    save_model(Path("nan.safetensors"), file.tensors, config=file.config, image_shape=file.image_shape, step=2)
+    assert run_script(*words, "--checkpoint", "nan.safetensors", "--num_samples", 20) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == (
+        "error: 20 of the first 20 images that this model draws are not finite: NaN or infinity in its weights, or "
+        "numbers too large for its precision\n"
+    )
+    assert not list(work_folder.rglob("*.png")) and not (work_folder / "out.html").exists()
 
 
 def test_a_reader_that_has_had_enough_is_no_error():

@@ -53,6 +53,15 @@ def test_a_signal_before_the_first_step_is_one_line(script, number, tmp_path, mo
     assert not file.exists()
 
 
+def test_a_sample_grid_that_is_not_finite_is_left_out_and_the_run_goes_on(tmp_path, capfd):
+    too_strong = ["sampling.cfg_scale=1e39", "sampling.clip_x0=false"]
+    assert run_script(TRAIN, *COMMON, *set_words(too_strong), "--output_path", tmp_path) == 0
+    assert f"step {STEPS}: no samples: " in capfd.readouterr().out
+    assert (tmp_path / f"diffusion-{STEPS}.safetensors").is_file()
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["loss.png"]
+    assert read_run(tmp_path)["segments"][0]["status"] == "finished"
+
+
 def test_a_process_lost_before_the_first_step(tmp_path, monkeypatch, capfd):
     def load(config):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer")

@@ -5,7 +5,7 @@ import torch
 from tiny import SIZE, tiny_config, tiny_model
 
 from xdiffusion.build import build_sampling
-from xdiffusion.model import StartImage, generate, generators_for
+from xdiffusion.model import ImagesNotFinite, StartImage, generate, generators_for
 from xdiffusion.text_encoders.clip import VOCAB_SIZE
 
 PROMPTS = ["1", "2", "1"]
@@ -67,6 +67,23 @@ def test_the_start_noise_may_be_the_share_of_xt(model):
     draw_first("unit")
     draw_first("sigma")
     torch.testing.assert_close(first[1], first[0] * model.schedule.alpha_sigma(torch.tensor(0.5))[1])
+
+
+def test_images_that_are_not_finite_are_no_images(model, monkeypatch):
+    decode = model.autoencoder.decode
+
+    def damaged(x0):
+        images = decode(x0).clone()
+        images[1, :, 0, 0] = torch.tensor([torch.inf])  # which a clamp would take for white
+        return images
+
+    monkeypatch.setattr(model.autoencoder, "decode", damaged)
+    with pytest.raises(ImagesNotFinite, match=r"1 of the first 3 images .*not finite"):
+        draw(model)
+    broken = tiny_model(tiny_config()).eval()
+    broken.network.conv_out.bias.data.fill_(torch.nan)
+    with pytest.raises(ImagesNotFinite, match=r"2 of the first 2 images"):
+        draw(broken, batch_size=2)
 
 
 # --- starting from an image ---

@@ -80,6 +80,10 @@ class StartImage:
         return StartImage(images, self.strength, mask)
 
 
+class ImagesNotFinite(ValueError):
+    """What a model draws holds NaN or infinity."""
+
+
 class DiffusionModel(nn.Module):
     """The parts of one model; its state dict is what a checkpoint holds.
 
@@ -207,6 +211,7 @@ def generate(
         on_step: called as on_step(i, xt, x0) within each block.
 
     Raises:
+        ImagesNotFinite: after the first block with such images.
         ValueError: if the start image's strength or size is wrong, or the prompts are not of the syntax.
     """
     if start_image is not None:
@@ -228,7 +233,13 @@ def generate(
         if isinstance(guided, MaskedDenoiser):
             x0 = guided.kept(x0)  # a grid may end with a trace of noise
         with model.at_work(model.autoencoder):
-            images.append(model.autoencoder.decode(x0).clamp(-1, 1).float().cpu())
+            decoded = model.autoencoder.decode(x0)
+        if broken := int((~decoded.isfinite()).flatten(1).any(1).sum()):
+            raise ImagesNotFinite(
+                f"{broken} of the first {start + len(decoded)} images that this model draws are not finite: NaN or "
+                "infinity in its weights, or numbers too large for its precision"
+            )
+        images.append(decoded.clamp(-1, 1).float().cpu())
     return torch.cat(images)
 
 

@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.report:
         write_report(args, evaluation, data, config, base_hash)
     if args.json:
-        print(json.dumps(scores))
+        print(json.dumps(scores, allow_nan=False))
     else:
         width = max(map(len, scores))
         print("\n".join(f"{key:<{width}}  {value}" for key, value in scores.items() if key != "loss_curve"))

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from xdiffusion.checkpoints.files import CheckpointError, ensure_writable, remove_leftovers, write_atomically
+from xdiffusion.model import ImagesNotFinite
 from xdiffusion.places import OUTPUT_ROOT
 from xdiffusion.training.divergence import TrainingDiverged, write_report
 from xdiffusion.training.interruption import Interruption, resuming_command
@@ -199,7 +200,12 @@ def take_steps(
         def on_sample(step: int) -> None:
             if not (writes or trainer.sharded):  # sharded weights compute in all processes together
                 return
-            page = draw(picture_of(step) if writes else None, f"step {step}")
+            try:
+                page = draw(picture_of(step) if writes else None, f"step {step}")
+            except ImagesNotFinite as error:  # the loss decides whether the run is lost
+                if writes:
+                    records.say(f"step {step}: no samples: {error}")
+                return
             if writes:
                 records.image("samples", page, step)
                 records.say(f"step {step}: {picture_of(step)}")
