@@ -28,7 +28,7 @@ from commands import (
     set_words,
 )
 from omegaconf import OmegaConf
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from xdiffusion import cli, scoring
 from xdiffusion.build import load_config
@@ -43,6 +43,11 @@ def pixels(path: Path) -> np.ndarray:
     with Image.open(path) as picture:
         levels = np.asarray(picture).astype(int)
     return levels[HEADER:] if path.name in ("base.png", "lora.png") else levels
+
+
+def frames(path: Path) -> np.ndarray:
+    with Image.open(path) as film:
+        return np.stack([np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(film)])
 
 
 # --- help ---
@@ -216,8 +221,18 @@ def test_sampling_with_a_lora_pairs_it_with_the_base(tiny_run, work_folder, caps
     assert np.array_equal(plain, off)
     assert np.abs(plain - pixels(work_folder / "on/lora.png")).max() > 20
     assert pixels(work_folder / "on/paired.png").shape[0] > 3 * 72  # base, x 0.5, x 1
-    with Image.open(work_folder / "on/trajectory.gif") as film:
-        assert film.n_frames == 2  # one for each sampling step
+
+
+def test_a_film_goes_from_noise_to_the_images_whatever_the_batch(tiny_run, work_folder):
+    words = ["--checkpoint", tiny_run.checkpoint, "--num_samples", 4, "--save_trajectory", "--output_path"]
+    assert run_script(SAMPLE, *words, "whole") == 0
+    assert run_script(SAMPLE, *words, "parts", "--batch_size", 3) == 0
+    films = [frames(work_folder / name / "trajectory.gif") for name in ("whole", "parts")]
+    assert [len(film) for film in films] == [3, 3]  # the noise, and each of two sampling steps
+    assert np.abs(films[0] - films[1]).max() <= 8  # colours of a palette
+    assert np.abs(films[0][-1] - pixels(work_folder / "whole/samples.png")).max() <= 8
+    tile = films[0][0][6:78, 6:78, 0]
+    assert tile.std() > 60  # unit noise, clamped to what pixels can be
 
 
 def test_strengths_of_several_loras_add_up(tiny_run, work_folder):

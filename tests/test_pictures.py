@@ -106,7 +106,7 @@ def test_a_png_carries_its_recipe(tmp_path):
         assert read.text == {}
 
 
-def test_a_film_has_every_frame_and_rests_on_the_last(tmp_path):
+def test_a_film_has_every_frame_and_rests_on_the_first_and_the_last(tmp_path):
     levels = [-1.0, -0.4, 0.1, 0.7]
     pages = [grid(torch.full((1, 1, 8, 8), level), columns=1) for level in levels]
     save_gif(pages, tmp_path / "films/film.gif", milliseconds=100)
@@ -115,6 +115,6 @@ def test_a_film_has_every_frame_and_rests_on_the_last(tmp_path):
         assert film.info["loop"] == 0
         for i, level in enumerate(levels):
             film.seek(i)
-            assert film.info["duration"] == (2000 if i == len(levels) - 1 else 100)
+            assert film.info["duration"] == {0: 800, len(levels) - 1: 2000}.get(i, 100)
             centre = film.convert("RGB").getpixel((film.width // 2, film.height // 2))
             assert max(abs(c - (level + 1) * 127.5) for c in centre) < 4

@@ -67,6 +67,13 @@ def test_one_file_per_image_and_seed(sample, work_folder):
         assert (picture.text["prompt"], picture.text["image"], picture.text["seed"]) == ("a (red:1.3) fox", "1", "7")
 
 
+def test_a_film_shows_decoded_latents(sample, work_folder):
+    assert sample("a", "--prompt", "a fox", "--num_samples", 2, "--save_trajectory", "--offload") == 0
+    with Image.open("a/trajectory.gif") as film:
+        assert film.n_frames == 3
+        assert film.size == (2 * (80 + 6) + 6, 80 + 15 + 12)  # two pictures of 16 pixels, five times enlarged
+
+
 def test_a_picture_draws_itself_again(sample, work_folder):
     save_picture("start.png")
     words = ["--prompt", "a fox", "--prompt", "[two] houses", "--num_samples", 3, "--seed", 5, "--batch_size", 2]

@@ -196,6 +196,7 @@ def generate(
     settings: SamplingSettings = SamplingSettings(),
     start_image: StartImage | None = None,
     batch_size: int = 100,
+    on_start: Callable[[Tensor], None] | None = None,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "B C H W"]:
     """Images in [-1, 1] for the prompts, on the CPU, in blocks of batch_size.
@@ -208,7 +209,7 @@ def generate(
         times: see `samplers.time_grids`.
         settings: guidance, prompts and noise.
         start_image: what to start from; None: noise.
-        on_step: called as on_step(i, xt, x0) within each block.
+        on_start, on_step: called as on_start(x_T) and on_step(i, xt, x0) within each block.
 
     Raises:
         ImagesNotFinite: after the first block with such images.
@@ -228,6 +229,8 @@ def generate(
             x_T = x_T * model.schedule.alpha_sigma(times[0])[1] if settings.start_noise == "sigma" else x_T
         else:
             guided, x_T = _started(model, start_image.rows(block, len(prompts)), guided, generators[block], times)
+        if on_start is not None:
+            on_start(x_T)
         with model.at_work(model.network), computed_once(model.network):
             x0 = sampler(guided, x_T, times, generator=generators[block], on_step=on_step)
         if isinstance(guided, MaskedDenoiser):

@@ -19,6 +19,7 @@ from xdiffusion.data.image_set import to_uint8
 
 SHORT_SIDE = 72  # small images are enlarged by a whole factor to at least this
 MARGIN = 6
+FIRST, LAST = 800, 2000  # milliseconds of a film's ends
 PAPER, INK = (246, 246, 244), (40, 40, 40)
 
 
@@ -112,9 +113,9 @@ def mask_tensor(picture: Image.Image, height: int, width: int) -> Float[Tensor, 
 
 
 def save_gif(pages: Sequence[Image.Image], path: Path, milliseconds: int = 120) -> None:
-    """Write an endless film; the last frame stays for two seconds."""
+    """Write an endless film; the first frame stays for most of a second, the last for two."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    durations = [milliseconds] * (len(pages) - 1) + [2000]
+    durations = [FIRST, *[milliseconds] * (len(pages) - 2), LAST][-len(pages) :]
     pages[0].save(path, save_all=True, append_images=list(pages[1:]), duration=durations, loop=0)
 
 

@@ -167,7 +167,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps = len(sampling["times"]) - 1
     steps = int(steps * start_image.strength) if start_image else steps
 
-    def draw(share: float, on_step=None) -> torch.Tensor:
+    film: list[list[torch.Tensor]] = []  # of each batch, what is denoised from moment to moment
+
+    def draw(share: float, filmed: bool = False) -> torch.Tensor:
         """Images with every LoRA at `share` of its strength; 0 is the base."""
         for adapter, scale in strengths.items():
             set_lora_scale(model, share * scale, adapter)
@@ -177,8 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             def each_step(i, xt, x0):
                 bar.update()
-                if on_step is not None:
-                    on_step(i, xt, x0)
+                if filmed:
+                    film[-1].append(xt.cpu())
 
             images = generate(
                 model,
@@ -186,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 generators_for(args.seed, len(prompts)),
                 start_image=start_image,
                 batch_size=batch_size,
+                on_start=(lambda x_T: film.append([x_T.cpu()])) if filmed else None,
                 on_step=each_step,
                 **sampling,
             )
@@ -193,11 +196,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             unmerge_lora_weights(model)  # the next picture is of another strength
         return images
 
-    frames: list = []
-    keep_frame = (lambda i, xt, x0: frames.append(xt.cpu())) if args.save_trajectory else None
     paired = bool(strengths) and (args.paired if args.paired is not None else table is not None)
     by_share = {share: draw(share) for share in ((0.0, *PAIRED_SCALES[:-1]) if paired else ())}
-    by_share[1.0] = draw(1.0, keep_frame)
+    by_share[1.0] = draw(1.0, args.save_trajectory)
     recipe = {
         "checkpoint": str(checkpoint),
         "loras": json.dumps(args.lora_path),
@@ -208,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     write(folder, by_share, prompts, recipe, one_by_one=table is None, seed=args.seed)
     if args.save_trajectory:
-        write_film(folder, frames, prompts)
+        write_film(folder, model, film, prompts)
     return 0
 
 
@@ -293,11 +294,18 @@ def write(
         print(path)
 
 
-def write_film(folder: Path, frames: list, prompts: list[str]) -> None:
+def write_film(folder: Path, model: DiffusionModel, film: list[list[torch.Tensor]], prompts: list[str]) -> None:
+    """From the noise to the images, decoded at every moment."""
+    import torch
+
     from xdiffusion.pictures import grid, save_gif
 
-    columns = min(len(prompts), 10)
-    save_gif([grid(frame.clamp(-1, 1), prompts, columns=columns) for frame in frames], folder / "trajectory.gif")
+    columns, pages = min(len(prompts), 10), []
+    for moment in zip(*film):
+        with torch.no_grad(), model.at_work(model.autoencoder):
+            images = torch.cat([model.autoencoder.decode(xt.to(model.device)).float().cpu() for xt in moment])
+        pages.append(grid(images.clamp(-1, 1), prompts, columns=columns))
+    save_gif(pages, folder / "trajectory.gif")
     print(folder / "trajectory.gif")
 
 
