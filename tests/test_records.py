@@ -3,12 +3,14 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from xdiffusion.training.loop import StepMetrics
-from xdiffusion.training.records import Records, draw_loss_curve, read_metrics
+from xdiffusion.training.records import Records, draw_loss_curve, read_metrics, run_name, smoothed
 
 
 def metrics(step, loss=None):
@@ -49,6 +51,13 @@ def test_a_log_file_is_not_filled_with_bars(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tqdm.std.time", lambda: float(next(moment)))
     record(tmp_path, 1, 100)
     assert 3 <= capsys.readouterr().err.count("100 [") < 10
+
+
+def test_steps_that_fp16_skipped_are_counted(tmp_path):
+    with Records(tmp_path, 1, 20) as records:
+        for step in range(1, 21):
+            records.step(replace(metrics(step), loss_scale=1024.0, skipped=step in (3, 7, 15)))
+    assert scalars(tmp_path, "skipped") == [(10, 2), (20, 1)]
 
 
 def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
@@ -124,6 +133,23 @@ def test_a_picture_is_recorded(tmp_path):
     accumulator.Reload()
     (event,) = accumulator.Images("samples")
     assert (event.step, event.width, event.height) == (5, 30, 20)
+
+
+@pytest.mark.parametrize(("count", "window"), [(9, 1), (60, 7), (1700, 51)])
+def test_the_running_mean_is_centred_and_narrow_where_a_run_is_short(count, window):
+    """Of a line it is the line, so it lies neither above nor beside the data."""
+    steps, mean = smoothed(*(factor * np.arange(1.0, count + 1) for factor in (1, 2)))
+    assert len(steps) == len(mean) == count - window + 1
+    assert mean.tolist() == pytest.approx([2.0 * step for step in steps])
+    assert smoothed(np.array([1.0, 2.0]), np.array([3.0, 4.0]))[1].tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("out/digits", "digits"), ("out/digits/lora", "digits, LoRA"), ("mine", "mine")]
+)
+def test_a_run_goes_by_its_configs_name(folder, name, tmp_path):
+    with Records(tmp_path / folder, 1, 2) as records:
+        assert records.bar.desc.removesuffix(": ") == run_name(tmp_path / folder) == name
 
 
 @pytest.mark.parametrize("count", [0, 1])

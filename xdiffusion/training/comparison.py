@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from xdiffusion.checkpoints.files import CheckpointError, write_atomically
-from xdiffusion.training.records import SMOOTHING, read_losses
+from xdiffusion.training.records import SMOOTHING, read_losses, smoothed
 from xdiffusion.training.run_record import flat, read_run
 
 ABSENT = "-"  # a key that another run's config has
@@ -72,7 +72,7 @@ def outcome(run: Run) -> dict[str, str]:
         "status": last["status"],
         "steps": f"{steps[-1]:.0f}",
         f"loss, mean of last {SMOOTHING}": f"{math.fsum(losses[-SMOOTHING:]) / len(losses[-SMOOTHING:]):.4f}",
-        "smallest smoothed loss": f"{smoothed(losses).min():.4f}",
+        "smallest smoothed loss": f"{smoothed(steps, losses)[1].min():.4f}",
         "steps/s": f"{timed / seconds:.3g}" if seconds else "-",
         "seconds": f"{seconds:.1f}" if seconds else "-",
         "peak memory, MB": f"{peak / 2**20:.0f}" if peak else "-",
@@ -97,16 +97,9 @@ def draw_curves(runs: Sequence[Run], picture: Path) -> None:
     axes = figure.subplots()
     for run in runs:
         steps, losses = run.losses
-        smooth = smoothed(losses)
-        (line,) = axes.plot(steps[len(steps) - len(smooth) :], smooth, label=run.name, zorder=2)
+        (line,) = axes.plot(*smoothed(steps, losses), label=run.name, zorder=2)
         axes.plot(steps, losses, color=line.get_color(), alpha=0.15, linewidth=0.8, zorder=1)
-    axes.set(xlabel="step", ylabel=f"loss, mean of {SMOOTHING} steps", yscale="log")
+    axes.set(xlabel="step", ylabel="loss, running mean", yscale="log")
     axes.legend()
     axes.grid(alpha=0.3)
     write_atomically(picture, lambda path: figure.savefig(path, dpi=120, format="png"))
-
-
-def smoothed(losses: Float64[np.ndarray, " N"]) -> np.ndarray:
-    """The running mean over SMOOTHING steps, or over all where there are fewer: (N - window + 1,)."""
-    window = min(SMOOTHING, len(losses))
-    return np.convolve(losses, np.ones(window) / window, mode="valid")

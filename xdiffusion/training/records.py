@@ -35,12 +35,13 @@ class Records:
     def __init__(self, folder: Path, first_step: int, last_step: int):
         self.folder = folder
         self.metrics_path = folder / "metrics.jsonl"
+        self.skipped = 0  # of the steps since TensorBoard was last told
         self._open(first_step)
         self.bar = tqdm(
             total=last_step,
             initial=first_step - 1,
             unit="step",
-            desc=folder.name,
+            desc=run_name(folder),
             dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds: a log file is not filled with bars
         )
@@ -71,7 +72,11 @@ class Records:
         self.metrics.write(json.dumps(asdict(metrics)) + "\n")
         self.bar.update()
         self.bar.set_postfix(loss=f"{metrics.loss:.4f}", images_per_s=f"{metrics.images_per_second:.0f}", refresh=False)
+        self.skipped += metrics.skipped
         if metrics.step % 10 == 0:
+            if metrics.loss_scale is not None:
+                self.board.add_scalar("skipped", self.skipped, metrics.step)
+            self.skipped = 0
             for name in ("loss", "grad_norm", "learning_rate", "images_per_second", "loss_scale"):
                 if getattr(metrics, name) is not None:
                     self.board.add_scalar(name, getattr(metrics, name), metrics.step)
@@ -95,6 +100,12 @@ class Records:
 
     def _draw(self) -> None:
         draw_loss_curve(self.metrics_path, self.folder / "loss.png")
+
+
+def run_name(folder: Path) -> str:
+    """What a run is called: its folder's name; a LoRA in the folder lora of its config goes by the config's."""
+    folder = folder.absolute()
+    return f"{folder.parent.name}, LoRA" if folder.name == "lora" else folder.name
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
@@ -128,19 +139,26 @@ def read_losses(path: Path) -> Float64[np.ndarray, "2 N"]:
 
 
 def draw_loss_curve(metrics_path: Path, picture: Path) -> None:
-    """The loss of each step and its running mean, on a logarithmic scale."""
+    """The loss of each step and `smoothed`, on a logarithmic scale."""
     steps, losses = read_losses(metrics_path)
     if len(steps) < 2:
         return
     from matplotlib.figure import Figure
 
-    window = min(SMOOTHING, len(losses))
-    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+    middles, means = smoothed(steps, losses)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each step")
-    axes.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"mean of {window} steps")
-    axes.set(xlabel="step", ylabel="loss", yscale="log", title=str(metrics_path.parent.name))
+    axes.plot(middles, means, color="tab:blue", label=f"mean of {len(steps) - len(means) + 1} steps around it")
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title=run_name(metrics_path.parent))
     axes.legend()
     axes.grid(alpha=0.3)
     write_atomically(picture, lambda path: figure.savefig(path, dpi=120, format="png"))
+
+
+def smoothed(steps: Float64[np.ndarray, " N"], losses: Float64[np.ndarray, " N"]) -> tuple[np.ndarray, np.ndarray]:
+    """Means over windows of a tenth of the run, at most SMOOTHING steps, and the steps in the middle of each."""
+    window = min(SMOOTHING, len(losses) // 10) | 1
+    half = window // 2
+    means = np.convolve(losses, np.ones(window) / window, mode="valid")
+    return steps[half : len(losses) - half], means
