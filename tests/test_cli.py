@@ -59,7 +59,7 @@ FLAGS = {
     SAMPLE: "config_path checkpoint lora_path lora_merge num_samples prompt guidance sampling_steps sampler seed output_path "
     "force_cpu save_trajectory times negative_prompt paired learned_tokens batch_size clip_skip height width init_image "
     "strength mask_image mixed_precision offload tile_size from_png",
-    EVALUATE: "checkpoint lora_path dataset_name data_dir num_samples seed intervals full clip report json",
+    EVALUATE: "checkpoint lora_path dataset_name data_dir num_samples batch_size seed intervals full clip report json",
     TRAIN_CLIP: "config_path dataset_name data_dir output_path num_training_steps seed set",
     DEMO: "output_path num_training_steps num_samples seed",
     ABLATE: "checkpoint config_path dataset_name output_path ranks targets variants num_training_steps num_samples seed set",

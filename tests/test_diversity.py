@@ -1,9 +1,11 @@
 """Diversity: its definition written out, and its two ends."""
 
+import math
+
 import pytest
 import torch
 
-from xdiffusion.evaluation.diversity import diversity, within_class_distance
+from xdiffusion.evaluation.diversity import diversity, mean_distance, within_class_distance
 
 
 def test_the_mean_over_classes_of_the_mean_over_pairs():
@@ -18,6 +20,13 @@ def test_the_data_itself_is_1_and_one_picture_per_class_0(generator):
     assert diversity(3 * real, labels, real, labels) == pytest.approx(3)
     one_each = torch.randn(4, 3, generator=generator)[labels]
     assert diversity(one_each, labels, real, labels) == 0
+    assert math.isnan(diversity(real, labels, one_each, labels))
+
+
+def test_a_mean_by_a_table_is_that_of_the_points(generator):
+    points, index = torch.randn(9, 3, generator=generator), torch.tensor([4, 0, 7])
+    alone = within_class_distance(points[index], torch.zeros(3, dtype=torch.long))
+    assert mean_distance(torch.cdist(points, points), index) == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_distance_needs_two():

@@ -1,6 +1,7 @@
 """The scores: each against its definition computed another way, and in cases whose answer is known."""
 
 import json
+import math
 from functools import partial
 
 import numpy as np
@@ -85,6 +86,7 @@ def test_gap_closed_is_the_share_of_the_way():
     assert gap_closed(base=0.1, base_inverted=0.5, lora_inverted=0.1) == 1
     assert gap_closed(base=0.1, base_inverted=0.5, lora_inverted=0.2) == pytest.approx(0.75)
     assert gap_closed(base=0.1, base_inverted=0.5, lora_inverted=0.7) == pytest.approx(-0.5)
+    assert math.isnan(gap_closed(base=0.5, base_inverted=0.5, lora_inverted=0.4))
 
 
 def test_fixed_draws_are_fixed_and_cover_the_times():
@@ -311,7 +313,10 @@ def test_samples_that_are_training_images_are_found_out(good_judge, tmp_path, mo
         low, high = evaluation.scores[f"{name}_interval"]
         assert 0.8 < low < 0.95 and high == evaluation.scores[name] == 1, name  # not [1, 1]: of 20 samples
     assert evaluation.scores["nearest_distance"] == pytest.approx(0, abs=1e-6)
-    assert evaluation.neighbours.index[:, 0].tolist() == list(range(20))
+    assert len(evaluation.suspects) == 12
+    for suspect in evaluation.suspects:
+        assert torch.equal(suspect.image, suspect.near[0])
+        assert suspect.distance[0] == 0 < suspect.distance[1]
 
 
 @pytest.mark.parametrize("inverted", [False, True])

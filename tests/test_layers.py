@@ -32,8 +32,9 @@ MAY_IMPORT = {
     "build": {"config", "config_files", "signatures", "model", "checkpoints", "data", "diffusion", "text_encoders"},
     "held_out": {"model", "data", "diffusion", "evaluation", "lora"},
     "scoring": {"model", "checkpoints", "data", "evaluation", "held_out", "lora"},
+    "captioned_scoring": {"model", "data", "evaluation", "held_out", "lora", "scoring"},
     "clip_towers": {"checkpoints", "data", "text_encoders", "training"},
-    "report": {"checkpoints", "data", "evaluation", "pictures", "scoring"},
+    "report": {"checkpoints", "evaluation", "pictures", "scoring"},
     "training": {
         "model",
         "checkpoints",

@@ -101,7 +101,8 @@ def write_stable_diffusion(folder: Path) -> None:
     words = ["convert", str(folder / "native.safetensors"), str(folder / STABLE_DIFFUSION), "--to", "original"]
     assert run(main_of("xdiffusion.commands.sd"), words) == 0
     (folder / "native.safetensors").unlink()
-    write_discs(folder / "photos", 4, 64, {"red": (230, 20, 20), "blue": (20, 20, 230)})
+    for name, size in (("photos", 64), ("kept", 60)):
+        write_discs(folder / name, 4, size, {"red": (230, 20, 20), "blue": (20, 20, 230)})
     for name in ("sketch.png", "mask.png"):
         (folder / name).write_bytes((folder / "photos/disc_0.png").read_bytes())
 

@@ -1,5 +1,7 @@
 """The loss by log-SNR: one value whatever the network predicts, and bins that hold what they say."""
 
+import math
+
 import pytest
 import torch
 from tiny import tiny_config, tiny_images, tiny_model
@@ -9,7 +11,7 @@ from xdiffusion.diffusion.predictions import PREDICTIONS, eps_of_x0, to_x0
 from xdiffusion.diffusion.schedules import BetaSchedule, CosineSchedule
 from xdiffusion.evaluation.gap import fixed_draws
 from xdiffusion.evaluation.loss_curve import LOGSNR_MAX, LOGSNR_MIN, in_eps_space, logsnr_at, loss_curve
-from xdiffusion.held_out import loss_curves
+from xdiffusion.held_out import held_out_of, logsnr_span, loss_curves
 from xdiffusion.lora import apply_lora_to_model
 from xdiffusion.lora.adapters import lora_disabled
 
@@ -49,12 +51,12 @@ def test_curves_of_a_model_by_hand(schedule):
     config = tiny_config(f"diffusion.schedule.kind={schedule}")
     model, data = tiny_model(config).eval(), tiny_images(test=32)
     apply_lora_to_model(model.network, 2, 4.0, 0.0, "all")
-    curves = loss_curves(model, invert(data), data, 0, lora_disabled)
+    draws = fixed_draws(32, model.latent_shape, 1024)
+    curves = loss_curves(model, held_out_of(invert(data)), draws, 0, held_out_of(data), lora_disabled)
     assert curves.keys() == {"model", "base", "base_on_normal"}
     assert curves["model"].loss == pytest.approx(curves["base"].loss, rel=1e-5)
     assert curves["model"].loss != pytest.approx(curves["base_on_normal"].loss, rel=1e-2)
 
-    draws = fixed_draws(32, model.latent_shape, 1024)
     (first,) = (draws.t < 1 / 32).nonzero().flatten().tolist()
     second = int(((draws.t > 1 / 32) & (draws.t < 2 / 32)).nonzero())
     errors = []
@@ -70,3 +72,23 @@ def test_curves_of_a_model_by_hand(schedule):
         errors.append(float((alpha * v + sigma * xt - draws.eps[i]).square().mean()))
     assert curves["base_on_normal"].loss[0] == pytest.approx(sum(errors) / 2, rel=1e-3)
     assert isinstance(model.schedule, BetaSchedule) == (schedule == "betas")
+
+
+def test_a_curve_ends_where_its_schedule_does():
+    assert logsnr_span(CosineSchedule()) == (LOGSNR_MAX, LOGSNR_MIN)
+    sd = BetaSchedule(1000, "scaled_linear", 0.00085, 0.012)
+    first, last = logsnr_span(sd)
+    last_alpha_bar = float(torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double().square().neg().log1p().sum().exp())
+    ends = [math.log(alpha_bar / (1 - alpha_bar)) for alpha_bar in (1 - 0.00085, last_alpha_bar)]
+    assert (first, last) == pytest.approx(ends, abs=1e-3)
+    u = torch.tensor([0.01, 0.5, 0.99])
+    alpha, sigma = sd.alpha_sigma(sd.time_of_logsnr(logsnr_at(u, (first, last))))
+    torch.testing.assert_close((alpha**2 / sigma**2).log(), logsnr_at(u, (first, last)), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("part", ["network", "text_encoder"])
+def test_losses_that_are_not_finite_are_an_error(part):
+    model, data = tiny_model(tiny_config()).eval(), tiny_images(test=32)
+    next(getattr(model, part).parameters()).data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="32 of this model's losses on 32 images and noises are not finite"):
+        loss_curves(model, held_out_of(data), fixed_draws(32, model.latent_shape), 0)

@@ -16,9 +16,8 @@ from xdiffusion import scoring
 from xdiffusion.data.image_set import invert
 from xdiffusion.evaluation.judge import train_judge
 from xdiffusion.evaluation.loss_curve import LossCurve
-from xdiffusion.evaluation.memorisation import nearest
 from xdiffusion.report import write_report
-from xdiffusion.scoring import Evaluation, Samples
+from xdiffusion.scoring import Evaluation, Suspect
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 STRANGE = "<script>alert('\"&')</script>"
@@ -28,26 +27,34 @@ STRANGE = "<script>alert('\"&')</script>"
 def page(tmp_path):
     """A report of an inverted set with everything in it, and strange texts wherever texts may be."""
     data = invert(tiny_images())
-    labels = torch.arange(20) % 10
     images = data.test.floats(slice(20))
-    samples = Samples(images, labels, [STRANGE] * 20, 1.0, labels, torch.Generator())
     curve = LossCurve([1.0, 0.0, -1.0], [2.0, 0.1, 0.0], [1.0, 0.05, 0.0], [3.0, 0.2, 0.0])
     scores = {"dataset": data.name, "num_samples": 20, "prompt_accuracy": 0.95, "prompt_accuracy_interval": [0.9, 0.98],
               "frechet_distance": 123.456, "frechet_floor": 1.5, "gap_closed": None, "data_copying": 0.5}  # fmt: skip
     evaluation = Evaluation(
-        scores, samples, nearest(-images, invert(data).train.floats()), {"model": curve, "base": curve}
-    )
+        scores, images, [STRANGE] * 20, {"gap_closed": f"no LoRA {STRANGE}"}, f"Compared. {STRANGE}",
+        columns=tuple(map(str, range(10))), suspects=[Suspect(images[0], STRANGE, images[1:3], [0.1, 0.2])] * 12,
+        curves={"model": curve, "base": curve},
+    )  # fmt: skip
     path = tmp_path / "out.html"
-    write_report(path, evaluation, data, f"a: {STRANGE}", {"command": STRANGE})
+    write_report(path, evaluation, f"a: {STRANGE}", {"command": STRANGE})
     return path
 
 
 def test_what_the_page_says(page):
     text = page.read_text()
     assert "image/digits_inverted: 20 samples" in text
-    for words in ("0.950", "[0.900, 0.980]", "123.5", "1.500", "Nearest training images", "without the LoRA"):
+    for words in (
+        "0.950",
+        "[0.900, 0.980]",
+        "123.5",
+        "1.500",
+        "closest to the training images",
+        "without the LoRA",
+        "no LoRA",
+    ):
         assert words in text, words
-    assert "gap closed" not in text  # there is none
+    assert text.count("gap closed") == 1  # among what is not measured
     assert text.count("<img ") == 20 + 12 * 3
     assert text.count("<polyline") == text.count("<polygon") == 2
     assert not re.search(r"\b(nan|inf)\b", text)
@@ -62,14 +69,16 @@ def test_nothing_is_fetched_and_nothing_runs(page):
     assert "default-src 'none'" in text
 
 
-def test_an_evaluation_without_neighbours_or_curves(page, tmp_path):
-    labels = torch.arange(2)
-    samples = Samples(torch.zeros(2, 3, 8, 8), labels, ["a", "b"], 1.0, labels, torch.Generator())  # in colour
-    evaluation = Evaluation({"dataset": "d", "num_samples": 2, "prompt_accuracy": 1.0}, samples, None, {})
-    write_report(tmp_path / "plain.html", evaluation, tiny_images(), "", {})
+def test_an_evaluation_of_pictures_alone(tmp_path):
+    """Large ones in colour, without classes, and a curve of a loss that is 0 everywhere."""
+    scores = {"dataset": "d", "num_samples": 2, "nearest_distance": 0.1}
+    curve = {"model": LossCurve([1.0], [0.0], [], [])}
+    evaluation = Evaluation(scores, torch.zeros(2, 3, 80, 80), ["a fox", "b"], nearest_to="the folder", curves=curve)
+    write_report(tmp_path / "plain.html", evaluation, "", {})
     text = (tmp_path / "plain.html").read_text()
-    assert text.count("<img ") == 2
-    assert "Nearest" not in text and "<svg" not in text
+    assert text.count("<img ") == 2 and "class=pixels" not in text
+    assert "<span>a fox</span>" in text
+    assert "Nearest images" not in text and "Not measured" not in text and "<svg" in text
 
 
 def test_the_command_writes_it(tiny_run, work_folder, capsys, monkeypatch):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import EVALUATE, TRAIN, run_script, set_words
+from commands import TRAIN, run_script, set_words
 from omegaconf import OmegaConf
 from packaging.version import Version
 from picture_folders import truncate, write_discs
@@ -149,11 +149,6 @@ def test_a_learned_word_needs_a_trained_base(run, capsys):
     words = ["--config_path", CONFIGS / "sd15_textual_inversion_tiny.yaml", "--data_dir", run.folder / "set"]
     assert run_script(TRAIN, *words) == 2
     assert "textual_inversion: adapts a trained model: name it with --load_model_weights" in capsys.readouterr().err
-
-
-def test_pictures_without_classes_are_not_scored(run, capsys):
-    assert run_script(EVALUATE, "--checkpoint", run.folder / "base.safetensors", "--force_cpu") == 2
-    assert "has no classes: the scores are for sets such as image/digits" in capsys.readouterr().err
 
 
 def test_no_tiny_clip_is_trained_on_pictures_without_classes(run, work_folder, capsys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -67,18 +67,26 @@ def config_of(file: ModelFile, config_path: str | Path | None = None) -> DictCon
 
 
 def _own_config(file: ModelFile) -> DictConfig:
-    """What a file says of its model, with the defaults of keys that are younger than the file.
+    """What a model's file says of it.
 
     Raises:
         CheckpointError, ConfigError: if it is wrong, or its header says another thing.
     """
-    content = without_unknown(file.config, SCHEMA, RECORDS)
-    config = resolve(from_mapping(content, str(file.path)), SCHEMA, str(file.path))
+    config = stored_config(file.config, file.path)
     with _named(file.path):
         shape = image_shape(config)
     if file.image_shape and file.image_shape != shape:
         raise CheckpointError(f"{file.path}: its header is that of images {file.image_shape}, its config of {shape}")
     return config
+
+
+def stored_config(content: Mapping[str, Any], path: Path) -> DictConfig:
+    """The config in a file's header, with the defaults of keys that are younger than the file.
+
+    Raises:
+        ConfigError: if it is wrong.
+    """
+    return resolve(from_mapping(without_unknown(content, SCHEMA, RECORDS), str(path)), SCHEMA, str(path))
 
 
 @contextmanager
@@ -137,7 +145,7 @@ def check_same_architecture(config: DictConfig, file: ModelFile) -> None:
     Raises:
         CheckpointError: naming the first key that differs.
     """
-    stored = _own_config(file) if file.config else config
+    stored = stored_config(file.config, file.path) if file.config else config
     for key in (
         "model.network",
         "model.text_encoder",

@@ -23,6 +23,7 @@ from xdiffusion.samplers.contract import OnStep
 from xdiffusion.samplers.image_to_image import MaskedDenoiser, noised, times_from
 
 Sampler = Callable[..., Tensor]
+PIXELS_AT_A_TIME = 512 * 512  # decoding as many takes 1 GB, which a card that trains at 512 may have, but not 8
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,12 @@ class DiffusionModel(nn.Module):
 def best_device(force_cpu: bool = False) -> torch.device:
     """The GPU if there is one and it is not forbidden, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() and not force_cpu else "cpu")
+
+
+def at_a_time(model: DiffusionModel, most: int = 100) -> int:
+    """How many of the model's images are worked on together where nothing else is asked for, at most `most`."""
+    _, height, width = model.image_shape
+    return max(1, min(most, PIXELS_AT_A_TIME // (height * width)))
 
 
 def of_captions(sampling: Mapping[str, Any]) -> dict[str, Any]:

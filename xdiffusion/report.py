@@ -13,27 +13,36 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from xdiffusion.checkpoints.files import write_atomically
-from xdiffusion.data.image_set import ImageSet, invert
 from xdiffusion.evaluation.loss_curve import LossCurve
 from xdiffusion.pictures import as_picture
-from xdiffusion.scoring import Evaluation, as_the_judge_sees
+from xdiffusion.scoring import Evaluation
 
 ROWS_OF_SAMPLES = 10
-SUSPECTS = 12
+LARGE = 64  # pixels, from which on a picture is smoothed where it is scaled
+COLUMNS = 6  # of samples that have no columns of their own
 # key, label, better, what it says
 SCORES = (
     ("prompt_accuracy", "prompt accuracy", "higher", "share of samples in which the judge sees the prompted class"),
-    ("frechet_distance", "Frechet distance", "lower", "between the judge's features of samples and of held-out images"),
+    (
+        "frechet_distance",
+        "Frechet distance",
+        "lower",
+        "between features of samples and of real images, a judge's or a CLIP's",
+    ),
     ("precision", "precision", "higher", "share of samples that lie among the real images"),
     ("recall", "recall", "higher", "share of real images that lie among the samples"),
     ("density", "density", "higher", "how many real neighbourhoods a sample lies in, over k"),
     ("coverage", "coverage", "higher", "share of real neighbourhoods that hold a sample"),
-    ("diversity", "diversity", "near 1", "distance within a class over that of held-out images"),
+    (
+        "diversity",
+        "diversity",
+        "near 1",
+        "distance between samples, of a class where there are any, over that of real images",
+    ),
     ("clip_score", "CLIP score", "higher", "100 times the cosine of image and prompt"),
     ("bits_per_dim", "bits per dimension", "lower", "variational bound on held-out images"),
     (
@@ -50,7 +59,7 @@ SCORES = (
     ("seconds_per_image", "seconds per image", "lower", "of sampling"),
 )
 REAL = {"frechet_distance": "frechet_floor", "prompt_accuracy": "judge_accuracy"}  # the rest: key + _real
-TILES = ("prompt_accuracy", "frechet_distance", "gap_closed", "coverage", "data_copying")
+TILES = ("prompt_accuracy", "clip_score", "frechet_distance", "gap_closed", "coverage", "data_copying", "copies")
 CURVES = {"model": "the model", "base": "without the LoRA", "base_on_normal": "without the LoRA, on its own images"}
 STYLE = """
 :root { color-scheme: light dark; --paper: #fbfbf9; --card: #fff; --ink: #1d1f22; --soft: #62666d; --line: #dfe0dc;
@@ -66,14 +75,15 @@ p { margin: .3rem 0; color: var(--soft) }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .7rem .9rem }
 .tile b { display: block; font-size: 1.6rem; line-height: 1.2; font-variant-numeric: tabular-nums }
 .tile span { color: var(--soft); font-size: .82rem; display: block }
-img { display: block; width: 100%; image-rendering: pixelated; border-radius: 2px }
+img { display: block; width: 100%; border-radius: 2px } .pixels { image-rendering: pixelated }
 .samples { display: grid; gap: 3px; background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
   padding: .6rem }
-.samples span { font-size: .75rem; text-align: center; color: var(--soft); overflow: hidden; white-space: nowrap;
-  text-overflow: ellipsis }
+.samples div { min-width: 0 }
+.samples span { display: block; font-size: .75rem; text-align: center; color: var(--soft); overflow: hidden;
+  white-space: nowrap; text-overflow: ellipsis }
 .suspects { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .7rem }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .6rem }
-.trio { display: grid; grid-template-columns: 1fr 1fr 1fr; gap: 4px; font-size: .68rem; color: var(--soft);
+.trio { display: grid; gap: 4px; font-size: .68rem; color: var(--soft);
   text-align: center }
 figcaption { font-size: .78rem; color: var(--soft); margin-top: .35rem }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: .6rem }
@@ -92,15 +102,12 @@ dt { color: var(--soft) } dd { margin: 0 } pre { font-size: .78rem; overflow-x: 
 """
 
 
-def write_report(
-    path: Path, evaluation: Evaluation, data: ImageSet, config: str, provenance: Mapping[str, str]
-) -> None:
+def write_report(path: Path, evaluation: Evaluation, config: str, provenance: Mapping[str, str]) -> None:
     """Write the page, whole or not at all.
 
     Args:
         path: of the page.
-        evaluation: of a full depth; without neighbours or curves their sections are left out.
-        data: that it was scored against.
+        evaluation: of a full depth; without suspects or curves their sections are left out.
         config: the resolved config as YAML.
         provenance: where from the numbers are, shown as it stands.
     """
@@ -108,16 +115,21 @@ def write_report(
     title = f"{scores['dataset']}: {scores['num_samples']} samples"
     tiles = [_tile(key, label, scores) for key in TILES for k, label, *_ in SCORES if k == key]
     sections = [
-        f"<h1>{_text(title)}</h1><p>Brackets: intervals of 95%. Real: the same score of as many real images.</p>",
+        f"<h1>{_text(title)}</h1><p>{_text(evaluation.about)}</p>",
+        "<p>Brackets: intervals of 95%. Real: the same score of as many real images.</p>",
         f'<div class="tiles">{"".join(tiles)}</div>',
-        "<h2>Samples</h2><p>Not chosen: the first of each class, in columns.</p>",
-        _samples(evaluation, data),
+        f"<h2>Samples</h2><p>Not chosen: the first{' of each class, in columns' if evaluation.columns else ''}.</p>",
+        _samples(evaluation),
         "<h2>Scores</h2>" + _score_table(scores),
     ]
+    if evaluation.reasons:
+        labels = {key: label for key, label, *_ in SCORES}
+        rows = "".join(f"<dt>{_text(labels.get(k, k))}</dt><dd>{_text(v)}</dd>" for k, v in evaluation.reasons.items())
+        sections += [f"<h2>Not measured</h2><dl>{rows}</dl>"]
     if evaluation.curves:
-        sections += ["<h2>Held-out loss by noise level</h2>", _curve_figure(evaluation.curves)]
-    if evaluation.neighbours is not None:
-        sections += ["<h2>Nearest training images</h2>", _suspects(evaluation, data)]
+        sections += ["<h2>Loss by noise level</h2>", _curve_figure(evaluation.curves)]
+    if evaluation.suspects:
+        sections += ["<h2>Nearest images</h2>", _suspects(evaluation)]
     rows = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in provenance.items())
     sections += [f"<h2>Provenance</h2><dl>{rows}</dl>", "<h2>Config</h2><details><summary>resolved config</summary>"]
     sections += [f"<pre>{_text(config)}</pre></details>"]
@@ -169,34 +181,31 @@ def _number(value: float) -> str:
 # --- pictures ---
 
 
-def _samples(evaluation: Evaluation, data: ImageSet) -> str:
-    """The first rows of samples; their classes come in turn, so that a column is a class."""
-    columns = data.prompts.num_classes
-    count = min(columns * ROWS_OF_SAMPLES, len(evaluation.samples.labels))
-    heads = [f"<span>{_text(names[0])}</span>" for names in data.prompts.names]
-    pictures = [_picture(x, p) for x, p in zip(evaluation.samples.images[:count], evaluation.samples.prompts)]
+def _samples(evaluation: Evaluation) -> str:
+    """The first rows of samples; those of classes come in turn, so that a column is a class."""
+    heads = [f"<span>{_text(name)}</span>" for name in evaluation.columns]
+    columns = len(heads) or COLUMNS
+    shown = list(zip(evaluation.images, evaluation.prompts))[: columns * ROWS_OF_SAMPLES]
+    below = (lambda prompt: "") if heads else (lambda prompt: f"<span>{_text(prompt)}</span>")
+    pictures = [f"<div>{_picture(image, prompt)}{below(prompt)}</div>" for image, prompt in shown]
     return (
         f'<div class="samples" style="grid-template-columns: repeat({columns}, 1fr)">{"".join(heads + pictures)}</div>'
     )
 
 
-def _suspects(evaluation: Evaluation, data: ImageSet) -> str:
-    """The samples nearest to the training set, each beside its two nearest training images."""
-    assert evaluation.neighbours is not None
-    normal = invert(data) if data.inverted else data
-    distance, index = evaluation.neighbours
-    seen = as_the_judge_sees(evaluation.samples.images, data)
+def _suspects(evaluation: Evaluation) -> str:
+    """Samples beside the images that they come closest to."""
     figures = []
-    for i in distance[:, 0].argsort()[:SUSPECTS].tolist():
-        near = normal.train.floats(index[i])
-        trio = [_picture(seen[i], "sample"), _picture(near[0], "nearest"), _picture(near[1], "second nearest")]
-        trio += ["<span>sample</span>", "<span>nearest</span>", "<span>second</span>"]
-        first, second = distance[i].tolist()
-        caption = f"{_text(evaluation.samples.prompts[i])}: {first:.3f} and {second:.3f}"
-        figures.append(f'<figure><div class="trio">{"".join(trio)}</div><figcaption>{caption}</figcaption></figure>')
-    about = f"The {len(figures)} samples that come closest to the training set, of all {len(seen)}"
-    about += ", un-inverted" if data.inverted else ""
-    return f"<p>{about}; differences in brightness, root mean square.</p><div class=suspects>{''.join(figures)}</div>"
+    for suspect in evaluation.suspects:
+        names = ["sample", "nearest", "second"][: 1 + len(suspect.near)]
+        trio = [_picture(image, name) for image, name in zip([suspect.image, *suspect.near], names)]
+        trio += [f"<span>{name}</span>" for name in names]
+        distances = " and ".join(f"{distance:.3f}" for distance in suspect.distance)
+        caption = f"<figcaption>{_text(suspect.prompt)}: {distances}</figcaption>"
+        columns = f"grid-template-columns: repeat({len(names)}, 1fr)"
+        figures.append(f'<figure><div class="trio" style="{columns}">{"".join(trio)}</div>{caption}</figure>')
+    about = f"The {len(figures)} samples, of {evaluation.scores['num_samples']}, that come closest to {evaluation.nearest_to}"
+    return f"<p>{_text(about)}; differences in brightness, root mean square.</p><div class=suspects>{''.join(figures)}</div>"
 
 
 def _picture(image: Float[Tensor, "C H W"], about: str) -> str:
@@ -204,7 +213,8 @@ def _picture(image: Float[Tensor, "C H W"], about: str) -> str:
     file = io.BytesIO()
     as_picture(image).save(file, "PNG")
     encoded = base64.b64encode(file.getvalue()).decode()
-    return f'<img src="data:image/png;base64,{encoded}" alt="{_text(about)}" title="{_text(about)}">'
+    pixels = " class=pixels" if max(image.shape[1:]) < LARGE else ""
+    return f'<img{pixels} src="data:image/png;base64,{encoded}" alt="{_text(about)}" title="{_text(about)}">'
 
 
 # --- curves ---
@@ -214,10 +224,10 @@ WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 330, 52, 42, 12
 
 def _curve_figure(curves: Mapping[str, LossCurve]) -> str:
     """Losses on a logarithmic scale against log-SNR: noise at the left, data at the right."""
-    values = torch.tensor([v for c in curves.values() for v in (*c.loss, *c.low, *c.high) if v > 0])
-    lowest, highest = float(values.min().log10()) - 0.1, max(0.0, float(values.max().log10())) + 0.1
-    snrs = torch.tensor([x for c in curves.values() for x in c.logsnr])
-    left, right = float(snrs.min()), float(snrs.max())
+    values = [v for c in curves.values() for v in (*c.loss, *c.low, *c.high) if v > 0] or [1.0]
+    lowest, highest = math.log10(min(values)) - 0.1, max(0.0, math.log10(max(values))) + 0.1
+    snrs = [x for c in curves.values() for x in c.logsnr]
+    left, right = min(snrs), max(snrs)
 
     def x(logsnr: float) -> float:
         return LEFT + (logsnr - left) / max(right - left, 1e-9) * (WIDTH - LEFT - 12)
@@ -238,11 +248,11 @@ def _curve_figure(curves: Mapping[str, LossCurve]) -> str:
         line = f'<polyline points="{_points(points)}" fill="none" stroke="{colour}" stroke-width="2"/>'
         parts += [line, *(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>' for a, b in points)]
         keys.append(f'<span><i style="background:{colour}"></i>{_text(CURVES.get(name, name))}</span>')
-    label = "Held-out loss of the noise estimate against log-SNR"
+    label = "Loss of the noise estimate against log-SNR"
     view = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}"'
     return (
         f'<figure><div class="plot"><svg {view}>{"".join(parts)}</svg></div>'
-        f'<div class="key">{"".join(keys)}</div><figcaption>Mean squared error of eps per pixel on fixed held-out images '
+        f'<div class="key">{"".join(keys)}</div><figcaption>Mean squared error of eps per number, on fixed images '
         "and noise; 1 is an estimate of zero. Left: almost noise, where the noise is easily told. Bands: intervals of 95%."
         "</figcaption></figure>"
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -20,16 +21,24 @@ from xdiffusion.evaluation.bootstrap import interval, mean_interval
 from xdiffusion.evaluation.clip_score import clip_score
 from xdiffusion.evaluation.diversity import diversity
 from xdiffusion.evaluation.frechet import frechet_distance
+from xdiffusion.evaluation.gap import fixed_draws
 from xdiffusion.evaluation.judge import Judge, accuracy, judge_features, train_judge
 from xdiffusion.evaluation.loss_curve import LossCurve
 from xdiffusion.evaluation.memorisation import Nearest, copied, data_copying, nearest
 from xdiffusion.evaluation.overlap import NEIGHBOURS, Overlap, overlap
 from xdiffusion.evaluation.shares import pairs_share_interval, share_interval
-from xdiffusion.held_out import WithoutLoRA, bound_scores, loss_curves, loss_gap
+from xdiffusion.held_out import CURVE_PAIRS, WithoutLoRA, bound_scores, held_out_of, loss_curves, loss_gap
 from xdiffusion.lora.adapters import lora_disabled
 from xdiffusion.model import DiffusionModel, generate, generators_for
 
 BLOCK = 128
+NEAREST_BLOCK = 8192
+SUSPECTS = 12
+REASONS = {  # why a score of a set with classes may be None
+    "gap_closed": "is for a LoRA on an inverted set",
+    "background": "no pixel is dark in 99% of the images",
+    "bits_per_dim": "is for discrete steps in pixel space",
+}
 SHARES = ("prompt_accuracy", "precision", "recall", "coverage", "copies")  # means of rows that are 0 or 1
 
 
@@ -61,14 +70,34 @@ class Samples(NamedTuple):
     generator: torch.Generator
 
 
+class Suspect(NamedTuple):
+    """A sample, its prompt, and the training images nearest to it with their distances."""
+
+    image: Float[Tensor, "C H W"]
+    prompt: str
+    near: Float[Tensor, "k C H W"]
+    distance: list[float]
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """scores: ready for JSON; the rest is what a report shows: samples, their neighbours (full alone) and loss curves."""
+    """What was measured, and what a report shows of it.
+
+    scores: ready for JSON, None where there is no such score. reasons: why there is none, by its name.
+    about: what the samples were compared with, in sentences.
+    images, prompts: samples from the first on. columns: what a report writes above the columns of their grid, if anything.
+    suspects: the samples that come closest to `nearest_to`, the nearest first. curves: losses by log-SNR.
+    """
 
     scores: dict[str, Any]
-    samples: Samples
-    neighbours: Nearest | None
-    curves: dict[str, LossCurve]
+    images: Float[Tensor, "N C H W"]
+    prompts: list[str]
+    reasons: dict[str, str] = field(default_factory=dict)
+    about: str = ""
+    columns: tuple[str, ...] = ()
+    suspects: list[Suspect] = field(default_factory=list)
+    nearest_to: str = "the training images"
+    curves: dict[str, LossCurve] = field(default_factory=dict)
 
 
 def score(
@@ -97,16 +126,9 @@ def score(
         without_lora: `without_lora(model)` is a block in which the LoRA is off.
 
     Raises:
-        ValueError: for too few samples, or a data set of another image shape than the model's.
+        ValueError: see `check_fits`; if samples or losses are not finite.
     """
-    fewest = max(NEIGHBOURS + 1, 2 * data.prompts.num_classes) if depth.full else 2
-    if num_samples < fewest:
-        needs = "neighbours and two of each class need" if depth.full else "a Frechet distance needs"
-        raise ValueError(f"--num_samples {num_samples}: {needs} at least {fewest} samples")
-    if tuple(data.train.images.shape[1:]) != model.image_shape:
-        raise ValueError(
-            f"{data.name} has images {tuple(data.train.images.shape[1:])}, the model makes {model.image_shape}"
-        )
+    check_fits(model, data, num_samples, depth.full)
     normal = invert(data) if data.inverted else data
     judge, judge_accuracy = cached_judge(normal, judge_folder)
     samples = draw_samples(model, data, sampling, num_samples, seed)
@@ -120,13 +142,32 @@ def score(
         "num_samples": num_samples,
         "seed": seed,
     }
-    neighbours, curves = None, {}
+    suspects, curves = [], {}
     if depth.full:
         more, neighbours = full_scores(samples, data, normal, judge, depth, seed)
-        curves = loss_curves(model, data, normal, depth.resamples, without_lora if has_lora else None)
+        draws = fixed_draws(len(data.test), model.latent_shape, CURVE_PAIRS)
+        base = held_out_of(normal) if data.inverted else None, without_lora if has_lora else None
+        curves = loss_curves(model, held_out_of(data), draws, depth.resamples, *base)
         scores |= more | bound_scores(model, data, depth.resamples, seed)
         scores["loss_curve"] = {name: curve._asdict() for name, curve in curves.items()}
-    return Evaluation(_rounded(scores), samples, neighbours, curves)
+        seen = as_the_judge_sees(samples.images, data)
+        suspects = suspects_of(samples.prompts, neighbours, seen.__getitem__, normal.train.floats)
+    scores, reasons = finished(scores, REASONS)
+    about = f"Compared with the held-out images of {normal.name}."
+    about += " The judge sees the samples un-inverted, and they are beside their nearest images so." * data.inverted
+    columns = tuple(names[0] for names in data.prompts.names)
+    return Evaluation(scores, samples.images, samples.prompts, reasons, about, columns, suspects, curves=curves)
+
+
+def check_fits(model: DiffusionModel, data: ImageSet, num_samples: int, full: bool) -> None:
+    """Raise ValueError for too few samples, or a data set of another image shape than the model's."""
+    fewest = max(NEIGHBOURS + 1, 2 * data.prompts.num_classes) if full else 2
+    if num_samples < fewest:
+        needs = "neighbours and two of each class need" if full else "a Frechet distance needs"
+        raise ValueError(f"--num_samples {num_samples}: {needs} at least {fewest} samples")
+    shape = tuple(data.train.images.shape[1:])
+    if shape != model.image_shape:
+        raise ValueError(f"{data.name} has images {shape}, the model makes {model.image_shape}")
 
 
 def draw_samples(
@@ -176,10 +217,11 @@ def full_scores(
     count = len(samples.labels)
     held_out = torch.randperm(len(normal.test), generator=samples.generator)[:count]
     seen, test = as_the_judge_sees(samples.images, data), normal.test.floats(held_out)
-    train = normal.train.floats()
-    features, real, known = (judge_features(judge, x) for x in (seen, test, train[samples.real]))
+    features, real, known = (judge_features(judge, x) for x in (seen, test, normal.train.floats(samples.real)))
     labels, real_labels, known_labels = samples.labels, normal.test.labels[held_out], normal.train.labels[samples.real]
-    neighbours, new = nearest(seen, train), nearest(test, train)
+    train = (to_unit_range(block) for block in normal.train.images.split(NEAREST_BLOCK))
+    found = nearest(torch.cat([seen, test]), train)
+    neighbours, new = found.rows(0, count), found.rows(count)
 
     drawn = {"resamples": depth.resamples, "seed": seed}
     rows = overlap(real, features)._asdict() | {"copies": copied(neighbours.distance)}
@@ -227,6 +269,21 @@ def clip_rows(clip: Any, images: Float[Tensor, "N C H W"], prompts: list[str]) -
     return torch.cat([clip_score(clip.image_features(x), clip.text_features(p)) for x, p in blocks])
 
 
+def suspects_of(
+    prompts: Sequence[str],
+    neighbours: Nearest,
+    samples: Callable[[Tensor], Tensor],
+    training: Callable[[Tensor], Tensor],
+) -> list[Suspect]:
+    """The SUSPECTS samples that are nearest to a training image; both callables give images by index."""
+    distance, index = neighbours
+    chosen = distance[:, 0].argsort()[:SUSPECTS]
+    return [
+        Suspect(image, prompts[i], training(index[i]), distance[i].tolist())
+        for image, i in zip(samples(chosen), chosen.tolist())
+    ]
+
+
 def cached_judge(images: ImageSet, folder: Path) -> tuple[Judge, float]:
     """The judge of a data set and its held-out accuracy, trained on the first call and kept in `folder`.
 
@@ -251,6 +308,14 @@ def cached_judge(images: ImageSet, folder: Path) -> tuple[Judge, float]:
     held_out = accuracy(judge, images.test.floats(), images.test.labels)
     save_safetensors(path, judge.state_dict(), {"accuracy": f"{held_out:.5f}", "dataset": images.name})
     return judge, held_out
+
+
+def finished(scores: Mapping[str, Any], reasons: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The scores, rounded, with None for what is no finite number, and the reasons of those that are None."""
+    broken = {name for name, value in scores.items() if isinstance(value, float) and not math.isfinite(value)}
+    why = {name: "came out as no finite number" if name in broken else reasons[name] for name in [*reasons, *broken]}
+    values = {name: None if name in broken else value for name, value in scores.items()}
+    return _rounded(values), {name: why[name] for name, value in values.items() if value is None}
 
 
 def _rounded(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
     python sampling/image/evaluate.py --checkpoint P --dataset_name image/digits --json
     python sampling/image/evaluate.py --checkpoint P --lora_path L --dataset_name image/digits_inverted --json
+    python sampling/image/evaluate.py --checkpoint P --lora_path L --data_dir photos --clip ViT-B-32-quickgelu/openai
 
 prompt_accuracy: share of samples in which the judge, a classifier of the real images, sees the prompted class.
 frechet_distance: between the judge's features of the samples and of the held-out images; frechet_floor: the same for as
@@ -14,11 +15,17 @@ density and coverage of the samples' features against held-out images; diversity
 data_copying, copies and nearest_distance, a check for memorised training images; loss_curve, the held-out loss by log-SNR;
 bits_per_dim of discrete DDPMs. NAME_real is the same score of as many real images. --report writes all of it, with pictures,
 as one page.
+
+Captioned pictures without classes (image/folder, as for Stable Diffusion) have no judge. Samples of their captions have
+diversity, copies and nearest_distance against the training pictures, with --full the loss_curve, and with --clip MODEL/TAG a
+CLIP score and, on its features, Frechet distance and overlap. Whether the pictures are those that the model was trained on
+is said; --data_dir names a held-out folder. A score that cannot be had is null.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -32,9 +39,10 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import nn
 
+    from xdiffusion.data.captioned_images import CaptionedImages
     from xdiffusion.data.image_set import ImageSet
-    from xdiffusion.model import DiffusionModel
     from xdiffusion.scoring import Evaluation
+    from xdiffusion.text_encoders.clip import CLIPTextEncoder
 
 FLAG_KEYS = SAMPLING_FLAGS | {"dataset_name": "data.kind", "data_dir": "data.data_dir"}
 
@@ -47,16 +55,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--dataset_name",
         metavar="NAME",
-        help="the images to compare with, such as image/digits_inverted for a LoRA (default: the checkpoint's)",
+        help="the images to compare with, such as image/digits_inverted for a LoRA (default: what it was trained on)",
     )
-    add("--data_dir", metavar="DIR", help="an existing copy of the data set; without it, it is downloaded")
+    add(
+        "--data_dir", metavar="DIR", help="the folder of image/folder; of others an existing copy, not to be downloaded"
+    )
     add(
         "--num_samples",
         type=positive_int,
-        default=1000,
         metavar="N",
-        help="samples, spread evenly over the classes (1000)",
+        help="samples, spread evenly over the classes (1000) or captions (50)",
     )
+    add("--batch_size", type=positive_int, metavar="N", help="images drawn at a time (100; 1 of 512x512)")
     add(
         "--seed",
         type=int,
@@ -88,69 +98,111 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    from xdiffusion.build import build_data, build_sampling, override
+    import copy
+
+    from omegaconf import OmegaConf
+
+    from xdiffusion.build import build_sampling, image_shape, override
     from xdiffusion.checkpoints.files import content_hash, ensure_writable, weights_file
     from xdiffusion.data.image_set import ImageSet
-    from xdiffusion.loading import load_model
+    from xdiffusion.loading import load_model, stored_config
     from xdiffusion.lora import load_lora_weights
     from xdiffusion.lora.weights import parse_lora_spec
-    from xdiffusion.model import best_device
-    from xdiffusion.scoring import Depth, score
+    from xdiffusion.model import at_a_time, best_device
+    from xdiffusion.scoring import Depth
 
     if args.intervals == 1:
         raise ValueError("--intervals 1: a spread needs at least 2 resamples")
     if args.report:
         ensure_writable(args.report.parent)
     model, config = load_model(weights_file(args.checkpoint), args.config_path)
-    config = override(config, sampling_overrides(args, FLAG_KEYS), "command line")
-    data = build_data(config)
-    if not isinstance(data, ImageSet):
-        raise ValueError(f"{data.name} has no classes: the scores are for sets such as image/digits (--dataset_name)")
-    base_hash = content_hash(model.base_weights())
-    towers = clip_towers(args.clip, model, data) if args.clip else None
+    base_hash, trained = content_hash(model.base_weights()), config
+    text_encoder = copy.deepcopy(model.text_encoder) if args.clip == "own" else None  # a LoRA may change it
     if args.lora_path:
         path, scale = parse_lora_spec(args.lora_path)
-        load_lora_weights(model, weights_file(path), scale=scale, base_hash=base_hash)
+        loaded = load_lora_weights(model, weights_file(path), scale=scale, base_hash=base_hash)
+        trained = stored_config(loaded.config, path) if loaded.config else config
+    config = OmegaConf.create(OmegaConf.to_container(config) | {"data": OmegaConf.to_container(trained.data)})
+    config = override(config, sampling_overrides(args, FLAG_KEYS), "command line")
+    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+        data, training = pictures_of(config, trained)
+    towers = clip_towers(args.clip, text_encoder, data) if args.clip else None
+    model.resize(*image_shape(config)[1:])
     model.to(best_device(args.force_cpu))
 
+    sampling = build_sampling(config, model.schedule) | {"batch_size": args.batch_size or at_a_time(model)}
     resamples = args.intervals or (1000 if args.report else 0)
-    evaluation = score(
-        model,
-        data,
-        build_sampling(config, model.schedule),
-        num_samples=args.num_samples,
-        seed=args.seed,
-        has_lora=bool(args.lora_path),
-        judge_folder=JUDGE_FOLDER,
-        depth=Depth(resamples, args.full or bool(args.clip or args.report), towers),
-    )
+    depth = Depth(resamples, args.full or bool(args.clip or args.report), towers)
+    common = {"seed": args.seed, "has_lora": bool(args.lora_path), "depth": depth}
+    if isinstance(data, ImageSet):
+        from xdiffusion.scoring import score
+
+        common |= {"num_samples": args.num_samples or 1000, "judge_folder": JUDGE_FOLDER}
+        evaluation = score(model, data, sampling, **common)
+    else:
+        from xdiffusion.captioned_scoring import score_captioned
+
+        evaluation = score_captioned(model, data, training, sampling, num_samples=args.num_samples or 50, **common)
     scores = evaluation.scores
     scores |= {"sampler": config.sampling.sampler.kind, **{k: config.sampling[k] for k in ("steps", "cfg_scale")}}
     if args.report:
-        write_report(args, evaluation, data, config, base_hash)
+        write_report(args, evaluation, config, base_hash)
     if args.json:
         print(json.dumps(scores, allow_nan=False))
     else:
-        width = max(map(len, scores))
-        print("\n".join(f"{key:<{width}}  {value}" for key, value in scores.items() if key != "loss_curve"))
+        lines = {key: value for key, value in scores.items() if value is not None and key != "loss_curve"}
+        lines |= {key: f"none: {reason}" for key, reason in evaluation.reasons.items()}
+        width = max(map(len, lines))
+        print("\n".join([evaluation.about, *(f"{key:<{width}}  {value}" for key, value in lines.items())]))
     return 0
 
 
-def clip_towers(name: str, model: DiffusionModel, data: ImageSet) -> nn.Module:
-    """Both towers of `--clip`; our own from a copy of the text encoder, which a LoRA may change later."""
-    import copy
+def pictures_of(config: DictConfig, trained: DictConfig) -> tuple[ImageSet | CaptionedImages, CaptionedImages | None]:
+    """The set to compare with, and where it has no classes the pictures that the model was trained on, if they are there.
 
+    Raises:
+        ValueError: for a set without an end.
+    """
+    from xdiffusion.build import build_data
+    from xdiffusion.data.captioned_images import CaptionedImages
+    from xdiffusion.data.image_set import ImageSet
+
+    data = build_data(config)
+    if isinstance(data, ImageSet):
+        return data, None
+    if not isinstance(data, CaptionedImages):
+        raise ValueError(f"{data.name} has no end to compare with: save some of its pictures and use image/folder")
+    if trained.data == config.data:
+        return data, data
+    if trained.data.get("data_dir") is None:
+        return data, None
+    try:
+        training = build_data(trained)
+    except ValueError as error:  # moved, or on another machine
+        print(f"the pictures that the model was trained on cannot be read: {error}", file=sys.stderr)
+        return data, None
+    return data, training if isinstance(training, CaptionedImages) else None
+
+
+def clip_towers(name: str, text_encoder: CLIPTextEncoder | None, data: ImageSet | CaptionedImages) -> nn.Module:
+    """Both towers of `--clip`; our own from the text encoder as it was before a LoRA.
+
+    Raises:
+        ValueError: for our own, where the pictures have no classes to train a vision tower with.
+    """
     from xdiffusion.clip_towers import PublishedTowers, own_towers
-    from xdiffusion.data.image_set import invert
+    from xdiffusion.data.image_set import ImageSet, invert
 
-    if name != "own":
+    if text_encoder is None:
         return PublishedTowers(name)
-    return own_towers(copy.deepcopy(model.text_encoder), invert(data) if data.inverted else data, OUTPUT_ROOT / "clip")
+    if not isinstance(data, ImageSet):
+        raise ValueError(
+            "--clip own has no vision tower for pictures without classes; name a published CLIP: MODEL/TAG"
+        )
+    return own_towers(text_encoder, invert(data) if data.inverted else data, OUTPUT_ROOT / "clip")
 
 
-def write_report(
-    args: argparse.Namespace, evaluation: Evaluation, data: ImageSet, config: DictConfig, base_hash: str
-) -> None:
+def write_report(args: argparse.Namespace, evaluation: Evaluation, config: DictConfig, base_hash: str) -> None:
     """The page, and where from its numbers are."""
     import platform
     import shlex
@@ -170,7 +222,7 @@ def write_report(
         "software": f"Python {platform.python_version()}, torch {torch.__version__}",
         "device": f"{best_device(args.force_cpu)}, {torch.get_num_threads()} threads",
     }
-    report.write_report(args.report, evaluation, data, OmegaConf.to_yaml(config), provenance)
+    report.write_report(args.report, evaluation, OmegaConf.to_yaml(config), provenance)
     if not args.json:
         print(args.report)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,11 +22,20 @@ def within_class_distance(features: Float[Tensor, "N D"], labels: Int[Tensor, " 
     return float(torch.stack(means).mean())
 
 
+def mean_distance(distances: Float[Tensor, "N N"], index: Int[Tensor, " M"]) -> float:
+    """The mean over pairs of different places in `index`, by a table of the distances between all."""
+    return float(distances[index][:, index].sum() / (len(index) * (len(index) - 1)))
+
+
 def diversity(
     features: Float[Tensor, "N D"],
     labels: Int[Tensor, " N"],
     real: Float[Tensor, "M D"],
     real_labels: Int[Tensor, " M"],
 ) -> float:
-    """The samples' distance over the real images': 0 is one picture per class, 1 is as varied as the data."""
-    return within_class_distance(features, labels) / within_class_distance(real, real_labels)
+    """The samples' distance over the real images': 0 is one picture per class, 1 is as varied as the data.
+
+    NaN where the real images are all one.
+    """
+    of_real = within_class_distance(real, real_labels)
+    return within_class_distance(features, labels) / of_real if of_real else math.nan

@@ -13,7 +13,8 @@ from torch import Tensor
 def frechet_distance(a: Float[Tensor, "N D"], b: Float[Tensor, "M D"]) -> float:
     """The squared distance d^2 >= 0 of two feature sets, in float64.
 
-    tr (S_1 S_2)^(1/2) is the sum of the square roots of the eigenvalues of S_1^(1/2) S_2 S_1^(1/2), which is symmetric.
+    With S_1 = A^T A and S_2 = B^T B, tr (S_1 S_2)^(1/2) is the sum of the singular values of A B^T, and of A = Q R only R
+    counts: a matrix of the number of rows or of features, whichever is smaller.
 
     Raises:
         ValueError: if either set has fewer than two rows, or any feature is not finite.
@@ -23,15 +24,16 @@ def frechet_distance(a: Float[Tensor, "N D"], b: Float[Tensor, "M D"]) -> float:
             raise ValueError(f"the {name} set has {len(features)} rows; a covariance needs at least 2")
         if not features.isfinite().all():
             raise ValueError(f"the {name} set holds features that are not finite")
-    mean_a, cov_a = _gaussian(a)
-    mean_b, cov_b = _gaussian(b)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
-    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
-    return max(0.0, float(distance))
+    mean_a, deviations_a = _gaussian(a)
+    mean_b, deviations_b = _gaussian(b)
+    R_a, R_b = (torch.linalg.qr(deviations, mode="r").R for deviations in (deviations_a, deviations_b))
+    cross = torch.linalg.svdvals(R_a @ R_b.T).sum()
+    spread = deviations_a.square().sum() + deviations_b.square().sum()
+    return max(0.0, float((mean_a - mean_b).square().sum() + spread - 2 * cross))
 
 
 def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean, and deviations from it whose product A^T A is the covariance."""
     features = features.double()
-    return features.mean(dim=0), torch.cov(features.T)
+    mean = features.mean(dim=0)
+    return mean, (features - mean) / (len(features) - 1) ** 0.5

@@ -10,6 +10,7 @@ is 0 for an adapter that does nothing and 1 for one that is as good on its style
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -35,5 +36,6 @@ def fixed_draws(num_images: int, shape: tuple[int, int, int], count: int = 512, 
 
 
 def gap_closed(base: float, base_inverted: float, lora_inverted: float) -> float:
-    """See the module's text; the arguments are mean losses."""
-    return (base_inverted - lora_inverted) / (base_inverted - base)
+    """See the module's text; the arguments are mean losses. NaN where there is no way to go."""
+    way = base_inverted - base
+    return (base_inverted - lora_inverted) / way if way else math.nan

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xdiffusion.evaluation.bootstrap import mean_interval
 
-LOGSNR_MAX, LOGSNR_MIN = 8.0, -8.0  # every schedule reaches these but for the last step
+LOGSNR_MAX, LOGSNR_MIN = 8.0, -8.0  # beyond them there is nothing left to tell
 BINS = 16
 
 
@@ -29,9 +29,9 @@ class LossCurve(NamedTuple):
     high: list[float]
 
 
-def logsnr_at(u: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """u in (0, 1), spread evenly, to log-SNRs spread evenly from LOGSNR_MAX down to LOGSNR_MIN."""
-    return LOGSNR_MAX + (LOGSNR_MIN - LOGSNR_MAX) * u
+def logsnr_at(u: Float[Tensor, " N"], span: tuple[float, float] = (LOGSNR_MAX, LOGSNR_MIN)) -> Float[Tensor, " N"]:
+    """u in (0, 1), spread evenly, to log-SNRs spread evenly from the first of `span` down to the second."""
+    return span[0] + (span[1] - span[0]) * u
 
 
 def in_eps_space(
@@ -44,12 +44,17 @@ def in_eps_space(
     return error * {"eps": torch.ones_like(alpha), "v": alpha**2, "x0": (alpha / sigma) ** 2}[prediction]
 
 
-def loss_curve(error: Float[Tensor, " N"], u: Float[Tensor, " N"], resamples: int = 0) -> LossCurve:
-    """Mean errors by bins of log-SNR; u as for `logsnr_at`, and no bin is empty where u is spread evenly."""
+def loss_curve(
+    error: Float[Tensor, " N"],
+    u: Float[Tensor, " N"],
+    span: tuple[float, float] = (LOGSNR_MAX, LOGSNR_MIN),
+    resamples: int = 0,
+) -> LossCurve:
+    """Mean errors by bins of log-SNR; u and span as for `logsnr_at`, and no bin is empty where u is spread evenly."""
     bins = min(BINS, len(u))
     which = (u * bins).long().clamp(max=bins - 1)
     rows = [error[which == k] for k in range(bins)]
-    centres = logsnr_at((torch.arange(bins) + 0.5) / bins)
+    centres = logsnr_at((torch.arange(bins) + 0.5) / bins, span)
     bounds = [mean_interval(r, resamples=resamples) for r in rows] if resamples else []
     return LossCurve(
         centres.tolist(), [float(r.mean()) for r in rows], [low for low, _ in bounds], [high for _, high in bounds]

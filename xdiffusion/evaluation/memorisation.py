@@ -10,6 +10,7 @@ training image alone: where the training set holds variants of each image, d_2 i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -26,28 +27,39 @@ class Nearest(NamedTuple):
     distance: Float[Tensor, "N k"]
     index: Int[Tensor, "N k"]
 
+    def rows(self, first: int, last: int | None = None) -> Nearest:
+        """Those of some images."""
+        return Nearest(self.distance[first:last], self.index[first:last])
 
-def nearest(images: Float[Tensor, "N C H W"], references: Float[Tensor, "M C H W"], k: int = 2) -> Nearest:
-    """The k nearest references of each image.
+
+def nearest(images: Float[Tensor, "N C H W"], references: Iterable[Tensor], k: int = 2) -> Nearest:
+    """The k nearest references of each image; all of them where there are fewer.
 
     Args:
-        images, references: in [-1, 1].
-        k: at most M.
+        images: in [-1, 1].
+        references: blocks (M, C, H, W) in [-1, 1], one of which is held at a time.
 
     Returns:
         Distances as root mean squares of the difference in brightness, in [0, 1].
     """
-    queries, points = images.flatten(1), references.flatten(1)
-    squares = points.square().sum(1)
+    queries, first = images.flatten(1), 0
+    found = Nearest(torch.empty(len(images), 0), torch.empty(len(images), 0, dtype=torch.long))
+    for block in references:
+        points = block.flatten(1)
+        of_block = [_nearest_points(rows, points, min(k, len(points))) for rows in queries.split(BLOCK)]
+        distance, index = (torch.cat(parts) for parts in zip(*of_block))
+        distance, index = torch.cat([found.distance, distance], 1), torch.cat([found.index, first + index], 1)
+        distance, order = distance.sort(dim=1, stable=True)
+        found = Nearest(distance[:, :k], index.gather(1, order)[:, :k])
+        first += len(points)
+    return found
+
+
+def _nearest_points(rows: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Distances to the k nearest points of each row, and which these are."""
     # the expanded square finds the neighbours quickly, but cannot tell a copy from rounding
-    index = torch.cat([(squares - 2 * rows @ points.T).topk(k, largest=False).indices for rows in queries.split(BLOCK)])
-    exact = [(rows[:, None] - points[i]).square().mean(2).sqrt() / 2 for rows, i in _blocks(queries, index)]
-    distance, order = torch.cat(exact).sort(dim=1)
-    return Nearest(distance, index.gather(1, order))
-
-
-def _blocks(queries: Tensor, index: Tensor) -> zip:
-    return zip(queries.split(BLOCK), index.split(BLOCK))
+    index = (points.square().sum(1) - 2 * rows @ points.T).topk(k, largest=False).indices
+    return (rows[:, None] - points[index]).square().mean(2).sqrt() / 2, index
 
 
 def data_copying(of_samples: Float[Tensor, " N"], of_held_out: Float[Tensor, " M"]) -> float:

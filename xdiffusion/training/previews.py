@@ -13,12 +13,11 @@ from PIL import Image
 from xdiffusion.checkpoints.files import write_atomically
 from xdiffusion.data.captions import PromptTable
 from xdiffusion.data.image_set import ImageSet
-from xdiffusion.model import DiffusionModel, generate, generators_for, of_captions
+from xdiffusion.model import DiffusionModel, at_a_time, generate, generators_for, of_captions
 from xdiffusion.pictures import grid, save_png
 from xdiffusion.training.contrastive import ContrastiveModel, similarities
 
 ROWS = 2
-PIXELS_AT_A_TIME = 512 * 512  # decoding as many takes 1 GB, which a card that trains at 512 may have, but not 8
 
 
 def preview_prompts(table: PromptTable, rows: int = ROWS) -> list[str]:
@@ -31,9 +30,9 @@ def draw_samples(
 ) -> Image.Image:
     """Sample every class twice, from the same noise each time, and write the captioned grid to `path`, if given."""
     prompts = preview_prompts(table)
-    _, height, width = model.image_shape
-    at_a_time = max(1, PIXELS_AT_A_TIME // (height * width))
-    images = generate(model, prompts, generators_for(seed, len(prompts)), batch_size=at_a_time, **of_captions(sampling))
+    images = generate(
+        model, prompts, generators_for(seed, len(prompts)), batch_size=at_a_time(model), **of_captions(sampling)
+    )
     page = grid(images, prompts, columns=table.num_classes, title=title)
     metadata = {"prompts": "\n".join(prompts), "title": title}
     if path is not None:  # a run resumed takes it for whole

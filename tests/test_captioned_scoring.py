@@ -1,0 +1,203 @@
+"""Scores on captioned pictures without classes: by the command on a tiny Stable Diffusion, and in cases known by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+from commands import EVALUATE, run_script
+from omegaconf import OmegaConf
+from picture_folders import truncate, write_discs, write_pictures
+from tiny_sd import tiny_sd_config, tiny_sd_model
+
+from xdiffusion import captioned_scoring
+from xdiffusion.build import build_data, build_sampling, image_shape
+from xdiffusion.captioned_scoring import SIDE, Cut, reduced, score_captioned, trained_on
+from xdiffusion.checkpoints.native import save_model
+from xdiffusion.lora import apply_lora_to_model, save_lora_weights
+from xdiffusion.scoring import Depth
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 50, 230)}
+WITHOUT_CLASSES = {"prompt_accuracy", "judge_accuracy", "background", "gap_closed", "bits_per_dim"}
+BY_FEATURES = {"clip_score", "frechet_distance", "precision", "recall", "density", "coverage"}
+
+
+class ColourTowers:
+    """A CLIP that sees mean colours and reads their names."""
+
+    def image_features(self, images):
+        return torch.nn.functional.normalize(images.mean((2, 3)) + 1, dim=1)
+
+    def text_features(self, prompts):
+        colours = [next(rgb for name, rgb in COLOURS.items() if name in prompt) for prompt in prompts]
+        return torch.nn.functional.normalize(torch.tensor(colours).float(), dim=1)
+
+
+@pytest.fixture
+def config(work_folder):
+    """Of a tiny model, in the current folder as sd.safetensors, and of the twelve discs that it was trained on."""
+    write_discs(work_folder / "set", 12, 24, COLOURS)
+    config = tiny_sd_config(work_folder, lora=False)
+    tensors, plain = tiny_sd_model(config).state_dict(), OmegaConf.to_container(config)
+    save_model(work_folder / "sd.safetensors", tensors, config=plain, image_shape=image_shape(config), step=2)
+    return config
+
+
+def evaluated(capsys, *words):
+    words = ["--checkpoint", "sd.safetensors", "--num_samples", 8, "--force_cpu", "--json", *words]
+    assert run_script(EVALUATE, *words) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_command_on_the_pictures_of_training(config, capsys):
+    scores = evaluated(capsys, "--full")
+    assert {key for key, value in scores.items() if value is None} == {
+        *WITHOUT_CLASSES, *BY_FEATURES, "frechet_floor", "data_copying", "nearest_distance_real",
+    }  # fmt: skip
+    assert (scores["pictures"], scores["pictures_trained_on"], scores["num_samples"]) == (12, 12, 8)
+    assert scores["diversity"] > 0 and 0 < scores["nearest_distance"] < 1 and 0 <= scores["copies"] <= 1
+    curve = scores["loss_curve"]
+    assert curve.keys() == {"model"} and len(curve["model"]["loss"]) == 16
+    assert curve["model"]["logsnr"][-1] > -5.4  # where this schedule ends
+    again = evaluated(capsys, "--batch_size", 3)
+    assert again["diversity"] == pytest.approx(scores["diversity"], abs=1e-3)
+
+
+def test_a_lora_and_pictures_that_are_held_out(config, work_folder, capsys):
+    write_discs(work_folder / "new", 9, 26, COLOURS)
+    model = tiny_sd_model(config)
+    apply_lora_to_model(model.network, 2, 2.0, 0.0, "attention")
+    for name, parameter in model.network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    on_new = OmegaConf.to_container(config) | {"data": dict(config.data) | {"data_dir": "new"}}
+    save_lora_weights(model.network, work_folder / "lora.safetensors", config=on_new)
+    own = evaluated(capsys, "--lora_path", "lora.safetensors", "--full")
+    assert (own["pictures"], own["pictures_trained_on"]) == (9, 9)  # the LoRA's, not the base's
+    assert own["loss_curve"].keys() == {"model", "base"}
+    assert own["loss_curve"]["model"] != own["loss_curve"]["base"]
+
+    held_out = evaluated(capsys, "--lora_path", "lora.safetensors", "--data_dir", "set", "--intervals", 20)
+    assert (held_out["pictures"], held_out["pictures_trained_on"]) == (12, 0)
+    assert held_out["loss_curve"] is None
+    low, high = held_out["data_copying_interval"]
+    assert low <= held_out["data_copying"] <= high
+    assert held_out["nearest_distance_real"] < held_out["nearest_distance"]  # discs are nearer to discs than noise is
+
+
+def test_what_is_missing_is_said_and_shown(config, work_folder, capsys):
+    words = [
+        "--checkpoint",
+        "sd.safetensors",
+        "--num_samples",
+        7,
+        "--force_cpu",
+        "--report",
+        "out.html",
+        "--intervals",
+        20,
+    ]
+    assert run_script(EVALUATE, *words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for text in (
+        (page := (work_folder / "out.html").read_text()),
+        *(line for line in lines if line.startswith("Compared")),
+    ):
+        assert "The model was trained on them: none is held out" in text
+    assert any(line.startswith("prompt_accuracy") and "the pictures have no classes" in line for line in lines)
+    assert any(line.startswith("clip_score") and "--clip MODEL/TAG" in line for line in lines)
+    assert "Not measured" in page and "closest to the training pictures" in page and "a red disc" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num_samples", 1], "--num_samples 1: a distance between samples needs at least 2"),
+        (["--clip", "own"], "--clip own has no vision tower for pictures without classes; name a published CLIP"),
+        (["--data_dir", "nowhere"], "--data_dir nowhere is no folder"),
+        (["--dataset_name", "image/digits"], "image/digits has images (1, 16, 16), the model makes (3, 16, 16)"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(words, message, config, capsys):
+    assert run_script(EVALUATE, "--checkpoint", "sd.safetensors", "--force_cpu", *words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_stranger_s_checkpoint_needs_a_folder_and_knows_of_no_training(config, work_folder, capsys):
+    plain = OmegaConf.to_container(config) | {"data": dict(config.data) | {"data_dir": None}}
+    tensors = tiny_sd_model(config).state_dict()
+    save_model(work_folder / "sd.safetensors", tensors, config=plain, image_shape=image_shape(config), step=2)
+    assert run_script(EVALUATE, "--checkpoint", "sd.safetensors", "--force_cpu") == 2
+    assert "image/folder needs the folder of the pictures: --data_dir FOLDER" in capsys.readouterr().err
+    scores = evaluated(capsys, "--data_dir", "set")
+    assert scores["pictures_trained_on"] is scores["data_copying"] is None
+
+
+@pytest.fixture
+def scored(config, monkeypatch):
+    """scored(new, depth): the scores of a model that draws the pictures of its captions in the folder `new`."""
+
+    def score(new, training=None, depth=Depth(0, False, ColourTowers())):  # noqa: B008
+        given = build_data(OmegaConf.merge(config, {"data": {"data_dir": str(new)}}))
+        pictures = {given.captions[i][0]: i for i in range(len(given))}
+        cut = Cut(given, (16, 16), 4)
+        monkeypatch.setattr(
+            captioned_scoring,
+            "generate",
+            lambda model, prompts, *_, **__: cut(torch.tensor([pictures[p] for p in prompts]))[0],
+        )
+        model = tiny_sd_model(config)
+        sampling = build_sampling(config, model.schedule) | {"batch_size": 4}
+        return score_captioned(
+            model, given, training or given, sampling, num_samples=len(given), seed=0, has_lora=False, depth=depth
+        )
+
+    return score
+
+
+def test_samples_that_are_the_pictures_have_perfect_scores_and_are_copies(scored, work_folder):
+    write_pictures(work_folder / "new", [(16, 16)] * 8, [f"red {i}" for i in range(8)])
+    evaluation = scored(work_folder / "new", depth=Depth(20, False, ColourTowers()))
+    scores = evaluation.scores
+    assert scores["clip_score"] == scores["clip_score_real"] > 50
+    assert scores["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    assert (scores["precision"], scores["recall"], scores["coverage"]) == (1, 1, 1)
+    assert scores["diversity"] == pytest.approx(1, abs=1e-4)
+    assert (scores["copies"], scores["nearest_distance"]) == (1, 0)
+    for suspect in evaluation.suspects:
+        torch.testing.assert_close(suspect.image, suspect.near[0])
+    assert {f"{key}_interval" for key in ("clip_score", "frechet_distance", "diversity", "copies")} <= scores.keys()
+    assert all(math.isfinite(b) for key, bounds in scores.items() if key.endswith("_interval") for b in bounds)
+
+
+def test_copies_of_training_pictures_are_told_from_new_ones(scored, config, work_folder):
+    write_discs(work_folder / "few", 3, 24, COLOURS)
+    write_pictures(work_folder / "other", [(16, 16)] * 9, ["green"], seed=1)
+    other = build_data(OmegaConf.merge(config, {"data": {"data_dir": str(work_folder / "other")}}))
+    scores = scored(work_folder / "few", other, Depth(0, False)).scores
+    assert scores["pictures_trained_on"] == 0
+    assert scores["data_copying"] == 0.5  # samples that are the held-out pictures are as near as these
+    assert scores["nearest_distance"] == scores["nearest_distance_real"] > 0.1
+
+
+def test_pictures_are_known_by_their_bytes(config, work_folder):
+    given = build_data(config)
+    write_discs(work_folder / "part", 4, 24, COLOURS)
+    (work_folder / "part/disc_3.png").rename(work_folder / "part/renamed.png")
+    (work_folder / "part/disc_3.txt").rename(work_folder / "part/renamed.txt")
+    part = build_data(OmegaConf.merge(config, {"data": {"data_dir": str(work_folder / "part")}}))
+    assert (trained_on(given, part), trained_on(part, given), trained_on(given, given)) == (4, 4, 12)
+    assert trained_on(given, None) is None
+
+
+def test_a_damaged_picture_is_replaced_with_its_caption(config, work_folder):
+    paths = write_pictures(work_folder / "new", [(16, 16)] * 3, ["a", "b", "c"])
+    truncate(paths[1])
+    given = build_data(OmegaConf.merge(config, {"data": {"data_dir": str(work_folder / "new")}}))
+    images, captions = Cut(given, (16, 16), 4)(torch.tensor([1, 2]))
+    assert captions == ["c", "c"] and torch.equal(images[0], images[1])
+
+
+@pytest.mark.parametrize(("size", "smaller"), [((32, 128), (16, 64)), ((200, 100), (64, 32)), ((9, 12), (9, 12))])
+def test_reduced_by_the_longer_side(size, smaller):
+    assert reduced(torch.zeros(2, 3, *size), SIDE).shape[2:] == smaller
