@@ -7,7 +7,7 @@ guidance as its pipelines do it).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,6 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 CONTEXT_DIM = 64
 CONTEXT_LENGTH = 12
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass(frozen=True)
@@ -235,14 +236,36 @@ class PeerTraining:
         return loss.item()
 
 
-def add_peft_lora(unet: nn.Module, rank: int) -> nn.Module:
-    """Freeze diffusers' UNet and give its attention projections a LoRA by peft, as its LoRA training script does."""
+def add_peft_lora(
+    unet: nn.Module, rank: int, layers: Sequence[str] = ATTENTION, larger: Sequence[str] = ()
+) -> nn.Module:
+    """Freeze diffusers' UNet and give layers a LoRA by peft with its LoRA training script's settings.
+
+    Args:
+        rank: of the layers, and their alpha.
+        layers: by their names or the ends of them; the script's are the attention projections.
+        larger: those whose rank and alpha are one more.
+    """
     from peft import LoraConfig
 
     unet.requires_grad_(False)
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets))
+    pattern = dict.fromkeys(larger, rank + 1)
+    patterns = {"rank_pattern": pattern, "alpha_pattern": pattern, "target_modules": list(layers)}
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", **patterns))
     return unet
+
+
+def ranks_for(unet: nn.Module, layers: Sequence[str], parameters: int) -> tuple[int, list[str]]:
+    """The rank of a LoRA on these layers, and those of one rank more, for as many parameters or just fewer."""
+    weights = {name: unet.get_submodule(name).weight for name in layers}
+    cost = {name: len(weight) + weight[0].numel() for name, weight in weights.items()}
+    rank, larger = max(1, parameters // sum(cost.values())), []
+    left = parameters - rank * sum(cost.values())
+    for name in layers:
+        if cost[name] <= left:
+            larger.append(name)
+            left -= cost[name]
+    return rank, larger
 
 
 @torch.no_grad()

@@ -2,13 +2,14 @@
 
     python bench/results.py                                             (the embedded digits)
     python bench/results.py --data_dir ../shared/data/mnist8k           (and that copy of MNIST; any number of copies)
+    python bench/results.py --mnist                                     (and all 60,000 of it, downloaded)
 
 Ours is a config of this repository as it stands, its tiny CLIP trained from nothing for each seed, by the commands that
 the README teaches. Theirs is a UNet2DConditionModel with the same levels, on the same patches (folded into channels),
-its widths chosen for as many parameters; and for the style a LoRA of peft on its attention, its rank chosen for as many
-trainable parameters. It sees the same images in the same order, for as many steps, by the tutorials' recipe: DDPM noise,
-eps loss, AdamW, 500 warm-up steps, no averaging; once for each of --peer_learning_rate. It is given our trained text
-encoder, caption dropout and guidance scale. Both sides are scored by the same code, theirs with 50 steps of DDIM.
+its widths chosen for as many parameters; and for the style a LoRA of peft on the layers that ours adapts, its ranks chosen
+for as many parameters. It sees the same images in the same order, for as many steps, by the tutorials' recipe: DDPM noise,
+eps loss, AdamW, 500 warm-up steps, no averaging; once for each of --peer_learning_rate. It is given our trained text encoder,
+caption dropout and guidance scale. The same code scores as many samples of both sides, theirs with 50 steps of DDIM.
 
 Each finished row is a JSON file in --output_path: a command that was stopped is simply repeated, and goes on there.
 """
@@ -28,11 +29,12 @@ import torch
 import torch.nn.functional as F
 from measure import device_name, prepare, significant
 from omegaconf import DictConfig
-from peers import PeerTraining, add_peft_lora, count, peer_model, peer_unet_like, peft_disabled
+from peers import PeerTraining, add_peft_lora, count, peer_model, peer_unet_like, peft_disabled, ranks_for
 from torch import nn
 
 from xdiffusion.build import build_data, build_sampling, load_config, override
-from xdiffusion.checkpoints.files import load_safetensors, save_safetensors, write_atomically
+from xdiffusion.checkpoints.diffusers import unet_name_to_diffusers
+from xdiffusion.checkpoints.files import content_hash, load_safetensors, save_safetensors, write_atomically
 from xdiffusion.checkpoints.lora_formats import read_lora
 from xdiffusion.cli import REPOSITORY, Parser, call_script, positive_int, run
 from xdiffusion.data.image_set import ImageSet, invert
@@ -103,13 +105,9 @@ def our_lora(folder: Path, setting: Setting, seed: int, base: Row) -> Row:
     call_script("training/image/train.py", *common, *adapt, *saved_once(setting.lora_steps), "--output_path", folder)
     flags = ["--checkpoint", base["file"], "--lora_path", file, *style, *setting.scoring]
     scores = json.loads(call_script("sampling/image/evaluate.py", *flags))
-    factors = read_lora(file).modules.values()
+    parameters = sum(f.lora_A.numel() + f.lora_B.numel() for f in read_lora(file).modules.values())
     batch_size = load_config(setting.config_path, setting.args.set, True).training.batch_size
-    seconds, parameters = (
-        training_seconds(folder, batch_size),
-        sum(f.lora_A.numel() + f.lora_B.numel() for f in factors),
-    )
-    return scores | {"parameters": parameters, "seconds": seconds, "file": str(file)}
+    return scores | {"parameters": parameters, "seconds": training_seconds(folder, batch_size), "file": str(file)}
 
 
 def saved_once(steps: int) -> list[object]:
@@ -137,21 +135,18 @@ def peer_base(folder: Path, setting: Setting, seed: int, learning_rate: float, o
 def peer_lora(
     folder: Path, setting: Setting, seed: int, learning_rate: float, our_base: Row, ours: Row, base: Row
 ) -> Row:
-    """A LoRA of peft on their UNet, of the rank whose parameters come closest to ours; scores."""
+    """A LoRA of peft on their UNet: on the layers that ours adapts, and of as many parameters; scores."""
     model, config = load_model(our_base["file"])
-    inverted, weights = invert(setting.data), load_safetensors(Path(base["file"]))[0]
-
-    def adapted(rank: int) -> nn.Module:
-        unet = fresh_peer(config, seed, our_base, model)
-        unet.load_state_dict(weights)
-        return add_peft_lora(unet, rank)
-
-    rank = max(1, round(ours["parameters"] / count(adapted(1), trainable=True)))
-    unet = adapted(rank)
+    unet = fresh_peer(config, seed, our_base, model)
+    unet.load_state_dict(load_safetensors(Path(base["file"]))[0])
+    names = [name.removeprefix("network.") for name in read_lora(Path(ours["file"])).modules]
+    layers = [unet_name_to_diffusers(f"{name}.")[:-1] for name in names]
+    rank, larger = ranks_for(unet, layers, ours["parameters"])
+    inverted, unet = invert(setting.data), add_peft_lora(unet, rank, layers, larger)
     parameters = count(unet, trainable=True)  # before scoring freezes them
     seconds = train_peer(unet, inverted, config, model, seed, setting.lora_steps, learning_rate)
     scores = peer_scores(unet, model, inverted, config, setting.args, has_lora=True)
-    return scores | {"parameters": parameters, "seconds": seconds, "rank": rank}
+    return scores | {"parameters": parameters, "seconds": seconds, "rank": rank, "larger": len(larger)}
 
 
 def fresh_peer(config: DictConfig, seed: int, ours: Row, model: DiffusionModel) -> nn.Module:
@@ -212,21 +207,26 @@ def peer_scores(
 # --- rows and the document ---
 
 
-def rows_of(config_path: Path, data_dir: str | None, seeds: int, args: argparse.Namespace) -> list[Row]:
-    """All rows of one data set, those that are there already read again."""
+def setting_of(config_path: Path, data_dir: str | None, args: argparse.Namespace) -> Setting:
+    """Of one data set, which is read (or downloaded) now: before hours of training on another one."""
     overrides = [*args.set, *([f"data.data_dir={json.dumps(data_dir)}"] if data_dir else [])]
     config, lora_config = (load_config(config_path, overrides, lora) for lora in (False, True))
     steps, lora_steps = (args.num_training_steps or c.training.num_training_steps for c in (config, lora_config))
-    data = build_data(config)
     scoring = ["--num_samples", args.num_samples, "--full", "--intervals", args.intervals, "--json"]
     scoring += ["--data_dir", data_dir] if data_dir else []
     words = [word for o in overrides for word in ("--set", o)]
-    setting = Setting(data, config_path, words, scoring, steps, lora_steps, args)
+    return Setting(build_data(config), config_path, words, scoring, steps, lora_steps, args)
+
+
+def rows_of(setting: Setting, seeds: int) -> list[Row]:
+    """All rows of one data set, those that are there already read again."""
+    data, args = setting.data, setting.args
     budget = {
-        "steps": [steps, lora_steps],
+        "steps": [setting.steps, setting.lora_steps],
         "num_samples": args.num_samples,
         "intervals": args.intervals,
         "set": args.set,
+        "images": content_hash({"train": data.train.images, "test": data.test.images}),
     }
     folder = args.output_path / f"{Path(data.name).name}-{len(data.train)}"
     rows = []
@@ -270,9 +270,9 @@ def document(rows: Sequence[Row], args: argparse.Namespace) -> str:
     command = " ".join(["python bench/results.py", *words])
     parts = [
         "# Results\n\nWritten by `bench/results.py`, from random weights; its text says what each side is. Ours and theirs "
-        "(diffusers + peft, by learning rate) have the same images, steps, batch size and, nearly, parameters. Scores are "
-        "those of `sampling/image/evaluate.py --full --intervals` on "
-        f"{args.num_samples} samples.\n\n    {command}\n\n"
+        "(diffusers + peft, by learning rate) have the same images, steps, batch size and, to a percent, parameters. Scores "
+        "are those of `sampling/image/evaluate.py --full --intervals` on "
+        f"{args.num_samples:,} samples of each.\n\n    {command}\n\n"
         f"Processor: {device_name('cpu')}, threads: {args.threads}. Seconds are of the training "
         "steps, with whatever else the machine did; `bench/train_step.py` compares speed.\n"
     ]
@@ -321,8 +321,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--data_dir", nargs="*", default=[], metavar="DIR", help="folders that torchvision's MNIST reads")
+    add("--mnist", action="store_true", help="and MNIST as torchvision downloads it, with 60,000 images")
     add("--seeds", type=positive_int, default=3, metavar="N", help="runs of each side, seeds 0 to N - 1 (3)")
-    add("--mnist_seeds", type=positive_int, metavar="N", help="the same for each --data_dir (default: --seeds)")
+    add("--mnist_seeds", type=positive_int, metavar="N", help="the same for each MNIST (default: --seeds)")
     add("--peer_learning_rate", type=float, nargs="+", default=[1e-4, 1e-3], metavar="R", help="theirs (1e-4 1e-3)")
     add("--num_training_steps", type=positive_int, metavar="N", help="of every training (default: the config's)")
     add("--num_samples", type=positive_int, default=1000, metavar="N", help="that are scored (1000)")
@@ -334,9 +335,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.argv, args.device = list(sys.argv[1:] if argv is None else argv), "cpu"
     prepare(args)
-    rows = rows_of(DIGITS, None, args.seeds, args)
-    for data_dir in args.data_dir:
-        rows += rows_of(MNIST, data_dir, args.mnist_seeds or args.seeds, args)
+    digits = setting_of(DIGITS, None, args)
+    copies = [setting_of(MNIST, data_dir, args) for data_dir in (*args.data_dir, *[None] * args.mnist)]
+    rows = rows_of(digits, args.seeds) + [
+        row for copy in copies for row in rows_of(copy, args.mnist_seeds or args.seeds)
+    ]
     text = document(rows, args)
     write_atomically(args.markdown, lambda temporary: temporary.write_text(text))
     print(args.markdown)

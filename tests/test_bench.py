@@ -182,6 +182,27 @@ def test_sd_loading(capsys, monkeypatch):
     assert all(line.keys() >= FIELDS | {"file_bytes", "dtype"} for line in lines)
 
 
+def test_a_peer_s_lora_has_as_many_parameters():
+    script = load("peers")
+    layers = ["conv_in", "down_blocks.0.resnets.0.conv1", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"]
+    for parameters in (100, 1000, 4321):
+        unet = script.peer_unet(script.SIZES["tiny"])
+        rank, larger = script.ranks_for(unet, layers, parameters)
+        script.add_peft_lora(unet, rank, layers, larger)
+        trained = script.count(unet, trainable=True)
+        of_rank_1 = 25 + 160 + 32
+        assert trained == of_rank_1 if parameters < of_rank_1 else 0 <= parameters - trained < 160
+        scaling = {layer.scaling["default"] for layer in unet.modules() if hasattr(layer, "lora_A")}
+        assert scaling == {1}
+
+
+def test_an_mnist_that_is_not_there_is_said_before_anything_is_trained(work_folder, monkeypatch):
+    script = load("results")
+    monkeypatch.setattr(script, "call_script", None)
+    with pytest.raises(ValueError, match="--data_dir nowhere"):
+        script.main(["--data_dir", "nowhere", "--threads", "1"])
+
+
 def test_results_are_made_once(work_folder, quick_judge, monkeypatch, capsys):
     script = load("results")
     monkeypatch.setattr("xdiffusion.data.digits.load_digits", lambda image_size: tiny_images())
@@ -197,7 +218,7 @@ def test_results_are_made_once(work_folder, quick_judge, monkeypatch, capsys):
     assert len(rows) == 8
     base, _, peer_base, _, lora, _, peer_lora, _ = rows
     assert peer_base["parameters"] == pytest.approx(base["parameters"], rel=0.25)  # widths of 8 leave little choice
-    assert peer_lora["rank"] >= 1 and peer_lora["gap_closed"] != 0
+    assert 0.9 * lora["parameters"] < peer_lora["parameters"] <= lora["parameters"] and peer_lora["gap_closed"] != 0
     assert peer_base["bits_per_dim"] > 0 and lora["gap_closed"] is not None
     for row in rows:
         low, high = row["frechet_distance_interval"]
