@@ -22,7 +22,7 @@ from xdiffusion.config_files import ConfigError, from_mapping
 from xdiffusion.model import DiffusionModel
 
 RECORDS = ("training", "optimizer", "checkpoints", "cache", "clip", "lora")  # sections that say how a model was made
-STABLE_DIFFUSION = Path(__file__).resolve().parents[1] / "configs/image/sd"  # the built-in configs
+STABLE_DIFFUSION = Path(__file__).resolve().parent / "configs/image/sd"  # the built-in configs; in a wheel too
 
 
 def load_model(path: str | Path, config_path: str | Path | None = None) -> tuple[DiffusionModel, DictConfig]:
