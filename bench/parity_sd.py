@@ -38,7 +38,7 @@ from xdiffusion.checkpoints.diffusers import (
     unet_from_diffusers,
     unet_to_diffusers,
 )
-from xdiffusion.checkpoints.diffusers_folder import (
+from xdiffusion.checkpoints.diffusers_settings import (
     autoencoder_settings,
     scheduler_settings,
     text_encoder_settings,
@@ -125,7 +125,7 @@ def peers(model: DiffusionModel, config: DictConfig) -> tuple[nn.Module, nn.Modu
     )
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_settings(parts["network"], parts["text_encoder"]["width"], 8))
-        vae = AutoencoderKL.from_config(autoencoder_settings(parts["autoencoder"], plain))
+        vae = AutoencoderKL.from_config(autoencoder_settings(parts["autoencoder"], config.data.image_size))
     unet.load_state_dict(unet_to_diffusers(model.network.state_dict()), assign=True)
     vae.load_state_dict(autoencoder_to_diffusers(model.autoencoder.state_dict()), assign=True)
     named = text_encoder_to_transformers(model.text_encoder.state_dict())

@@ -45,7 +45,7 @@ from schedulers import SCHEDULERS
 from torch import Tensor, nn
 
 from xdiffusion.build import build_data, build_model, build_sampling, load_config, override
-from xdiffusion.checkpoints.diffusers_folder import scheduler_settings, unet_settings
+from xdiffusion.checkpoints.diffusers_settings import scheduler_settings, unet_settings
 from xdiffusion.cli import positive_int, run
 from xdiffusion.loading import STABLE_DIFFUSION
 from xdiffusion.lora import apply_lora_to_model, save_lora_weights

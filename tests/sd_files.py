@@ -57,9 +57,9 @@ def names_of_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
 
 
-def write_native(name: str, path: Path) -> Path:
-    """The model of `random_sd` as a file of this project."""
-    config = sd_config(name)
+def write_native(name: str, path: Path, config: DictConfig | None = None) -> Path:
+    """The model of `random_sd` as a file of this project, which may say another config of its shapes."""
+    config = config or sd_config(name)
     plain = OmegaConf.to_container(config)
     save_model(path, _tensors(name), config=plain, image_shape=image_shape(config), step=0)
     return path

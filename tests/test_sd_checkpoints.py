@@ -14,12 +14,13 @@ from xdiffusion.checkpoints.diffusers_folder import write_diffusers_folder
 from xdiffusion.checkpoints.files import CheckpointError, save_safetensors
 from xdiffusion.checkpoints.native import load_model_file
 from xdiffusion.checkpoints.stable_diffusion import from_original, to_original, with_text_projection
-from xdiffusion.checkpoints.stable_diffusion_files import PREDICTION_KEY
+from xdiffusion.checkpoints.stable_diffusion_files import MODELSPEC
 from xdiffusion.checkpoints.streaming import StoredTensors
 from xdiffusion.checkpoints.weight_index import read_indexed
 from xdiffusion.config_files import ConfigError
 from xdiffusion.loading import STABLE_DIFFUSION, load_model
 
+PREDICTS = f"{MODELSPEC}prediction_type"
 EXTRA = {  # what original files hold beside the model
     "betas": torch.zeros(3),
     "first_stage_model.loss.logvar": torch.zeros(()),
@@ -149,8 +150,8 @@ def test_a_single_file_is_recognised_and_half_precision_becomes_whole(suffix, tm
         ("v2-1_512-ema-pruned", {}, "eps", True),
         ("tuned_v", {}, "v", True),
         ("tuned_v2", {}, "eps", True),
-        ("tuned_v", {PREDICTION_KEY: "epsilon"}, "eps", False),
-        ("tuned", {PREDICTION_KEY: "v"}, "v", False),
+        ("tuned_v", {PREDICTS: "epsilon"}, "eps", False),
+        ("tuned", {PREDICTS: "v"}, "v", False),
     ],
 )
 def test_what_a_2x_file_predicts_is_in_its_header_or_assumed_by_its_name(
@@ -169,7 +170,7 @@ def test_what_a_2x_file_predicts_is_in_its_header_or_assumed_by_its_name(
 @pytest.fixture
 def folder(tmp_path):
     file = load_model_file(write_native("sd21_v_tiny", tmp_path / "native.safetensors"))
-    write_diffusers_folder(tmp_path / "sd21", file, file.config, {"!": 0}, ["a b"])
+    write_diffusers_folder(tmp_path / "sd21", file.tensors, file.config, {"!": 0}, ["a b"])
     return tmp_path / "sd21"
 
 
@@ -180,12 +181,15 @@ def test_a_folder_of_diffusers_is_read_with_its_scheduler(folder, capsys):
     assert all(torch.equal(t, exact[n]) for n, t in model.state_dict().items())
     assert capsys.readouterr().err == ""
     settings = folder / "scheduler/scheduler_config.json"
-    settings.write_text(json.dumps({"prediction_type": "sample"}))
-    with pytest.raises(CheckpointError, match="prediction_type='sample'; allowed: epsilon"):
+    settings.write_text(json.dumps({"prediction_type": "flow_prediction"}))
+    with pytest.raises(CheckpointError, match="prediction_type='flow_prediction'; allowed: epsilon"):
         load_model(folder)
+    settings.write_text("{}")  # what is left out has diffusers' default
+    diffusion = load_model(folder)[1].diffusion
+    assert (diffusion.prediction, diffusion.schedule.spacing, diffusion.schedule.beta_end) == ("eps", "linear", 0.02)
     settings.unlink()
     assert load_model(folder)[0].prediction == "eps"
-    assert "taken to predict eps" in capsys.readouterr().err
+    assert "taken to predict eps, by its name; if not, --config_path" in capsys.readouterr().err
 
 
 def test_pickled_and_fp16_weights_of_a_folder_are_found_and_missing_ones_told(folder):
@@ -298,10 +302,14 @@ def test_other_models_and_damaged_files_are_refused(tmp_path):
     conv_in = "model.diffusion_model.input_blocks.0.0.weight"
     to_k = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     refused({conv_in: torch.zeros(16, 9, 3, 3)}, "9 input channels; known are 320/768, 320/1024")
-    refused({to_k: torch.zeros(16, 2048)}, "first width 16, text width 2048")
+    refused({to_k: torch.zeros(16, 2048)}, "2.x, but Stable Diffusion XL: .* first width 16, text width 2048")
+    label = "model.diffusion_model.label_emb.0.0.weight"
+    refused({label: torch.zeros(4)}, "no Stable Diffusion 1.x or 2.x, but Stable Diffusion XL")
     refused({}, "its UNet has no network.down_blocks.0.attentions", without=[to_k])
     norm = "first_stage_model.encoder.norm_out.weight"
-    refused({}, r"another architecture: .*autoencoder.encoder.conv_norm_out.weight", without=[norm])
+    refused(
+        {}, r"x.safetensors is sd15_tiny by .* or damaged: autoencoder.encoder.conv_norm_out.weight", without=[norm]
+    )
     save(original, tmp_path / "whole.safetensors")
     content = (tmp_path / "whole.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])

@@ -88,7 +88,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(name, work_folder, capsys):
 def test_a_model_that_the_layouts_have_no_words_for_is_refused(tiny_run, work_folder, capsys):
     for layout, output in (("original", "out.safetensors"), ("diffusers", "out")):
         assert command(f"sd convert {tiny_run.checkpoint} {output} --to {layout}") == 2
-        assert f"model.network.ff_mult=2: {layout} knows 4 only" in capsys.readouterr().err
+        assert f"model.autoencoder.kind=identity: {layout} knows kl only" in capsys.readouterr().err
     assert files_in(work_folder) == set()
 
 

@@ -140,7 +140,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), use_lora_traini
 def clip_config(config: DictConfig) -> DictConfig:
     """The config of the run that trains the tiny CLIP: `clip.training` and `clip.optimizer` over the sections themselves."""
     merged = merge("clip:", OmegaConf.create(OmegaConf.to_container(config)), _laid_over(config.clip, "clip"))
-    return resolve(merged, SCHEMA, "clip:")
+    return resolved(merged, "clip:")
 
 
 def _laid_over(section: DictConfig, name: str) -> DictConfig:
@@ -150,7 +150,22 @@ def _laid_over(section: DictConfig, name: str) -> DictConfig:
 
 def override(config: DictConfig, overrides: Sequence[str], source: str) -> DictConfig:
     """`KEY=VALUE` overrides on top of a config, checked; `source` is named in errors."""
-    return resolve(with_overrides(config, parse_overrides(overrides), SCHEMA), SCHEMA, source)
+    return resolved(with_overrides(config, parse_overrides(overrides), SCHEMA), source)
+
+
+def resolved(config: DictConfig, source: str) -> DictConfig:
+    """`resolve` by the schema, and what takes two keys to see; `source` is named in errors.
+
+    Raises:
+        ConfigError: see `resolve`; and for predicting eps at a time without signal ([ZTSNR] section 3.2).
+    """
+    whole = resolve(config, SCHEMA, source)
+    if whole.diffusion.prediction == "eps" and whole.diffusion.schedule.get("zero_terminal_snr"):
+        raise ConfigError(
+            f"{source}: diffusion.prediction=eps with diffusion.schedule.zero_terminal_snr=true: at t = 1 nothing but noise "
+            "is left, and from its noise no image can be told; such a model predicts v (or x0)"
+        )
+    return whole
 
 
 def build_data(config: DictConfig) -> ImageSet | CaptionedImages | Shards:

@@ -116,7 +116,9 @@ SAMPLING_FLAGS = {  # config key by flag
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that draws from a finished model: which model, and `SAMPLING_FLAGS`."""
     add = parser.add_argument
-    agree = "optional: the checkpoint carries its config; if given, the two must agree"
+    agree = (
+        "optional: a checkpoint of ours carries its config, with which this must agree; for others what they do not say"
+    )
     setting = "set a key of the section sampling:, such as sampling.sampler.eta=1; repeatable"
     add(
         "--checkpoint",
@@ -125,6 +127,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="a model of training/image/train.py, or Stable Diffusion 1.5 or 2.1: an original file or a diffusers folder",
     )
     add("--config_path", metavar="YAML", help=agree)
+    add_ema_flag(parser)
     add("--guidance", type=float, metavar="SCALE", help="classifier-free guidance, 1 = none (default: the config's)")
     add("--sampling_steps", type=positive_int, metavar="N", help="steps of the sampler (default: the config's)")
     add(
@@ -150,6 +153,16 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--force_cpu", action="store_true", help="do not use a GPU that is there")
     add("--seed", type=int, metavar="N", help="of weights, data order, noise and captions")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
+
+
+def add_ema_flag(parser: argparse.ArgumentParser) -> None:
+    """--ema and --no-ema, for files that hold a UNet twice."""
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="of a Stable Diffusion that holds its UNet twice, take the moving average or not (default: of an original file "
+        "not; of a folder yes)",
+    )
 
 
 def overrides_from_flags(args: argparse.Namespace, keys: dict[str, str]) -> list[str]:

@@ -3,75 +3,93 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from xdiffusion.build import SCHEMA, build_model, image_shape, load_config
+from xdiffusion.build import SCHEMA, build_model, image_shape, load_config, resolved
 from xdiffusion.checkpoints.files import CheckpointError
 from xdiffusion.checkpoints.native import ModelFile, load_model_file
-from xdiffusion.config import resolve, without_unknown
+from xdiffusion.checkpoints.stable_diffusion_files import StableDiffusionFile
+from xdiffusion.config import with_overrides, without_unknown
 from xdiffusion.config_files import ConfigError, from_mapping
 from xdiffusion.model import DiffusionModel
 
 RECORDS = ("training", "optimizer", "checkpoints", "cache", "clip", "lora")  # sections that say how a model was made
 STABLE_DIFFUSION = Path(__file__).resolve().parent / "configs/image/sd"  # the built-in configs; in a wheel too
+ARCHITECTURE = ("model.network", "model.text_encoder", "model.autoencoder")
+PROCESS = ("diffusion.prediction", "diffusion.schedule")
+CHOICES = (*PROCESS, "model.text_encoder.clip_skip", "data.image_size")  # in which a run may differ from its base
+BEGUN_WITH = "pretrained"  # of the text encoder; says nothing of weights that are there
 
 
-def load_model(path: str | Path, config_path: str | Path | None = None) -> tuple[DiffusionModel, DictConfig]:
+def load_model(
+    path: str | Path,
+    config_path: str | Path | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    ema: bool | None = None,
+) -> tuple[DiffusionModel, DictConfig]:
     """A trained model in evaluation mode, and its config.
 
     Args:
         path: a checkpoint of `training/image/train.py`, which carries its config; or Stable Diffusion 1.5 or 2.1, as an
-            original file or a folder of diffusers, whose config is the built-in one of its shapes.
-        config_path: checked against the checkpoint's config; needed for a file that carries none (`.pt`).
+            original file or a folder of diffusers, whose config is the built-in one of its shapes with what the file says.
+        config_path: must agree with the checkpoint's config; needed for a file that carries none (`.pt`), and in the place
+            of what a file of Stable Diffusion says.
+        dtype: of the network and the text encoder, float32 by default. In the file's own, its tensors are taken over as
+            they are; the autoencoder is always in float32.
+        ema: see `read_stable_diffusion`.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or of another architecture than the config.
         ConfigError: if there is no config at all, or it is wrong.
     """
-    file = load_model_file(Path(path))
+    file = load_model_file(Path(path), ema)
     config = config_of(file, config_path)
     with _named(config_path if file.config is None and config_path else path):
         model = build_model(config, without_weights=True)
+    model.set_precision(dtype)
     load_weights(model, file)
     return model.eval().requires_grad_(False), config
 
 
 def config_of(file: ModelFile, config_path: str | Path | None = None) -> DictConfig:
-    """The config of a checkpoint: its own, else the one that is named, else the built-in one of its shapes.
+    """The config of a checkpoint: its own, else the one that is named, else what a file of Stable Diffusion says.
+
+    What of the latter was assumed, and what is not as the built-in config has it, is told on stderr.
 
     Raises:
-        CheckpointError: if its own config and the one named differ in the architecture.
+        CheckpointError: if its own config and the one named differ in what makes the model.
         ConfigError: if there is no config at all, or it is wrong.
     """
-    if file.config is not None:
-        config = _own_config(file)
-        if config_path is not None:
-            check_same_architecture(load_config(config_path), file)
-        return config
-    if config_path is not None:
-        return load_config(config_path)
-    if file.architecture is None:
+    own, given = _own_config(file), load_config(config_path) if config_path is not None else None
+    if file.config is not None and given is not None:
+        check_same_architecture(given, file)
+        for choice in choices_of_run(given, file):
+            raise CheckpointError(f"{file.path} is a model of other settings: {choice}")
+    if own is None and given is None:
         raise ConfigError(f"{file.path} carries no config: name it with --config_path")
-    for note in file.notes:
-        print(note, file=sys.stderr)
-    return load_config(STABLE_DIFFUSION / f"{file.architecture}.yaml")
+    if file.stable_diffusion is not None and given is None:
+        for note in (*file.stable_diffusion.notes, *_remarks(file.path, file.stable_diffusion, own)):
+            print(note, file=sys.stderr)
+    return given if own is None or (given is not None and file.config is None) else own
 
 
-def _own_config(file: ModelFile) -> DictConfig:
-    """What a model's file says of it.
+def _own_config(file: ModelFile) -> DictConfig | None:
+    """What a file says of its model.
 
     Raises:
         CheckpointError, ConfigError: if it is wrong, or its header says another thing.
     """
+    if file.config is None:
+        return stable_diffusion_config(file.stable_diffusion, str(file.path)) if file.stable_diffusion else None
     config = stored_config(file.config, file.path)
     with _named(file.path):
         shape = image_shape(config)
@@ -86,7 +104,7 @@ def stored_config(content: Mapping[str, Any], path: Path) -> DictConfig:
     Raises:
         ConfigError: if it is wrong.
     """
-    return resolve(from_mapping(without_unknown(content, SCHEMA, RECORDS), str(path)), SCHEMA, str(path))
+    return resolved(from_mapping(without_unknown(content, SCHEMA, RECORDS), str(path)), str(path))
 
 
 @contextmanager
@@ -96,6 +114,36 @@ def _named(path: str | Path) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def stable_diffusion_config(found: StableDiffusionFile, source: str) -> DictConfig:
+    """The built-in config of a file's shapes, with what the file says on top; `source` is named in errors.
+
+    Raises:
+        ConfigError: if the file says what no config allows.
+    """
+    built_in = load_config(STABLE_DIFFUSION / f"{found.architecture}.yaml")
+    return resolved(with_overrides(built_in, from_mapping(found.said, source), SCHEMA), source)
+
+
+def _remarks(path: Path, found: StableDiffusionFile, config: DictConfig) -> Iterator[str]:
+    """What a user should know of what a file was taken to be."""
+    prediction = config.diffusion.prediction
+    if found.guessed:
+        names = ("sd21_v", "sd21_base") if found.architecture.startswith("sd21") else ("sd15", "sd15")
+        other = STABLE_DIFFUSION / f"{names[prediction == 'v']}{'_tiny' * found.architecture.endswith('_tiny')}.yaml"
+        yield f"{path} is taken to predict {prediction}, by its name; if not, --config_path {_shown(other)}"
+    keys = (*(key for key in CHOICES[:3] if key != found.guessed), "model.autoencoder.scale_factor")
+    built_in = load_config(STABLE_DIFFUSION / f"{found.architecture}.yaml")
+    said = [f"{key}={theirs}" for key, _, theirs in differences(built_in, config, keys)]
+    if said:
+        yield f"{path} says {', '.join(said)}"
+
+
+def _shown(path: Path) -> Path:
+    """A built-in config's path, as short as it can be typed."""
+    in_repository = Path("configs/image/sd") / path.name
+    return in_repository if in_repository.is_file() else path
 
 
 def check_fits(file: ModelFile, config: DictConfig) -> None:
@@ -122,47 +170,82 @@ def load_weights(model: DiffusionModel, file: ModelFile) -> None:
     own = model.state_dict()
     without_weights = any(tensor.is_meta for tensor in own.values())
     tensors = file.tensors
+    misfits = list(_misfits(own, tensors))
+    if misfits:
+        raise CheckpointError(
+            f"{_other(file)}: {misfits[0]}" + (f", and {len(misfits) - 1} more" if len(misfits) > 1 else "")
+        )
     if without_weights:
-        for name in own.keys() & tensors.keys():
+        for name in own:
             tensors[name] = _fitted(tensors[name], own[name])
-    try:
-        model.load_state_dict(tensors, assign=without_weights)
-    except RuntimeError as error:
-        reason = shorten(str(error), 300, placeholder="...")
-        raise CheckpointError(f"{file.path} is a checkpoint for another architecture: {reason}") from error
+    model.load_state_dict(tensors, assign=without_weights)
+
+
+def _misfits(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """What does not go together, tensor by tensor."""
+    for name, tensor in own.items():
+        if name not in tensors:
+            yield f"{name} is missing there"
+        elif tensors[name].shape != tensor.shape:
+            yield f"{name} is {tuple(tensors[name].shape)} there, {tuple(tensor.shape)} by the config"
+    yield from (f"{name:.100} is there, and not by the config" for name in tensors if name not in own)
+
+
+def _other(file: ModelFile) -> str:
+    """The beginning of an error: what the file is, where that is known."""
+    if file.stable_diffusion is None:
+        return f"{file.path} is a checkpoint for another architecture"
+    return (
+        f"{file.path} is {file.stable_diffusion.architecture} by its first layers, for another architecture or damaged"
+    )
 
 
 def _fitted(tensor: Tensor, own: Tensor) -> Tensor:
     """A tensor in the dtype and memory layout of the model's own, which is on the meta device; a copy only if need be."""
-    if tensor.shape != own.shape or (tensor.dtype == own.dtype and tensor.stride() == own.stride()):
+    if tensor.dtype == own.dtype and tensor.stride() == own.stride():
         return tensor
     return torch.empty_like(own, device=tensor.device).copy_(tensor)
 
 
 def check_same_architecture(config: DictConfig, file: ModelFile) -> None:
-    """Compare what a config and a checkpoint say of the model, where the checkpoint says anything.
+    """See that a config's model can take a checkpoint's weights: network, text encoder and autoencoder are the same.
+
+    A model of pixels also has to be of the same image size; a latent one, whose network is convolutional, draws any.
 
     Raises:
         CheckpointError: naming the first key that differs.
     """
-    stored = stored_config(file.config, file.path) if file.config else config
-    for key in (
-        "model.network",
-        "model.text_encoder",
-        "model.autoencoder",
-        "diffusion.schedule",
-        "diffusion.prediction",
-    ):
-        ours, theirs = (OmegaConf.select(c, key) for c in (config, stored))
-        differing = _first_difference(ours, theirs, key)
-        if differing:
-            raise CheckpointError(f"{file.path} is a checkpoint for another architecture: {differing}")
-    if file.image_shape and file.image_shape != image_shape(config):
-        raise CheckpointError(f"{file.path} is for images {file.image_shape}, the config for {image_shape(config)}")
+    stored = _own_config(file)
+    for key, ours, theirs in differences(config, stored, ARCHITECTURE) if stored is not None else ():
+        if key not in CHOICES:
+            raise CheckpointError(f"{_other(file)}: {key}={theirs} there, {ours} in the config")
+    if file.image_shape:
+        of_latents = config.model.autoencoder.kind != "identity"
+        theirs, ours = (shape[: 1 if of_latents else 3] for shape in (file.image_shape, image_shape(config)))
+        if theirs != ours:
+            raise CheckpointError(f"{file.path} is for images {file.image_shape}, the config for {image_shape(config)}")
 
 
-def _first_difference(ours: Any, theirs: Any, key: str) -> str:
-    if not isinstance(ours, DictConfig):
-        return "" if ours == theirs else f"{key}={theirs} there, {ours} in the config"
-    keys = (k for k in ours if k != "pretrained")
-    return next(filter(None, (_first_difference(ours[k], theirs.get(k), f"{key}.{k}") for k in keys)), "")
+def choices_of_run(config: DictConfig, file: ModelFile) -> list[str]:
+    """In what a config differs from a checkpoint of the same architecture, of what training may change: see `CHOICES`."""
+    stored = _own_config(file)
+    if stored is None:
+        return []
+    guessed = file.stable_diffusion.guessed if file.stable_diffusion else ""
+    found = differences(config, stored, CHOICES)
+    return [f"{key}={theirs} there, {ours} in the config" for key, ours, theirs in found if key != guessed]
+
+
+def differences(config: DictConfig, other: DictConfig, keys: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, its value, the other's) of all values below these keys that are not equal."""
+    for key in keys:
+        yield from _differing(*(OmegaConf.select(c, key) for c in (config, other)), key)
+
+
+def _differing(ours: Any, theirs: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(ours, DictConfig) and isinstance(theirs, DictConfig):
+        for name in dict.fromkeys([*ours, *theirs]):
+            if name != BEGUN_WITH:
+                yield from _differing(ours.get(name), theirs.get(name), f"{key}.{name}")
+    elif ours != theirs:
+        yield key, ours, theirs

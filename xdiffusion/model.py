@@ -136,6 +136,11 @@ class DiffusionModel(nn.Module):
             raise ValueError(f"height={height}, width={width}: the sides of an image must be multiples of {unit}")
         self.image_shape = (self.image_shape[0], height, width)
 
+    def set_precision(self, dtype: torch.dtype | None) -> None:
+        """Put the network and the text encoder into a dtype, None leaves them; the autoencoder's errors would be seen."""
+        for part in (self.network, self.text_encoder):
+            part.to(dtype=dtype)
+
     @property
     def device(self) -> torch.device:
         """Where samples are computed."""

@@ -16,7 +16,7 @@ from xdiffusion.checkpoints.diffusers import (
     text_encoder_to_transformers,
     unet_to_diffusers,
 )
-from xdiffusion.checkpoints.diffusers_folder import autoencoder_settings, text_encoder_settings, unet_settings
+from xdiffusion.checkpoints.diffusers_settings import autoencoder_settings, text_encoder_settings, unet_settings
 from xdiffusion.checkpoints.stable_diffusion import to_original
 from xdiffusion.commands import sd
 from xdiffusion.loading import load_model
@@ -38,7 +38,16 @@ def peers(name):
     text = CLIPTextModel(
         CLIPTextConfig(**{k: v for k, v in settings.items() if k not in ("architectures", "model_type")})
     )
-    return dict(zip(PARTS, (unet, AutoencoderKL.from_config(autoencoder_settings(model["autoencoder"], config)), text)))
+    return dict(
+        zip(
+            PARTS,
+            (
+                unet,
+                AutoencoderKL.from_config(autoencoder_settings(model["autoencoder"], config["data"]["image_size"])),
+                text,
+            ),
+        )
+    )
 
 
 TO_THEIRS = {

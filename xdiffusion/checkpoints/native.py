@@ -23,7 +23,7 @@ from xdiffusion.checkpoints.files import (
     load_pickled,
     save_safetensors,
 )
-from xdiffusion.checkpoints.stable_diffusion_files import read_stable_diffusion
+from xdiffusion.checkpoints.stable_diffusion_files import StableDiffusionFile, read_stable_diffusion
 from xdiffusion.checkpoints.streaming import StoredTensors
 
 MODEL_FORMAT = "xdiffusion-model"
@@ -34,7 +34,7 @@ LORA_FORMAT = "xdiffusion-lora"
 class ModelFile:
     """A model as read: tensors by our names, and what the header says (None where the file has no header of ours).
 
-    architecture: the built-in config that the tensors of a file of Stable Diffusion fit. notes: what it was taken to be.
+    stable_diffusion: what else is known of a file of Stable Diffusion as others write it.
     """
 
     path: Path
@@ -42,8 +42,7 @@ class ModelFile:
     config: dict[str, Any] | None
     image_shape: tuple[int, int, int] | None
     step: int
-    architecture: str | None = None
-    notes: tuple[str, ...] = ()
+    stable_diffusion: StableDiffusionFile | None = None
 
 
 def package_version() -> str:
@@ -67,19 +66,21 @@ def save_model(
     save_safetensors(path, tensors, entries)
 
 
-def load_model_file(path: Path, ema: bool = False) -> ModelFile:
+def load_model_file(path: Path, ema: bool | None = None) -> ModelFile:
     """Read a model checkpoint: ours, or Stable Diffusion as others write it. The tensors of safetensors files are mapped.
 
     Args:
         path: a safetensors file, a `.pt` or `.ckpt` of plain tensors, or a diffusers folder.
-        ema: see `read_stable_diffusion`.
+        ema: see `read_stable_diffusion`; a file of ours holds one set of weights.
 
     Raises:
-        CheckpointError: if it is missing, unreadable, or a LoRA.
+        CheckpointError: if it is missing, unreadable, or a LoRA, or `ema` asks for what it does not hold.
     """
     path, _ = existing_weights(path)
     if found := read_stable_diffusion(path, ema):
-        return ModelFile(path, found.tensors, None, None, 0, found.architecture, found.notes)
+        return ModelFile(path, found.tensors, None, None, 0, found)
+    if ema is not None:
+        raise CheckpointError(f"{path} holds one set of weights: --ema and --no-ema are for files of Stable Diffusion")
     if path.suffix in PICKLED:
         return ModelFile(path, _flat_tensors(load_pickled(path), path), None, None, 0)
     stored = StoredTensors(path)

@@ -3,7 +3,7 @@
     model.diffusion_model.*               network.*         input_blocks, middle_block, output_blocks
     first_stage_model.*                   autoencoder.*
     cond_stage_model.transformer.*        text_encoder.*    1.x: OpenAI's CLIP with transformers' names
-    cond_stage_model.model.*                                2.x: OpenCLIP, whose 24th layer is not used
+    cond_stage_model.model.*                                2.x: OpenCLIP, whose 24th layer no picture depends on
     model_ema.*                           the UNet's moving average, with names without dots
 
 All files of this layout have two residual blocks per level, no attention at the UNet's last level, and an autoencoder of
@@ -55,6 +55,15 @@ def from_original(tensors: Mapping[str, Tensor], ema: bool = False) -> dict[str,
             ours[f"autoencoder.{_swap(name, _FROM_AUTOENCODER)}"] = _as_linear(name, tensor)
     ours |= {f"text_encoder.{name}": t for name, t in text.items() if not name.startswith(_UNUSED_LAYER)}
     return ours
+
+
+def unused_in_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The last layer of 2.x's text encoder, which `from_original` leaves out, under our names: `to_original` takes it back."""
+    return {
+        f"text_encoder.{name}": tensor
+        for name, tensor in text_encoder_from_open_clip(_below(tensors, TEXT_OPEN_CLIP)).items()
+        if name.startswith(_UNUSED_LAYER)
+    }
 
 
 def to_original(tensors: Mapping[str, Tensor], text_names: TextNames) -> dict[str, Tensor]:

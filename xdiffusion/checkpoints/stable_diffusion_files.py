@@ -3,155 +3,212 @@
     original    one file, .safetensors or .ckpt, with the names of `stable_diffusion`
     diffusers   a folder with unet/, vae/ and text_encoder/, each one file or several with an index
 
-The shapes tell the architecture. Whether a 2.x model predicts eps or v they do not tell: that is in the scheduler's
-settings of a folder, in the header of a file that says so, or in the file's name.
+The shapes tell the architecture. What they do not tell, above all whether a model predicts eps or v and on which schedule, a
+folder says in its settings, and an original file in its header and in two empty tensors, `v_pred` and `ztsnr`, which A1111
+and ComfyUI look for. What a file says is laid over the built-in config of its shapes. A file of 2.x that does not say what it
+predicts is taken by its name.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from xdiffusion.checkpoints.diffusers import (
-    autoencoder_from_diffusers,
-    text_encoder_from_transformers,
-    unet_from_diffusers,
-)
-from xdiffusion.checkpoints.files import PICKLED, CheckpointError, is_pipeline_folder, load_pickled
-from xdiffusion.checkpoints.stable_diffusion import UNET, from_original, with_text_projection
-from xdiffusion.checkpoints.streaming import StoredTensors
-from xdiffusion.checkpoints.weight_index import read_indexed
+from xdiffusion.checkpoints.diffusers_folder import folder_tensors, read_settings
+from xdiffusion.checkpoints.diffusers_settings import config_from
+from xdiffusion.checkpoints.files import CheckpointError, is_pipeline_folder
+from xdiffusion.checkpoints.stable_diffusion import UNET, from_original, unused_in_original, with_text_projection
+from xdiffusion.checkpoints.weight_index import open_weights
 
-PREDICTION_KEY = "modelspec.prediction_type"  # of a file's header, as the field's model specification names it
-_ARCHITECTURES = {  # (width of the UNet's first level, width of the text embedding)
+MODELSPEC = "modelspec."  # of the keys of a file's header that describe a model, as Stability AI's ModelSpec names them
+V_PRED, ZTSNR = "v_pred", "ztsnr"
+_SIZES = {  # (width of the UNet's first level, width of the text embedding)
     (320, 768): "sd15",
     (320, 1024): "sd21",
     (16, 16): "sd15_tiny",
     (16, 24): "sd21_tiny",
 }
-_PREDICTIONS = {"epsilon": "eps", "eps": "eps", "v_prediction": "v", "v": "v"}
-_NAME_OF_V = re.compile(r"768|v-?pred|v-ema|[_-]v(?=[_-]|$)", re.IGNORECASE)
-_WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
-_COMPONENTS = {  # folder: (our part, its table)
-    "unet": ("network", unet_from_diffusers),
-    "vae": ("autoencoder", autoencoder_from_diffusers),
-    "text_encoder": ("text_encoder", text_encoder_from_transformers),
+_RELATIVES = {2048: "Stable Diffusion XL", 1280: "the refiner of Stable Diffusion XL"}  # by the width of their context
+_INPUTS = {9: "for inpainting", 8: "InstructPix2Pix", 7: "an upscaler", 5: "for depth maps"}  # by the UNet's channels
+_PREDICTIONS = {"epsilon": "eps", "v": "v"}
+_NAMES_OF_V = {
+    "sd15": re.compile(r"v[-_]?pred", re.IGNORECASE),
+    "sd21": re.compile(r"768|v[-_]?pred|v-ema|[_-]v(?=[_-]|$)", re.IGNORECASE),
 }
+_FIRST, _CONTEXT = "network.conv_in.weight", "network.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 
 
 @dataclass(frozen=True)
 class StableDiffusionFile:
-    """tensors: by our names, mapped. architecture: the name of its built-in config. notes: what had to be assumed."""
+    """What stands at a path.
+
+    tensors: by our names, mapped.
+    architecture: the built-in config of its shapes, by name.
+    said: what the file says of that config, in its sections; above all the prediction and the schedule.
+    guessed: the config's key that is taken by the file's name, since nothing in the file says it; "" if none is.
+    unused: what an original file has, by our names, and no picture depends on: the last layer of 2.x's text encoder.
+    notes: lines to print.
+    """
 
     tensors: dict[str, Tensor]
     architecture: str
+    said: Mapping[str, Any] = field(default_factory=dict)
+    guessed: str = ""
+    unused: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
-def read_stable_diffusion(path: Path, ema: bool = False) -> StableDiffusionFile | None:
+def read_stable_diffusion(path: Path, ema: bool | None = None) -> StableDiffusionFile | None:
     """What stands at a path, if it is Stable Diffusion in one of the layouts above; None for anything else.
 
     Args:
         path: a file or a folder.
-        ema: take the moving average of the UNet's weights, of a file that holds both.
+        ema: where the UNet's weights are there twice, take their moving average or not. None: of a file, which most programs
+            read so, not; of a folder, which is named so, the average.
 
     Raises:
         CheckpointError: if it is damaged, another model of that family (XL, inpainting), or has no moving average.
     """
     if is_pipeline_folder(path):
-        if ema:
-            raise CheckpointError(
-                f"{path}: a folder of diffusers holds one set of weights; --ema is for original files"
-            )
-        tensors, prediction = _folder_tensors(path), _scheduler_prediction(path)
-    else:
-        stored, metadata = _stored(path)
-        if not any(name.startswith(UNET) for name in stored):
-            return None
-        try:
-            tensors = from_original(stored, ema)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        prediction = _PREDICTIONS.get(metadata.get(PREDICTION_KEY, ""))
-    return _recognised(path, with_text_projection(tensors), prediction)
-
-
-def _recognised(path: Path, tensors: dict[str, Tensor], prediction: str | None) -> StableDiffusionFile:
-    attention = "network.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-    missing = [name for name in ("network.conv_in.weight", attention) if name not in tensors]
-    if missing:
-        raise CheckpointError(f"{path} is no Stable Diffusion 1.x or 2.x: its UNet has no {missing[0]}")
-    shapes = [tuple(tensors[name].shape) for name in ("network.conv_in.weight", attention)]
-    if [len(shape) for shape in shapes] != [4, 2]:
-        raise CheckpointError(f"{path} is damaged: the first layers of its UNet have the shapes {shapes}")
-    (width, channels, *_), found = shapes[0], (shapes[0][0], shapes[1][1])
-    architecture = _ARCHITECTURES.get(found)
-    if architecture is None or channels != 4:
-        raise CheckpointError(
-            f"{path} is no Stable Diffusion 1.x or 2.x: its UNet has first width {width}, text width {found[1]} and "
-            f"{channels} input channels; known are {', '.join(f'{w}/{t}' for w, t in _ARCHITECTURES)} with 4"
-        )
-    family, _, tiny = architecture.partition("_")
-    if family == "sd15":
-        return StableDiffusionFile(tensors, architecture)
-    notes = ()
-    if prediction is None:
-        prediction = "v" if _NAME_OF_V.search(path.stem) else "eps"
-        other = {"v": "sd21_base.yaml", "eps": "sd21_v.yaml"}[prediction]
-        notes = (
-            f"{path} is taken to predict {prediction}, by its name; if not, --config_path configs/image/sd/{other}",
-        )
-    name = f"sd21_{'v' if prediction == 'v' else 'base'}"
-    return StableDiffusionFile(tensors, f"{name}_{tiny}" if tiny else name, notes)
-
-
-def _stored(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
-    """A file's tensors, mapped, and its header."""
-    if path.suffix not in PICKLED:
-        stored = StoredTensors(path)
-        return stored, stored.metadata
-    content = load_pickled(path, mmap=True)
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    named = content if isinstance(content, dict) else {}
-    return {str(name): tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}, {}
-
-
-def _folder_tensors(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for component, (part, table) in _COMPONENTS.items():
-        path = _weight_file(folder / component)
-        stored = read_indexed(path) if path.suffix == ".json" else _stored(path)[0]
-        tensors |= {f"{part}.{name}": tensor for name, tensor in table(stored).items()}
-    return tensors
-
-
-def _weight_file(folder: Path) -> Path:
-    """The weights of a component, or their index: in full precision before fp16, safetensors before pickled."""
-    kinds = ("{}.safetensors", "{}.safetensors.index.json", "{}.fp16.safetensors", "{}.safetensors.index.fp16.json")
-    candidates = [folder / kind.format(name) for kind in (*kinds, "{}.bin", "{}.fp16.bin") for name in _WEIGHTS]
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
-        present = ", ".join(sorted(p.name for p in folder.glob("*"))) or "nothing"
-        raise CheckpointError(
-            f"{folder} holds no weights: looked for {', '.join(p.name for p in candidates)}; there is {present}"
-        )
-    return found
-
-
-def _scheduler_prediction(folder: Path) -> str | None:
-    path = folder / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
+        return _read_folder(path, ema)
+    stored, header = open_weights(path)
+    if not any(name.startswith(UNET) for name in stored):
         return None
     try:
-        said = json.loads(path.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
-    except (ValueError, OSError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(said, str) or said not in _PREDICTIONS:
-        raise CheckpointError(f"{path}: prediction_type={said!r}; allowed: {', '.join(_PREDICTIONS)}")
-    return _PREDICTIONS[said]
+        tensors = with_text_projection(from_original(stored, bool(ema)))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if any(name.startswith(("conditioner.", f"{UNET}label_emb.")) for name in stored):
+        raise CheckpointError(f"{path} is no Stable Diffusion 1.x or 2.x, but {_RELATIVES[2048]}")
+    return recognise_original(path, tensors, stored.keys(), header, unused_in_original(stored))
+
+
+def recognise_original(
+    path: Path,
+    tensors: dict[str, Tensor],
+    names: Any,
+    header: Mapping[str, str],
+    unused: Mapping[str, Tensor] | None = None,
+) -> StableDiffusionFile:
+    """Which model an original file is.
+
+    Args:
+        path: of the file, whose name may tell what it predicts.
+        tensors: by our names.
+        names: of all its tensors, in the file.
+        header: of a safetensors file.
+        unused: see `StableDiffusionFile`.
+
+    Raises:
+        CheckpointError: if it is another model.
+    """
+    size = _size(path, tensors)
+    if size is None:
+        raise _other_model(path, tensors)
+    prediction = "v" if V_PRED in names else _PREDICTIONS.get(header.get(f"{MODELSPEC}prediction_type", ""))
+    text = {"layers": _layers(tensors)}
+    resolution = re.fullmatch(r"([1-9]\d{0,4})x\1", header.get(f"{MODELSPEC}resolution", ""))
+    skip = re.fullmatch(r"[1-9]\d?", header.get(f"{MODELSPEC}encoder_layer", ""))
+    if skip and size.startswith("sd15"):  # of 2.x some count from OpenCLIP's last layer, some from the last one used
+        text["clip_skip"] = int(skip[0])
+    said = {
+        "data": {"image_size": int(resolution[1])} if resolution else {},
+        "model": {"text_encoder": text},
+        "diffusion": {"schedule": {"zero_terminal_snr": True}} if ZTSNR in names else {},
+    }
+    return _with_prediction(path, StableDiffusionFile(tensors, size, said, unused=unused or {}), prediction)
+
+
+def header_of_original(config: Mapping[str, Any], title: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The header, and the tensors without values, from which `recognise_original` reads a config's settings.
+
+    Args:
+        config: resolved.
+        title: of the model.
+    """
+    text, diffusion, size = config["model"]["text_encoder"], config["diffusion"], config["data"]["image_size"]
+    predicts_v, version_1 = diffusion["prediction"] == "v", text["activation"] == "quick_gelu"
+    code = "CompVis/stable-diffusion" if version_1 else "Stability-AI/stablediffusion"
+    described = {
+        "sai_model_spec": "1.0.0",
+        "architecture": f"stable-diffusion-v{1 if version_1 else '2-768-v' if predicts_v else '2-512'}",
+        "implementation": f"https://github.com/{code}",
+        "title": title,
+        "resolution": f"{size}x{size}",
+        "prediction_type": "v" if predicts_v else "epsilon",
+    }
+    if version_1:
+        described["encoder_layer"] = str(text["clip_skip"])
+    marks = {V_PRED: predicts_v, ZTSNR: diffusion["schedule"].get("zero_terminal_snr", False)}
+    header = {"format": "pt", **{f"{MODELSPEC}{key}": value for key, value in described.items()}}
+    return header, {name: torch.empty(0) for name, holds in marks.items() if holds}
+
+
+def _read_folder(path: Path, ema: bool | None) -> StableDiffusionFile:
+    tensors, notes = folder_tensors(path, ema)
+    tensors = with_text_projection(tensors)
+    size = _size(path, tensors)
+    if (path / "text_encoder_2").is_dir() or (size is None and _relative(tensors)):
+        raise _other_model(path, tensors)
+    try:
+        said = config_from(read_settings(path), _layers(tensors))
+    except ValueError as error:
+        raise CheckpointError(f"{path}/{error}") from error
+    found = StableDiffusionFile(tensors, size or "sd15", said, notes=notes)  # of other sizes than the built-in ones too
+    return _with_prediction(path, found, said["diffusion"].get("prediction"))
+
+
+def _with_prediction(path: Path, found: StableDiffusionFile, prediction: str | None) -> StableDiffusionFile:
+    """The file with the name of its built-in config, which for 2.x follows from the prediction, and for all overrides it."""
+    family, _, tiny = found.architecture.partition("_")
+    named_v, guessed = _NAMES_OF_V[family].search(path.stem), ""
+    if prediction is None and (named_v or family == "sd21"):
+        prediction, guessed = "v" if named_v else "eps", "diffusion.prediction"
+    architecture = f"sd21_{'v' if prediction == 'v' else 'base'}" if family == "sd21" else family
+    diffusion = found.said["diffusion"] | ({"prediction": prediction} if prediction else {})
+    return replace(
+        found,
+        architecture=f"{architecture}_{tiny}" if tiny else architecture,
+        said={**found.said, "diffusion": diffusion},
+        guessed=guessed,
+    )
+
+
+def _size(path: Path, tensors: Mapping[str, Tensor]) -> str | None:
+    """Which of the sizes above the tensors have."""
+    shapes = [tuple(tensors[name].shape) for name in (_FIRST, _CONTEXT) if name in tensors]
+    if [len(shape) for shape in shapes] != [4, 2][: len(shapes)]:
+        raise CheckpointError(f"{path} is damaged: the first layers of its UNet have the shapes {shapes}")
+    widths = (shapes[0][0], shapes[1][1]) if len(shapes) == 2 else None
+    return _SIZES.get(widths) if widths and shapes[0][1] == 4 else None
+
+
+def _layers(tensors: Mapping[str, Tensor]) -> int:
+    """Of the text encoder."""
+    return len({name.split(".")[2] for name in tensors if name.startswith("text_encoder.layers.")})
+
+
+def _relative(tensors: Mapping[str, Tensor]) -> str:
+    """What a model that is neither 1.x nor 2.x may be."""
+    channels = tensors[_FIRST].shape[1] if _FIRST in tensors else 4
+    width = tensors[_CONTEXT].shape[1] if _CONTEXT in tensors else 0
+    return _RELATIVES.get(width) or _INPUTS.get(channels, "")
+
+
+def _other_model(path: Path, tensors: Mapping[str, Tensor]) -> CheckpointError:
+    missing = next((name for name in (_FIRST, _CONTEXT) if name not in tensors), None)
+    relative = _relative(tensors)
+    what = f"{path} is no Stable Diffusion 1.x or 2.x{f', but {relative}' if relative else ''}: its UNet has "
+    if missing:
+        return CheckpointError(f"{what}no {missing}")
+    (width, channels, *_), text_width = tensors[_FIRST].shape, tensors[_CONTEXT].shape[1]
+    known = ", ".join(f"{w}/{t}" for w, t in _SIZES)
+    return CheckpointError(
+        f"{what}first width {width}, text width {text_width} and {channels} input channels; known are {known} with 4"
+    )

@@ -1,4 +1,4 @@
-"""Weights cut into several safetensors files, with an index that says which tensor is in which.
+"""Weights in one file, safetensors or pickled, or cut into several with an index that says which tensor is in which.
 
     model.safetensors.index.json    {"weight_map": {tensor: "model-00001-of-00002.safetensors", ...}, ...}
 
@@ -8,14 +8,37 @@ The names are those of whoever made the folder: none may lead out of it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 
 from torch import Tensor
 
-from xdiffusion.checkpoints.files import MAX_HEADER_BYTES, SAFETENSORS, CheckpointError
+from xdiffusion.checkpoints.files import (
+    MAX_HEADER_BYTES,
+    PICKLED,
+    SAFETENSORS,
+    CheckpointError,
+    load_pickled,
+)
 from xdiffusion.checkpoints.streaming import StoredTensors
 
 MAX_NAME = 64  # letters of at most four bytes: no file system here knows longer ones
+
+
+def open_weights(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
+    """A file's tensors, mapped, and its header; of a pickled one, those at the top or under "state_dict", without a header.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
+    if path.suffix not in PICKLED:
+        stored = StoredTensors(path)
+        return stored, stored.metadata
+    content = load_pickled(path, mmap=True)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    named = content if isinstance(content, dict) else {}
+    return {str(name): tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}, {}
 
 
 def read_indexed(index: Path) -> dict[str, Tensor]:
@@ -29,7 +52,7 @@ def read_indexed(index: Path) -> dict[str, Tensor]:
     for file in dict.fromkeys(places.values()):
         if not (index.parent / file).is_file():
             raise CheckpointError(f"{index.parent / file} is not there, which {index.name} names")
-        shards[file] = StoredTensors(index.parent / file)
+        shards[file], _ = open_weights(index.parent / file)
     for name, file in places.items():
         if name not in shards[file]:
             raise CheckpointError(f"{index.parent / file} has no tensor {name:.100}, which {index.name} says is there")
@@ -37,7 +60,8 @@ def read_indexed(index: Path) -> dict[str, Tensor]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """File by tensor, every file a safetensors file's name without a folder."""
+    """File by tensor, every file the name, without a folder, of one of the kind that the index is for."""
+    kind = ".bin" if ".bin.index." in index.name else SAFETENSORS
     try:
         if index.stat().st_size > MAX_HEADER_BYTES:
             raise ValueError(f"it has {index.stat().st_size:,} bytes; allowed are {MAX_HEADER_BYTES:,}")
@@ -48,6 +72,6 @@ def _weight_map(index: Path) -> dict[str, str]:
     for file in files:
         # read as Windows does, a path is one there or here
         is_name = isinstance(file, str) and len(file) < MAX_NAME and PureWindowsPath(file).name == file
-        if not is_name or not file.endswith(SAFETENSORS):
-            raise CheckpointError(f"{index} names {file!r:.100}, which is no {SAFETENSORS} file beside it")
+        if not is_name or not file.endswith(kind):
+            raise CheckpointError(f"{index} names {file!r:.100}, which is no {kind} file beside it")
     return places

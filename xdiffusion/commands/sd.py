@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from xdiffusion.cli import Parser, run
+from xdiffusion.cli import Parser, add_ema_flag, run
 
 LAYOUTS = ("original", "diffusers", "native")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -32,7 +32,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("output", metavar="OUT", help="a file (.safetensors; original also .ckpt), or a new folder for diffusers")
     add("--to", required=True, choices=LAYOUTS, help="layout of OUT")
     add("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
-    add("--ema", action="store_true", help="take the moving average of the UNet, of an original file that holds both")
+    add_ema_flag(convert)
     add("--config_path", metavar="YAML", help="of IN, where its shapes or its name do not tell, or tell it wrong")
     return parser.parse_args(argv)
 
@@ -59,8 +59,9 @@ def _convert(args: argparse.Namespace) -> None:
     config = config_of(file, args.config_path)
     check_fits(file, config)
     if args.dtype:
-        for name, tensor in file.tensors.items():
-            file.tensors[name] = tensor.to(getattr(torch, args.dtype))
+        for tensors in (file.tensors, file.stable_diffusion.unused if file.stable_diffusion else {}):
+            for name, tensor in tensors.items():
+                tensors[name] = tensor.to(getattr(torch, args.dtype))
     write_model(file, config, Path(args.output), args.to)
     print(f"{args.output}: {len(file.tensors)} tensors, {args.to}, from {file.path}")
 
