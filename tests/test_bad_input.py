@@ -127,7 +127,7 @@ def command(tiny_run, tmp_path_factory):
     torch.save({"step": 3}, path("no_weights.pt"))
     torch.save({"network.conv_in.weight": torch.zeros(3)}, path("other_weights.pt"))
     base, lora = load_model_file(tiny_run.checkpoint), read_lora(tiny_run.lora)
-    tensors = base.tensors | {"network.conv_out.bias": base.tensors["network.conv_out.bias"] + 1}
+    tensors = {name: tensor + 1 for name, tensor in base.tensors.items()}
     save_model(path("other_base.safetensors"), tensors, config=base.config, image_shape=base.image_shape, step=2)
     elsewhere = {f"elsewhere.{name}": factors for name, factors in lora.modules.items()}
     write_lora(replace(lora, modules=elsewhere, base_hash=None), path("matches_nothing.safetensors"), "native")

@@ -233,7 +233,10 @@ def test_dora_folds_and_does_not_merge(work_folder, capsys):
         ("lora extract model.safetensors style.safetensors out.safetensors --rank 2", "neither a model"),
         ("lora_add stabilityai/sd2 style.safetensors out 1 upl", "has to be downloaded"),
         ("lora_add . style.safetensors out 1 upl", "holds no unet"),
-        ("lora_add model.safetensors style.safetensors out.ckpt 1 upl-ckpt-v2", "ff_mult=2: original knows 4 only"),
+        (
+            "lora_add model.safetensors style.safetensors out.ckpt 1 upl-ckpt-v2",
+            "kind=identity: original knows kl",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(files, capsys, line, message):

@@ -1,5 +1,6 @@
 """LoRA files: what is saved comes back bit for bit, and what does not fit is refused with the model left alone."""
 
+import copy
 import math
 
 import pytest
@@ -242,9 +243,13 @@ def test_another_base_is_refused_where_both_are_known(tmp_path):
     known, unknown = tmp_path / "known.safetensors", tmp_path / "unknown.safetensors"
     save_lora_weights(adapted(MIXED), known, base_hash="abc")
     save_lora_weights(adapted(MIXED), unknown)
-    assert_refused(model(), known, "was trained on another base: it names abc, this model is def", base_hash="def")
+    other = model()
+    with torch.no_grad():
+        other[0].weight.mul_(1.02)
+    message = "was trained on another base: it names abc, this model is def; --allow_other_base"
+    assert_refused(other, known, message, base_hash="def")
     for path, base_hash in ((known, "abc"), (known, None), (unknown, "def")):
-        assert load_lora_weights(model(), path, base_hash=base_hash).matched == ["0", "2"]
+        assert load_lora_weights(copy.deepcopy(other), path, base_hash=base_hash).matched == ["0", "2"]
 
 
 def test_a_model_with_one_zero_b_is_loaded(tmp_path):
@@ -320,3 +325,12 @@ def test_a_file_whose_name_ends_like_a_scale(tmp_path):
     path.touch()
     assert parse_lora_spec(str(path)) == (path, 1.0)
     assert parse_lora_spec(f"{path}:0.5") == (path, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_same_base_in_another_precision_or_beside_others_is_no_other_base(dtype, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    save_lora_weights(adapted(MIXED), path, base_hash="abc")
+    report = load_lora_weights(model().to(dtype), path, base_hash="def")
+    assert str(report).endswith("trained on these weights in another precision, or beside others")
+    assert "another precision" not in str(load_lora_weights(model(), path, base_hash="abc"))

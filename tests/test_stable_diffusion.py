@@ -11,6 +11,7 @@ from xdiffusion.checkpoints.files import CheckpointError, save_safetensors
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
 from xdiffusion.checkpoints.stable_diffusion import to_original
+from xdiffusion.commands import sd
 from xdiffusion.config_files import ConfigError
 from xdiffusion.diffusion.objective import loss
 from xdiffusion.lora import (
@@ -114,6 +115,16 @@ def test_several_prompts_and_settings(ckpt_path):
     assert not torch.equal(other, again)
 
 
+@pytest.mark.parametrize("words", ["half.safetensors --to original --dtype float16", "folder --to diffusers"])
+def test_a_lora_knows_its_base_in_another_form(words, ckpt_path, work_folder, generator, capsys):
+    models = preload_models_with_lora(ckpt_path, apply_to_clip=True)
+    train(models, get_lora_parameters(models["model"]), generator)
+    path = save_models_lora(models, "mine.safetensors")
+    sd.main(["convert", str(ckpt_path), *words.split()])
+    load_lora_into_models(preload_models_with_lora(words.split()[0]), path)
+    assert ("in another precision" in capsys.readouterr().out) == ("half" in words)
+
+
 def test_mistakes_leave_the_models_as_they_were(ckpt_path, work_folder, generator):
     with pytest.raises(CheckpointError, match=r"no checkpoint at none.ckpt"):
         preload_models_with_lora("none.ckpt", "cpu")
@@ -128,7 +139,9 @@ def test_mistakes_leave_the_models_as_they_were(ckpt_path, work_folder, generato
         load_lora_into_models(models, "other.safetensors")
     assert torch.equal(generate(PROMPT, models=models, **FEW), before)
     with torch.no_grad():
-        models["diffusion"].conv_in.bias.add_(1)
+        for layer in models["diffusion"].modules():
+            if isinstance(layer, LoRALinear):
+                layer.weight.mul_(1.1)
     with pytest.raises(LoRAError, match="was trained on another base"):
         load_lora_into_models(models, path)
     load_lora_into_models(models, path, allow_other_base=True)

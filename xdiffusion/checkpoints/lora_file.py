@@ -10,7 +10,7 @@ for Stable Diffusion, in any of the exchange formats, is read into diffusers' na
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +56,8 @@ class LoRAFile:
     tokens: learned tokens (textual inversion) by name, (width,) or (vectors, width).
     metadata: the file's header as it stands.
     repairs: one line for each thing that was wrong with the file and could be mended without a guess.
-    base_hash: content hash of the model it was trained on, config: resolved, step: of training; of native files.
+    base_hash: content hash of the model it was trained on, base_sample: a few values of each weight that it adapts, see
+        `lora.base_identity`, config: resolved, step: of training; of native files.
     """
 
     modules: Mapping[str, LoRAFactors]
@@ -65,5 +66,6 @@ class LoRAFile:
     metadata: Mapping[str, str] = field(default_factory=dict)
     repairs: tuple[str, ...] = ()
     base_hash: str | None = None
+    base_sample: Mapping[str, Sequence[float]] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
     step: int = 0

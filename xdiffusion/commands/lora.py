@@ -165,6 +165,7 @@ def _apply(args: argparse.Namespace) -> None:
     from xdiffusion.checkpoints.files import content_hash
     from xdiffusion.commands.base_weights import fold, open_base
     from xdiffusion.commands.lora_files import layer_table, progress, read
+    from xdiffusion.lora.base_identity import check_base
     from xdiffusion.lora.weights import parse_lora_spec
 
     base = open_base(Path(args.model))
@@ -173,12 +174,10 @@ def _apply(args: argparse.Namespace) -> None:
     path, scale = parse_lora_spec(args.lora)
     lora = read(path, layer_table(args.base))
     if lora.base_hash and not args.allow_other_base:
-        model_hash = content_hash(base.files[0])
-        if model_hash != lora.base_hash:
-            raise ValueError(
-                f"{path} was trained on another base: it names {lora.base_hash}, {args.model} is {model_hash}; "
-                "--allow_other_base applies it all the same"
-            )
+        model, names = base.files[0], [f"{name}.weight" for name in lora.modules]
+        adapted = {name.removesuffix(".weight"): model[name] for name in names if name in model}
+        if other_form := check_base(lora, content_hash(model), adapted, path):
+            print(f"{path}: {other_form}", file=sys.stderr)
     note = {"folded_lora": f"{path.name}:{scale:g}"}
     count = fold(base, lora, scale, Path(args.output), note, progress("folding"))
     print(f"{args.output}: {args.model} + {scale:g} * {path}, {count} layers")
@@ -192,6 +191,7 @@ def _extract(args: argparse.Namespace) -> None:
     from xdiffusion.commands.base_weights import differences, open_base
     from xdiffusion.commands.lora_files import layer_table, progress, write
     from xdiffusion.commands.report import table
+    from xdiffusion.lora.base_identity import sample_of
     from xdiffusion.lora.merge import extract_factors
 
     names = layer_table(args.base)
@@ -212,9 +212,10 @@ def _extract(args: argparse.Namespace) -> None:
     if left_out:
         print(f"{len(left_out)} tensors differ that no LoRA can change (biases, norms, ...), such as {left_out[0]}")
     base_hash = content_hash(base.files[0]) if base.ours else None
+    sample = sample_of({name: base.files[0][f"{name}.weight"] for name in modules}) if base.ours else {}
     with reading_header(base.path):
         config = json.loads(base.files[0].metadata.get("config", "null")) if base.ours else None
-    lora = LoRAFile(modules, base_hash=base_hash, config=config)
+    lora = LoRAFile(modules, base_hash=base_hash, base_sample=sample, config=config)
     write(lora, args.output, args.to or "native", names, args.dtype)
 
 

@@ -60,10 +60,12 @@ def merge_loras(
         merged[name] = merge_factors(name, parts, method, rank=rank, energy=energy)
         errors[name] = relative_error(merged[name], parts)
     hashes = {lora.base_hash for lora, _ in loras}
+    samples = {name: values for lora, _ in loras for name, values in lora.base_sample.items()}
     return LoRAFile(
         merged,
         tokens=_all_tokens([lora for lora, _ in loras]),
-        base_hash=hashes.pop() if len(hashes) == 1 else None,
+        base_hash=next(iter(hashes)) if len(hashes) == 1 else None,
+        base_sample=samples if len(hashes) == 1 else {},
         config=loras[0][0].config,
         step=max(lora.step for lora, _ in loras),
     ), errors

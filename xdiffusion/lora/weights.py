@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from xdiffusion.checkpoints.files import PICKLED, SAFETENSORS, weights_file
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import LayerTable, read_lora, write_lora
 from xdiffusion.checkpoints.lora_formats.factors import fitted
+from xdiffusion.lora.base_identity import check_base, sample_of
 from xdiffusion.lora.inject import base_class_of, check_adapter, lora_layer_at, lora_layers
 from xdiffusion.lora.layers import LoRALayer
 from xdiffusion.lora.settings import DEFAULT_ADAPTER, LoRAError
@@ -31,7 +32,7 @@ class LoadReport:
     relative_delta: |scaling B A| / |W| over all matched modules (Frobenius norms).
     format: of the file.
     left_out: what the file has and the model has no place for: modules of a whole component, learned tokens.
-    repairs: what was wrong with the file and could be mended.
+    repairs: what was wrong with the file and could be mended, and of its base what is not as it was in training.
     config: of the run that made it, where the file says.
     """
 
@@ -78,7 +79,8 @@ def save_lora_weights(
     }
     if not modules:
         raise LoRAError(f"{type(model).__name__} has no LoRA adapter named {adapter_name!r} to save")
-    lora = LoRAFile(modules, tokens=tokens or {}, base_hash=base_hash, config=config, step=step)
+    sample = sample_of({name: model.get_submodule(name).weight for name in modules}) if base_hash else {}
+    lora = LoRAFile(modules, tokens=tokens or {}, base_hash=base_hash, base_sample=sample, config=config, step=step)
     path = Path(path).with_suffix(SAFETENSORS) if Path(path).suffix in PICKLED else Path(path)
     write_lora(lora, path, "native")
     return path
@@ -102,7 +104,8 @@ def load_lora_weights(
         path: a LoRA of any format, see `read_lora`. A component that the model does not have is left out and reported.
         scale: run-time strength.
         adapter_name: name of the adapter in the model.
-        base_hash: content hash of the model; compared with the file's where both are known.
+        base_hash: content hash of the model; compared with the file's where both are known, and where they differ the
+            weights with the file's sample of them, which knows them in any precision.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or of no known format.
@@ -111,9 +114,8 @@ def load_lora_weights(
     """
     path = weights_file(path)
     lora = read_lora(path, LayerTable.of(model))
-    if base_hash and lora.base_hash and base_hash != lora.base_hash:
-        raise LoRAError(f"{path} was trained on another base: it names {lora.base_hash}, this model is {base_hash}")
     modules, left_out = _by_own_names(model, lora.modules, path)
+    other_form = check_base(lora, base_hash, {name: model.get_submodule(name).weight for name in modules}, path)
     modules = _checked(model, modules, adapter_name, path)
     text_encoder = getattr(model, "text_encoder", None)
     takes_tokens = hasattr(text_encoder, "add_tokens")
@@ -125,7 +127,8 @@ def load_lora_weights(
         layer.adapters[adapter_name].scale = scale
     if lora.tokens and not takes_tokens:
         left_out.append(f"{len(lora.tokens)} learned tokens, {', '.join(lora.tokens)}")
-    return _report(model, list(modules), adapter_name, lora, tuple(left_out))
+    notes = (*lora.repairs, *([other_form] if other_form else []))
+    return _report(model, list(modules), adapter_name, replace(lora, repairs=notes), tuple(left_out))
 
 
 def parse_lora_spec(text: str) -> tuple[Path, float]:

@@ -1,7 +1,8 @@
 """This project's own LoRA files: safetensors with `module.lora_A`, `module.lora_B` by the model's own names.
 
 Header: format, version (of the package), rank and lora_alpha (one number, or one for each module), use_rslora where it
-is so, base_hash (content hash of the model it was trained on), config (resolved), step. Learned tokens are `token:NAME`.
+is so, base_hash (content hash of the model it was trained on), base_sample (a few values of each weight that it adapts, by
+module), config (resolved), step. Learned tokens are `token:NAME`.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ def read(loose: Loose, metadata: Mapping[str, str], path: Path) -> LoRAFile:
             return float(_of(alphas, module)), bool(_of(use_rslora, module))
 
         modules = assemble(loose.parts, path, loose.repairs, alpha_of)
-    base_hash = metadata.get("base_hash")
-    return LoRAFile(modules, "native", loose.tokens, metadata, tuple(loose.repairs), base_hash, config, step)
+        sample = json.loads(metadata.get("base_sample", "{}"))
+        sample = {module: [float(value) for value in values] for module, values in sample.items()}
+    repairs, base_hash = tuple(loose.repairs), metadata.get("base_hash")
+    return LoRAFile(modules, "native", loose.tokens, metadata, repairs, base_hash, sample, config, step)
 
 
 def write(lora: LoRAFile, path: Path) -> None:
@@ -51,6 +54,8 @@ def write(lora: LoRAFile, path: Path) -> None:
         entries["use_rslora"] = json.dumps(_compact({name: f.use_rslora for name, f in lora.modules.items()}))
     if lora.base_hash:
         entries["base_hash"] = lora.base_hash
+    if lora.base_sample:
+        entries["base_sample"] = json.dumps(dict(lora.base_sample), separators=(",", ":"))
     save_safetensors(path, tensors, entries)
 
 
