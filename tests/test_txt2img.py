@@ -10,11 +10,14 @@ from commands import ROOT, SAMPLE, files_in, run_script
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
+from sd_files import write_native
 
-from xdiffusion.build import build_model, load_config
+from xdiffusion.build import build_model, load_config, override
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import write_lora
-from xdiffusion.checkpoints.native import save_model
+from xdiffusion.checkpoints.native import load_model_file, save_model
+from xdiffusion.checkpoints.streaming import StoredTensors
+from xdiffusion.commands import sd
 
 SIZE = 16
 ATTENTION = "network.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
@@ -144,6 +147,49 @@ def test_words_in_a_lora_file_are_used(sample, work_folder, generator, capsys):
     assert sample("pairs", *words, "style.safetensors:0.8", "--paired") == 0
     assert files_in(work_folder / "pairs") == {"base.png", "lora.png", "paired.png", "image-0.png"}
     assert np.array_equal(pixels("on/image-0.png"), pixels("pairs/image-0.png"))
+
+
+def test_a_lora_is_drawn_by_what_it_was_trained_to_predict(sample, checkpoint, work_folder, generator, capsys):
+    update = {ATTENTION: factors(generator)}
+    ztsnr = {"kind": "betas", "zero_terminal_snr": True}
+    write_lora(LoRAFile(update), Path("silent.safetensors"), "native")
+    for name, schedule in (("v", {"kind": "betas"}), ("ztsnr", ztsnr)):
+        config = {"diffusion": {"prediction": "v", "schedule": schedule}}
+        write_lora(LoRAFile(update, config=config), Path(f"{name}.safetensors"), "native")
+    file = load_model_file(checkpoint)
+    config = OmegaConf.to_container(override(OmegaConf.create(file.config), ["diffusion.prediction=v"], "test"))
+    save_model(Path("base_v.safetensors"), file.tensors, config=config, image_shape=file.image_shape, step=0)
+
+    words = ["--prompt", "a fox", "--lora_path"]
+    assert sample("expected", *words, "silent.safetensors", "--checkpoint", "base_v.safetensors") == 0
+    assert "was trained with" not in capsys.readouterr().err
+    assert sample("drawn", *words, "v.safetensors", "--paired") == 0
+    said = "v.safetensors was trained with diffusion.prediction=v, and is drawn so; its base has eps"
+    assert said in capsys.readouterr().err
+    assert sample("silent", *words, "silent.safetensors", "--paired") == 0
+    assert np.array_equal(pixels("drawn/image-0.png"), pixels("expected/image-0.png"))
+    assert not np.array_equal(pixels("drawn/image-0.png"), pixels("silent/image-0.png"))
+    assert np.array_equal(pixels("drawn/base.png"), pixels("silent/base.png"))  # the base is drawn as it was trained
+    assert sample("out", *words, "v.safetensors", "--lora_path", "ztsnr.safetensors") == 2
+    message = "cannot be drawn together: ztsnr.safetensors was trained with diffusion.schedule.zero_terminal_snr=True"
+    assert message in capsys.readouterr().err
+
+
+def test_the_moving_average_is_a_flag(sample, work_folder, capsys):
+    convert = ["convert", str(write_native("sd15_tiny", work_folder / "native.safetensors")), "one.safetensors"]
+    sd.main([*convert, "--to", "original"])
+    stored = dict(StoredTensors(work_folder / "one.safetensors"))
+    average = {
+        f"model_ema.{n.removeprefix('model.').replace('.', '')}": t * 1.1 for n, t in stored.items() if ".diff" in n
+    }
+    save_file(stored | average, "both.safetensors")
+    words = ["--prompt", "a fox", "--height", 16, "--width", 16, "--sampling_steps", 1, "--checkpoint"]
+    for folder, flags in (("none", ["both"]), ("plain", ["both", "--no-ema"]), ("average", ["both", "--ema"])):
+        assert sample(folder, *words, f"{flags[0]}.safetensors", *flags[1:]) == 0
+    assert np.array_equal(pixels("none/image-0.png"), pixels("plain/image-0.png"))
+    assert not np.array_equal(pixels("none/image-0.png"), pixels("average/image-0.png"))
+    assert sample("out", *words, "one.safetensors", "--ema") == 2
+    assert "one.safetensors: the file holds the moving average of 0 of" in capsys.readouterr().err
 
 
 # --- bad input ---

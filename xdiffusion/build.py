@@ -255,6 +255,13 @@ def build_schedule(config: DictConfig) -> Schedule:
     return _construct(SCHEDULES[slot.kind], slot, "diffusion.schedule")
 
 
+def set_process(model: DiffusionModel, config: DictConfig) -> None:
+    """Let a finished model draw as a config says: on its schedule, read by its prediction, with its clip_skip."""
+    model.schedule, model.prediction = build_schedule(config), config.diffusion.prediction
+    if "clip_skip" in config.model.text_encoder:
+        model.text_encoder.clip_skip = config.model.text_encoder.clip_skip
+
+
 def build_sampling(config: DictConfig, schedule: Schedule) -> dict[str, Any]:
     """The keyword arguments of `model.generate` that `sampling:` decides: sampler, times and settings."""
     from xdiffusion.model import SamplingSettings

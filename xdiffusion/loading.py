@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xdiffusion.build import SCHEMA, build_model, image_shape, load_config, resolved
 from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.lora_formats.native import trained_config
 from xdiffusion.checkpoints.native import ModelFile, load_model_file
 from xdiffusion.checkpoints.stable_diffusion_files import StableDiffusionFile
 from xdiffusion.config import with_overrides, without_unknown
@@ -25,7 +26,8 @@ RECORDS = ("training", "optimizer", "checkpoints", "cache", "clip", "lora")  # s
 STABLE_DIFFUSION = Path(__file__).resolve().parent / "configs/image/sd"  # the built-in configs; in a wheel too
 ARCHITECTURE = ("model.network", "model.text_encoder", "model.autoencoder")
 PROCESS = ("diffusion.prediction", "diffusion.schedule")
-CHOICES = (*PROCESS, "model.text_encoder.clip_skip", "data.image_size")  # in which a run may differ from its base
+DRAWN_BY = (*PROCESS, "model.text_encoder.clip_skip")
+CHOICES = (*DRAWN_BY, "data.image_size")  # in which a run may differ from its base
 BEGUN_WITH = "pretrained"  # of the text encoder; says nothing of weights that are there
 
 
@@ -133,7 +135,7 @@ def _remarks(path: Path, found: StableDiffusionFile, config: DictConfig) -> Iter
         names = ("sd21_v", "sd21_base") if found.architecture.startswith("sd21") else ("sd15", "sd15")
         other = STABLE_DIFFUSION / f"{names[prediction == 'v']}{'_tiny' * found.architecture.endswith('_tiny')}.yaml"
         yield f"{path} is taken to predict {prediction}, by its name; if not, --config_path {_shown(other)}"
-    keys = (*(key for key in CHOICES[:3] if key != found.guessed), "model.autoencoder.scale_factor")
+    keys = (*(key for key in DRAWN_BY if key != found.guessed), "model.autoencoder.scale_factor")
     built_in = load_config(STABLE_DIFFUSION / f"{found.architecture}.yaml")
     said = [f"{key}={theirs}" for key, _, theirs in differences(built_in, config, keys)]
     if said:
@@ -234,6 +236,41 @@ def choices_of_run(config: DictConfig, file: ModelFile) -> list[str]:
     guessed = file.stable_diffusion.guessed if file.stable_diffusion else ""
     found = differences(config, stored, CHOICES)
     return [f"{key}={theirs} there, {ours} in the config" for key, ours, theirs in found if key != guessed]
+
+
+def as_trained(config: DictConfig, loras: Sequence[Path]) -> DictConfig:
+    """A model's config that draws as its LoRAs were trained, see `DRAWN_BY`; what changes is told on stderr.
+
+    Args:
+        config: of the model.
+        loras: files; those that say nothing of their training change nothing.
+
+    Raises:
+        CheckpointError: if they were trained for different predictions or schedules, or a file is damaged.
+        ConfigError: if what a file says cannot be.
+    """
+    said = {path: trained_config(path) for path in loras}
+    trained = {path: _drawn_as(config, content, path) for path, content in said.items() if content}
+    chosen = config
+    for path, one in trained.items():
+        for key, ours, theirs in differences(chosen, one, DRAWN_BY) if chosen is not config else ():
+            raise CheckpointError(
+                f"these LoRAs cannot be drawn together: {path} was trained with {key}={theirs}, another with {ours}"
+            )
+        for key, ours, theirs in differences(config, one, DRAWN_BY) if chosen is config else ():
+            print(f"{path} was trained with {key}={theirs}, and is drawn so; its base has {ours}", file=sys.stderr)
+        chosen = one
+    return chosen
+
+
+def _drawn_as(config: DictConfig, content: Mapping[str, Any], path: Path) -> DictConfig:
+    """A config with those keys of another's that it has and that say how to draw."""
+    given, chosen = from_mapping(content, str(path)), OmegaConf.create()
+    for key in DRAWN_BY:
+        value = OmegaConf.select(given, key)
+        if value is not None and OmegaConf.select(config, key) is not None:
+            OmegaConf.update(chosen, key, value)
+    return resolved(with_overrides(config, chosen, SCHEMA), str(path))
 
 
 def differences(config: DictConfig, other: DictConfig, keys: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:

@@ -18,9 +18,9 @@ from jaxtyping import Float
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from xdiffusion.build import build_sampling, override
-from xdiffusion.checkpoints.files import content_hash
-from xdiffusion.loading import load_model
+from xdiffusion.build import build_sampling, override, set_process
+from xdiffusion.checkpoints.files import content_hash, weights_file
+from xdiffusion.loading import as_trained, load_model
 from xdiffusion.lora.adapters import remove_lora, set_lora_scale, swap_lora
 from xdiffusion.lora.inject import apply_lora_to_model, lora_layers
 from xdiffusion.lora.settings import DEFAULT_ADAPTER, LoRAError
@@ -103,6 +103,8 @@ def load_lora_into_models(
 ) -> Models:
     """Put a LoRA of any format in the place of the one that the models have, and print what was matched.
 
+    The models draw by the prediction and the schedule that it was trained with, where its file says them.
+
     An optimizer keeps its parameters where the shapes stay. On an error the models are as before.
 
     Args:
@@ -119,11 +121,14 @@ def load_lora_into_models(
     """
     model = models["model"]
     base_hash = None if allow_other_base else content_hash(model.base_weights())
+    config = as_trained(models["config"], [weights_file(path)])
     report = load_lora_weights(model, path, scale=scale, adapter_name="incoming", base_hash=base_hash)
     incoming = {n: layer.factors("incoming") for n, layer in lora_layers(model) if "incoming" in layer.adapters}
     remove_lora(model, "incoming")
     swap_lora(model, incoming)
     set_lora_scale(model, scale, DEFAULT_ADAPTER)
+    set_process(model, config)
+    models["config"] = config
     print(f"{path}: {report}")
     return models
 

@@ -102,10 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from omegaconf import OmegaConf
 
-    from xdiffusion.build import build_sampling, image_shape, override
+    from xdiffusion.build import build_sampling, image_shape, override, set_process
     from xdiffusion.checkpoints.files import content_hash, ensure_writable, weights_file
+    from xdiffusion.checkpoints.lora_formats.native import trained_config
     from xdiffusion.data.image_set import ImageSet
-    from xdiffusion.loading import load_model, stored_config
+    from xdiffusion.loading import as_trained, load_model, stored_config
     from xdiffusion.lora import load_lora_weights
     from xdiffusion.lora.weights import parse_lora_spec
     from xdiffusion.model import at_a_time, best_device
@@ -115,13 +116,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError("--intervals 1: a spread needs at least 2 resamples")
     if args.report:
         ensure_writable(args.report.parent)
-    model, config = load_model(weights_file(args.checkpoint), args.config_path)
+    model, config = load_model(weights_file(args.checkpoint), args.config_path, ema=args.ema)
     base_hash, trained = content_hash(model.base_weights()), config
     text_encoder = copy.deepcopy(model.text_encoder) if args.clip == "own" else None  # a LoRA may change it
     if args.lora_path:
-        path, scale = parse_lora_spec(args.lora_path)
-        loaded = load_lora_weights(model, weights_file(path), scale=scale, base_hash=base_hash)
-        trained = stored_config(loaded.config, path) if loaded.config else config
+        given, scale = parse_lora_spec(args.lora_path)
+        path = weights_file(given)
+        config = as_trained(config, [path])
+        set_process(model, config)
+        load_lora_weights(model, path, scale=scale, base_hash=base_hash)
+        said = trained_config(path)
+        trained = stored_config(said, path) if said else config
     config = OmegaConf.create(OmegaConf.to_container(config) | {"data": OmegaConf.to_container(trained.data)})
     config = override(config, sampling_overrides(args, FLAG_KEYS), "command line")
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):

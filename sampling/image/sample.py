@@ -20,7 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xdiffusion.cli import SAMPLING_FLAGS, Parser, add_model_flags, positive_int, run, sampling_overrides
+from xdiffusion.cli import (
+    SAMPLING_FLAGS,
+    Parser,
+    add_model_flags,
+    positive_int,
+    run,
+    sampling_overrides,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +35,7 @@ if TYPE_CHECKING:
     from xdiffusion.model import DiffusionModel, StartImage
 
 PAIRED_SCALES = (0.5, 1.0)
+FLAG_KEYS = SAMPLING_FLAGS | {"clip_skip": "model.text_encoder.clip_skip"}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -130,13 +138,15 @@ def with_recipe(argv: Sequence[str]) -> tuple[list[str], str | None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    import torch
     from omegaconf import OmegaConf
     from tqdm import tqdm
 
-    from xdiffusion.build import build_sampling, override
+    from xdiffusion.build import build_sampling, override, set_process
     from xdiffusion.checkpoints.files import content_hash, ensure_writable, weights_file
+    from xdiffusion.checkpoints.native import load_model_file
     from xdiffusion.data.captions import PROMPT_TABLES
-    from xdiffusion.loading import load_model
+    from xdiffusion.loading import as_trained, load_model
     from xdiffusion.lora import load_lora_weights, merge_lora_weights, set_lora_scale, unmerge_lora_weights
     from xdiffusion.lora.weights import parse_lora_spec
     from xdiffusion.model import best_device, generate, generators_for
@@ -144,27 +154,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xdiffusion.prompts import expand_prompts
 
     checkpoint = weights_file(args.checkpoint)
-    model, config = load_model(checkpoint, args.config_path)
-    config = override(config, sampling_overrides(args, SAMPLING_FLAGS), "command line")
-    sampling = build_sampling(config, model.schedule)
+    loras = [(weights_file(path), scale) for path, scale in map(parse_lora_spec, args.lora_path)]
+    model, base_config = load_model(checkpoint, args.config_path, dtype=dtype_of(args), ema=args.ema)
+    config = as_trained(base_config, [path for path, _ in loras])
+    overrides = sampling_overrides(args, FLAG_KEYS)
+    base_config, config = (override(one, overrides, "command line") for one in (base_config, config))
+    set_process(model, config)
     table = PROMPT_TABLES.get(config.data.kind.removesuffix("_inverted"))
     prompts = expand_prompts(args.prompt, table, args.num_samples)
     name = Path(args.config_path).stem if args.config_path else checkpoint.absolute().parent.name
     folder = Path(args.output_path) if args.output_path else OUTPUT_ROOT / config.data.kind / "sample" / name
     start_image = set_up(model, args)
 
-    base_hash = content_hash(model.base_weights()) if args.lora_path and not args.allow_other_base else None
+    checks_base = bool(loras) and not args.allow_other_base
+    base_hash = content_hash(load_model_file(checkpoint, args.ema).tensors, torch.float32) if checks_base else None
     place(model, best_device(args.force_cpu), args)  # before the LoRAs, whose factors stay float32
     strengths = {}
-    for i, (given, scale) in enumerate(parse_lora_spec(text) for text in args.lora_path):
-        path = weights_file(given)
+    for i, (path, scale) in enumerate(loras):
         report = load_lora_weights(model, path, scale=scale, adapter_name=f"lora_{i}", base_hash=base_hash)
         strengths[f"lora_{i}"] = scale
         print(f"{path}: {report}")
     ensure_writable(folder)
 
     batch_size = args.batch_size or (100 if table else 4)
-    steps = len(sampling["times"]) - 1
+    steps = len(build_sampling(config, model.schedule)["times"]) - 1
     steps = int(steps * start_image.strength) if start_image else steps
 
     film: list[list[torch.Tensor]] = []  # of each batch, what is denoised from moment to moment
@@ -175,6 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             set_lora_scale(model, share * scale, adapter)
         if strengths and args.lora_merge:
             merge_lora_weights(model)
+        drawn_by = config if share else base_config
+        set_process(model, drawn_by)
         with tqdm(total=steps * -(-len(prompts) // batch_size), unit="step", leave=False, disable=None) as bar:
 
             def each_step(i, xt, x0):
@@ -190,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 batch_size=batch_size,
                 on_start=(lambda x_T: film.append([x_T.cpu()])) if filmed else None,
                 on_step=each_step,
-                **sampling,
+                **build_sampling(drawn_by, model.schedule),
             )
         if strengths and args.lora_merge:
             unmerge_lora_weights(model)  # the next picture is of another strength
@@ -214,15 +229,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def set_up(model: DiffusionModel, args: argparse.Namespace) -> StartImage | None:
-    """Size, layer and words of the model, and the image to start from, as the flags say."""
+    """Size and words of the model, and the image to start from, as the flags say."""
     from xdiffusion.checkpoints.learned_tokens import parse_tokens_spec, read_learned_tokens
 
     _, height, width = model.image_shape
     model.resize(args.height or height, args.width or width)
     if args.tile_size and model.autoencoder.pixels_per_latent == 1:
         raise ValueError(f"--tile_size {args.tile_size} is for models with an autoencoder; this one draws pixels")
-    if args.clip_skip:
-        model.text_encoder.clip_skip = args.clip_skip
     for path, name in map(parse_tokens_spec, args.learned_tokens):
         tokens = read_learned_tokens(path, name)
         model.text_encoder.add_tokens(tokens)
@@ -253,12 +266,8 @@ def set_up(model: DiffusionModel, args: argparse.Namespace) -> StartImage | None
 
 
 def place(model: DiffusionModel, device: torch.device, args: argparse.Namespace) -> None:
-    """Set the precision of the weights, and put the model where it works."""
-    import torch
-
-    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-    for part in (model.network, model.text_encoder):
-        part.to(dtype=dtype)  # the autoencoder's errors would be seen
+    """Set the precision of learned words too, and put the model where it works."""
+    model.set_precision(dtype_of(args))
     if args.tile_size:
         model.autoencoder.tile_size = args.tile_size
     if args.offload:
@@ -266,6 +275,13 @@ def place(model: DiffusionModel, device: torch.device, args: argparse.Namespace)
         model.autoencoder.sliced = True
     else:
         model.to(device)
+
+
+def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
+    """Of the network and the text encoder; None is float32."""
+    import torch
+
+    return {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
 
 
 def write(

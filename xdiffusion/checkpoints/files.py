@@ -196,11 +196,15 @@ def weights_file(path: str | Path) -> Path:
     return found
 
 
-def content_hash(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of names, dtypes, shapes and bits, independent of order, device and memory layout: 32 hex digits."""
+def content_hash(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """A hash of names, dtypes, shapes and bits, independent of order, device and memory layout: 32 hex digits.
+
+    Of tensors with fractions in another dtype, if one is given: they are converted one after another.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -33,7 +33,6 @@ class LoadReport:
     format: of the file.
     left_out: what the file has and the model has no place for: modules of a whole component, learned tokens.
     repairs: what was wrong with the file and could be mended, and of its base what is not as it was in training.
-    config: of the run that made it, where the file says.
     """
 
     matched: list[str]
@@ -43,7 +42,6 @@ class LoadReport:
     format: str = "native"
     left_out: tuple[str, ...] = ()
     repairs: tuple[str, ...] = ()
-    config: Mapping[str, Any] | None = None
 
     def __str__(self) -> str:
         scalings = ", ".join(f"{s:g}" for s in self.scalings)
@@ -208,6 +206,4 @@ def _report(
     settings = [layer.adapters[adapter_name] for layer in layers]
     scalings = sorted({s.scaling for s in settings})
     relative_delta = float((deltas.sum() / weights.sum()).sqrt())
-    return LoadReport(
-        modules, settings[0].scale, scalings, relative_delta, lora.format, left_out, lora.repairs, lora.config
-    )
+    return LoadReport(modules, settings[0].scale, scalings, relative_delta, lora.format, left_out, lora.repairs)

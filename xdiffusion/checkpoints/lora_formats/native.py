@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from xdiffusion.checkpoints.files import CheckpointError, save_safetensors
+from xdiffusion.checkpoints.files import SAFETENSORS, CheckpointError, save_safetensors
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats.factors import assemble
 from xdiffusion.checkpoints.lora_formats.keys import TOKEN, Loose
 from xdiffusion.checkpoints.native import LORA_FORMAT, header, reading_header
+from xdiffusion.checkpoints.streaming import StoredTensors
 
 
 def read(loose: Loose, metadata: Mapping[str, str], path: Path) -> LoRAFile:
@@ -38,6 +39,20 @@ def read(loose: Loose, metadata: Mapping[str, str], path: Path) -> LoRAFile:
         sample = {module: [float(value) for value in values] for module, values in sample.items()}
     repairs, base_hash = tuple(loose.repairs), metadata.get("base_hash")
     return LoRAFile(modules, "native", loose.tokens, metadata, repairs, base_hash, sample, config, step)
+
+
+def trained_config(path: Path) -> dict[str, Any] | None:
+    """The config of the run that trained a LoRA of ours, without reading the LoRA; None where a file does not say.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    metadata = StoredTensors(path).metadata if path.suffix == SAFETENSORS else {}
+    with reading_header(path):
+        config = json.loads(metadata["config"]) if metadata.get("format") == LORA_FORMAT else None
+        if not isinstance(config, dict | None):
+            raise TypeError(f"config={config!r:.100}")
+    return config or None
 
 
 def write(lora: LoRAFile, path: Path) -> None:
