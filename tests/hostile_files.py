@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from tiny import SETTINGS, tiny_config, tiny_images, tiny_model
 
 from xdiffusion.build import image_shape, load_config
+from xdiffusion.checkpoints.files import load_safetensors
 from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
@@ -166,7 +167,7 @@ def _read_cached(folder: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_bytes((folder / "entry.safetensors").read_bytes())
     _cache(folder).get("key")
-    _cache(folder).require("key")
+    load_safetensors(path)
 
 
 def _write_index(folder: Path) -> None:

@@ -197,7 +197,8 @@ def test_a_picture_above_the_limit_is_skipped_by_its_header_alone(tmp_path, monk
     write_pictures(tmp_path, [(16, 16)], ["words"])
     Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
     (tmp_path / "huge.txt").write_text("words")
-    monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("decoded"))
+    decode = Image.Image.load
+    monkeypatch.setattr(Image.Image, "load", lambda image: image.width < 10_000 and decode(image))
     assert load(tmp_path).skipped == {
         "huge.png": "10000x10000 (100 megapixels, PNG 1) would take 572 MB of memory; allowed are 256"
     }
@@ -237,10 +238,37 @@ def test_a_truncated_picture_is_replaced_by_the_next_of_its_bucket_and_named_onc
     for _ in range(2):
         batch = images.batch(torch.tensor([2]), torch.zeros(1), CENTRE)
         assert batch.captions == ["a"] and batch.labels.tolist() == [0]
-    assert capsys.readouterr().err.count("picture_2.png is replaced by the next picture: cannot be read") == 1
-    truncate(paths[0])
-    with pytest.raises(ValueError, match=r"none of the 2 pictures of picture_2.png's shape is whole"):
-        images.batch(torch.tensor([2]), torch.zeros(1), CENTRE)
+    err = capsys.readouterr().err
+    assert err.count("picture_2.png is replaced by picture_0.png: cannot be read") == 1 and "1 damaged so far" in err
+
+
+@pytest.mark.parametrize("damage", [truncate, lambda path: path.unlink()], ids=["truncated", "removed"])
+def test_a_bucket_that_is_damaged_later_is_replaced_from_another_in_its_own_shape(tmp_path, damage, capsys):
+    paths = write_pictures(tmp_path, [(16, 16), (20, 12), (16, 16)], ["a", "b", "c"])
+    images = load(tmp_path)
+    damage(paths[1])
+    batch = images.batch(torch.tensor([1]), torch.zeros(1), CENTRE)
+    assert batch.captions == ["a"] and batch.images.shape[2:] == images.sizes[1]
+    assert capsys.readouterr().err.count("picture_1.png is replaced by picture_0.png") == 1
+    for path in paths:
+        truncate(path) if path.exists() else None
+    with pytest.raises(ValueError, match=r"none of its 3 pictures is whole any more: picture_1.png cannot be read"):
+        images.batch(torch.tensor([1]), torch.zeros(1), CENTRE)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bucket_without_a_whole_picture_is_left_out(tmp_path):
+    paths = write_pictures(tmp_path, [(20, 12), (16, 16), (20, 12)], ["a", "b", "c"])
+    truncate(paths[0]), truncate(paths[2])
+    images = load(tmp_path)
+    assert list(images.buckets) == [(16, 16)] and images.captions == [("b",)]
+    assert (
+        images.skipped.keys() == {"picture_0.png", "picture_2.png"}
+        and "skipped 2: picture_0.png (cannot" in images.summary
+    )
+    truncate(paths[1])
+    with pytest.raises(ValueError, match=r"no usable picture: .*skipped 3: picture_0.png \(cannot be read"):
+        load(tmp_path)
 
 
 # --- pixels ---

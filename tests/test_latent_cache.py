@@ -105,6 +105,33 @@ def test_a_truncated_picture_is_replaced_as_it_is_without_a_cache(folder, capsys
     assert "picture_2.png is replaced" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("overrides", [(), NONE], ids=["cached", "not cached"])
+def test_the_only_picture_of_a_shape_may_be_damaged_between_two_runs(folder, overrides, capsys):
+    LatentCacheOf(folder)
+    truncate(folder / "set/picture_1.png")
+    trainer = tiny_sd_trainer(tiny_sd_config(folder, *overrides))
+    assert "skipped 1: picture_1.png (cannot be read" in capsys.readouterr().out
+    assert all(trainer.step(step).loss > 0 for step in range(1, 5))
+
+
+@pytest.mark.parametrize("damage", [truncate, lambda path: path.unlink()], ids=["truncated", "removed"])
+def test_entries_that_are_gone_are_computed_again(folder, damage, capsys):
+    trainer, same = tiny_sd_trainer(tiny_sd_config(folder)), tiny_sd_trainer(tiny_sd_config(folder))
+    for path in (folder / "cache").rglob("*.safetensors"):
+        damage(path)
+    losses = [trainer.step(step).loss for step in (1, 2)]
+    assert "is gone or damaged: it is computed again" in capsys.readouterr().err
+    assert losses == [same.step(step).loss for step in (1, 2)]
+    assert "is gone" not in capsys.readouterr().err  # they are there again
+
+
+def test_embeddings_are_read_once(folder, monkeypatch):
+    trainer = tiny_sd_trainer(tiny_sd_config(folder))
+    first = trainer.task.embed(["a cat", "a dog"])
+    monkeypatch.setattr(TensorCache, "get", lambda *_: pytest.fail("read again"))
+    assert torch.equal(trainer.task.embed(["a dog", "a cat"]), first.flip(0))
+
+
 def test_what_cannot_be_cached_is_refused(folder):
     with pytest.raises(ValueError, match=r"cache.latents=true .*data.random_crop must be false"):
         tiny_sd_trainer(tiny_sd_config(folder, "data.random_crop=true"))

@@ -29,6 +29,10 @@ class TensorCache:
         self.folder = folder
         self.depends_on = json.dumps(dict(depends_on), sort_keys=True)
 
+    def holds(self, key: str) -> bool:
+        """Whether there are tensors of a key, which are not read."""
+        return self.path(key).is_file()
+
     def get(self, key: str) -> dict[str, Tensor] | None:
         """The tensors of a key, or None where there are none, or a damaged file."""
         path = self.path(key)
@@ -36,14 +40,6 @@ class TensorCache:
             return load_safetensors(path)[0] if path.is_file() else None
         except CheckpointError:
             return None
-
-    def require(self, key: str) -> dict[str, Tensor]:
-        """The tensors of a key that was seen to be there.
-
-        Raises:
-            CheckpointError: if it is gone or damaged meanwhile.
-        """
-        return load_safetensors(self.path(key))[0]
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors of a key.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,7 +33,7 @@ class Crop:
 
 
 class CaptionedImages:
-    """The usable pictures of a collection.
+    """The usable pictures of a collection: by their headers, and for each shape one that was seen to be whole.
 
     Args:
         name: as in `--dataset_name`.
@@ -44,6 +44,9 @@ class CaptionedImages:
         flip: mirror every other picture at random.
         captions: if given, the captions of every picture instead of its own; one is drawn each time.
         absent: pictures that a list names and that are not there, beside those of `pictures`.
+
+    Attributes:
+        damaged: the indices of pictures that proved damaged since, which others replace.
 
     Raises:
         ValueError: if no picture is left, or the sizes do not go together.
@@ -74,11 +77,14 @@ class CaptionedImages:
         self.captions: list[tuple[str, ...]] = []
         self.skipped: dict[str, str] = {}
         self.absent = absent
-        self._reported: set[int] = set()
-        sizes = bucket_sizes(image_size, bucket_multiple, max_aspect)
+        self.damaged: set[int] = set()
+        sizes, whole = bucket_sizes(image_size, bucket_multiple, max_aspect), set()
         for picture in pictures:
             try:
                 size = _usable_size(picture, sizes, needs_caption=not captions)
+                if size not in whole:  # a shape of which none is whole is left out, of the others one can stand in
+                    picture.pixels()
+                    whole.add(size)
             except DamagedImage as error:
                 self.skipped[picture.name] = str(error)
                 continue
@@ -129,7 +135,7 @@ class CaptionedImages:
         """The indexed pictures, which are of one bucket; a label is a picture's index.
 
         Args:
-            index: of the pictures. One that proves damaged is replaced by the next of its bucket.
+            index: of the pictures. One that proves damaged is replaced, see `load`.
             wording: in [0, 1), picks the caption.
             moves: in [0, 1): flip, top and left.
             size: (height, width), where it is not the bucket's.
@@ -153,33 +159,42 @@ class CaptionedImages:
         return [captions[int(u * len(captions))] for captions, u in zip(tables, wording.tolist())]
 
     def load(self, index: int, crop: Crop, size: Size | None = None) -> tuple[int, UInt8[Tensor, "3 H W"]]:
-        """A picture's pixels, and its index; the next whole one of its bucket where it proves damaged.
+        """A picture's pixels, and its index; where it proves damaged, those of the next whole one of its bucket, and if
+        there is none any more, of the others.
 
         Raises:
-            ValueError: if none of its bucket is whole.
+            ValueError: if none of all is whole.
         """
-        members = self.buckets[self.sizes[index]]
-        place = int(torch.searchsorted(members, index))
-        for further in range(len(members)):
-            candidate = int(members[(place + further) % len(members)])
+        damaged: dict[int, DamagedImage] = {}
+        for candidate in self._standing_for(index):
             try:
                 image = self.pictures[candidate].pixels(size or self.sizes[index], crop.top, crop.left)
             except DamagedImage as error:
-                self._report(candidate, error)
+                damaged[candidate] = error
                 continue
+            self._report(damaged, candidate)
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
             return candidate, pixels.flip(2) if crop.flip else pixels
         raise ValueError(
-            f"{self.name}: none of the {len(members)} pictures of {_shortened(self.pictures[index].name)}'s shape is whole"
+            f"{self.name}: none of its {len(self)} pictures is whole any more: "
+            f"{_shortened(self.pictures[index].name)} {damaged[index]}"
         )
 
-    def _report(self, index: int, error: DamagedImage) -> None:
-        if index not in self._reported:
-            self._reported.add(index)
-            print(
-                f"warning: {_shortened(self.pictures[index].name)} is replaced by the next picture: {error}",
-                file=sys.stderr,
-            )
+    def _standing_for(self, index: int) -> Iterator[int]:
+        """A picture, those that follow in its bucket, and all others: the same on each call."""
+        members = self.buckets[self.sizes[index]]
+        yield from members.roll(-int(torch.searchsorted(members, index))).tolist()
+        yield from (i for i, size in enumerate(self.sizes) if size != self.sizes[index])
+
+    def _report(self, damaged: Mapping[int, DamagedImage], instead: int) -> None:
+        for index, error in damaged.items():
+            if index not in self.damaged:
+                self.damaged.add(index)
+                names = (_shortened(self.pictures[i].name) for i in (index, instead))
+                print(
+                    f"warning: {' is replaced by '.join(names)}: {error}; {len(self.damaged)} damaged so far",
+                    file=sys.stderr,
+                )
 
 
 def _shortened(name: str) -> str:

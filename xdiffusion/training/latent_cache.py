@@ -1,5 +1,7 @@
 """Latents and text embeddings computed once, before the first step, so that their models need not stay on the GPU.
 
+They are read from the disk when a step needs them; the embeddings of the first captions stay in memory.
+
     latents:     hash of the picture's bytes, shape, flip | hash and settings of the autoencoder -> (mean, std)
     embeddings:  caption | hash and settings of the text encoder -> (L, D)
 
@@ -8,19 +10,24 @@ Each step still draws its own latent from N(mean, std^2), and crops stay at the 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from xdiffusion.checkpoints.files import content_hash
 from xdiffusion.checkpoints.tensor_cache import TensorCache
+from xdiffusion.data.buckets import Size
 from xdiffusion.data.captioned_images import CaptionedImages, Crop
+from xdiffusion.data.image_files import DamagedImage
 from xdiffusion.data.image_set import to_unit_range
+
+MAX_BYTES = 256 * 2**20  # of embeddings in memory; a caption of Stable Diffusion 1.5 has 0.24 MB
 
 
 class LatentCache:
@@ -28,7 +35,7 @@ class LatentCache:
 
     Args:
         images: the pictures.
-        autoencoder: with `posterior`; needed only now.
+        autoencoder: with `posterior`; needed now, and later for entries that are gone from the disk meanwhile.
         cache: see `cache_for`.
         shapes: (height, width) that every picture is needed in; None for each in its own bucket's.
 
@@ -42,7 +49,7 @@ class LatentCache:
         images: CaptionedImages,
         autoencoder: nn.Module,
         cache: TensorCache,
-        shapes: Sequence[tuple[int, int]] | None = None,
+        shapes: Sequence[Size] | None = None,
     ):
         if not isinstance(images, CaptionedImages):
             raise ValueError(
@@ -51,49 +58,61 @@ class LatentCache:
             )
         if images.random_crop:
             raise ValueError("cache.latents=true keeps one latent of each picture, so data.random_crop must be false")
+        self.images = images
+        self.autoencoder = autoencoder
         self.cache = cache
         self.computed = 0
-        self.entries: dict[tuple[int, tuple[int, int], bool], tuple[int, str]] = {}  # -> (picture, key)
-        device = next(autoencoder.parameters(), torch.empty(0)).device
+        self.entries: dict[tuple[int, Size, bool], tuple[int, str]] = {}  # -> (picture, key)
         for index in tqdm(range(len(images)), desc="latents", unit="picture", leave=False, disable=None):
             for shape in shapes or [images.sizes[index]]:
                 for flip in (False, True) if images.flip else (False,):
-                    self.entries[index, shape, flip] = self._entry(
-                        images, index, Crop(flip), shape, autoencoder, device
-                    )
+                    if not self._find(index, shape, flip):
+                        self._compute(index, shape, flip)
 
-    def _entry(
-        self,
-        images: CaptionedImages,
-        index: int,
-        crop: Crop,
-        shape: tuple[int, int],
-        autoencoder: nn.Module,
-        device: torch.device,
-    ) -> tuple[int, str]:
-        """The picture that stands for this one (itself, if it is whole) and its key, computed where it is not there."""
-        key = f"{images.pictures[index].content_hash()} {shape[0]}x{shape[1]} centre{' flipped' * crop.flip}"
-        if self.cache.get(key) is not None:
-            return index, key
-        whole, pixels = images.load(index, crop, shape)
-        if whole != index:
-            return self._entry(images, whole, crop, shape, autoencoder, device)
-        with torch.no_grad():
-            mean, std = autoencoder.posterior(to_unit_range(pixels[None]).to(device))
+    def _find(self, index: int, shape: Size, flip: bool) -> bool:
+        """Enter a picture's latents if they are on the disk."""
+        try:
+            key = self._key(index, shape, flip)
+        except DamagedImage:  # what stands for it will be found or computed
+            return False
+        self.entries[index, shape, flip] = index, key
+        return self.cache.holds(key)
+
+    @torch.no_grad()
+    def _compute(self, index: int, shape: Size, flip: bool) -> dict[str, Tensor]:
+        """Enter a picture (if it is damaged, what stands for it) and its latents, encoded where the autoencoder is."""
+        whole, pixels = self.images.load(index, Crop(flip), shape)
+        key = self._key(whole, shape, flip)
+        self.entries[index, shape, flip] = whole, key
+        if whole != index and (found := self.cache.get(key)) is not None:
+            return found
+        device = next(self.autoencoder.parameters(), torch.empty(0)).device
+        mean, std = self.autoencoder.posterior(to_unit_range(pixels[None]).to(device))
         if std is None:
             raise ValueError("cache.latents=true needs an autoencoder: this model's pixels are its latents")
-        self.cache.put(key, {"mean": mean[0].float(), "std": std[0].float()})
+        tensors = {"mean": mean[0].float().cpu(), "std": std[0].float().cpu()}
+        self.cache.put(key, tensors)
         self.computed += 1
-        return index, key
+        return tensors
+
+    def _key(self, index: int, shape: Size, flip: bool) -> str:
+        return f"{self.images.pictures[index].content_hash()} {shape[0]}x{shape[1]} centre{' flipped' * flip}"
+
+    def _stored(self, index: int, shape: Size, flip: bool) -> dict[str, Tensor]:
+        _, key = self.entries[index, shape, flip]
+        if (tensors := self.cache.get(key)) is not None:
+            return tensors
+        print(f"warning: {self.cache.path(key)} is gone or damaged: it is computed again", file=sys.stderr)
+        return self._compute(index, shape, flip)
 
     def batch(
-        self, index: Tensor, crops: Sequence[Crop], shape: tuple[int, int]
+        self, index: Int[Tensor, " b"], crops: Sequence[Crop], shape: Size
     ) -> tuple[list[int], Float[Tensor, "b C h w"], Float[Tensor, "b C h w"]]:
         """The pictures (each itself, or what stands for it), their means and their standard deviations."""
-        found = [self.entries[i, shape, crop.flip] for i, crop in zip(index.tolist(), crops)]
-        stored = [self.cache.require(key) for _, key in found]
+        wanted = [(i, shape, crop.flip) for i, crop in zip(index.tolist(), crops)]
+        stored = [self._stored(*entry) for entry in wanted]
         mean, std = (torch.stack([tensors[name] for tensors in stored]) for name in ("mean", "std"))
-        return [picture for picture, _ in found], mean, std
+        return [self.entries[entry][0] for entry in wanted], mean, std
 
 
 class EmbeddingCache:
@@ -101,23 +120,42 @@ class EmbeddingCache:
 
     Args:
         prompts: all that a run will ask for.
-        encoder: the text encoder; needed only now.
+        encoder: the text encoder; needed now, and later for entries that are gone from the disk meanwhile.
         cache: see `cache_for`.
         device: of what it returns.
     """
 
     def __init__(self, prompts: Iterable[str], encoder: nn.Module, cache: TensorCache, device: torch.device):
+        self.encoder = encoder
         self.cache = cache
         self.device = device
         self.computed = 0
+        self.kept: dict[str, Tensor] = {}
         for prompt in tqdm(dict.fromkeys(prompts), desc="captions", unit="caption", leave=False, disable=None):
-            if cache.get(prompt) is None:
-                with torch.no_grad():
-                    cache.put(prompt, {"context": encoder.encode([prompt])[0].float()})
-                self.computed += 1
+            if not cache.holds(prompt):
+                self._compute(prompt)
+
+    @torch.no_grad()
+    def _compute(self, prompt: str) -> Float[Tensor, "L D"]:
+        context = self.encoder.encode([prompt])[0].float().cpu()
+        self.cache.put(prompt, {"context": context})
+        self.computed += 1
+        return context
+
+    def _stored(self, prompt: str) -> Float[Tensor, "L D"]:
+        if prompt in self.kept:
+            return self.kept[prompt]
+        if (tensors := self.cache.get(prompt)) is not None:
+            context = tensors["context"]
+        else:
+            print(f"warning: {self.cache.path(prompt)} is gone or damaged: it is computed again", file=sys.stderr)
+            context = self._compute(prompt)
+        if (1 + len(self.kept)) * context.nbytes <= MAX_BYTES:
+            self.kept[prompt] = context
+        return context
 
     def __call__(self, prompts: list[str]) -> Float[Tensor, "B L D"]:
-        return torch.stack([self.cache.require(prompt)["context"] for prompt in prompts]).to(self.device)
+        return torch.stack([self._stored(prompt) for prompt in prompts]).to(self.device)
 
 
 def cache_for(part: nn.Module, settings: Mapping[str, Any], folder: Path) -> TensorCache:

@@ -58,7 +58,9 @@ class Sources:
             shapes = [None, list(data.buckets)] if class_images is not None else [None]
             with self._visiting(model.autoencoder):
                 latents = [LatentCache(images, model.autoencoder, cache, s) for images, s in zip(sets, shapes)]
-            print(_said("latents", sum(images.computed for images in latents), cache.folder))
+            damaged = sum(len(images.damaged) for images in sets)
+            replaced = f"; {damaged} damaged pictures are replaced by others" if damaged else ""
+            print(_said("latents", sum(images.computed for images in latents), cache.folder) + replaced)
         self.embed = self._embedder(model, sets, config, cached)
         sources = [Source(*source) for source in zip(sets, weights, latents)]
         self.batches = Batches(sources, model.autoencoder.posterior, settings, device)
