@@ -1,6 +1,7 @@
 """Files from strangers that claim more than they hold: no memory, no time, no depth beyond what their size lets expect."""
 
 import json
+import os
 import re
 import struct
 import zipfile
@@ -122,7 +123,17 @@ def test_deep_json_is_named(name, tmp_path):
         READERS[name].read(tmp_path)
 
 
-@pytest.mark.parametrize("said", ["[" * 100_000, '{"prediction_type": []}', "[]"])
+@pytest.mark.parametrize("name", ["LoRA, peft config", "recipe in a PNG", "tar shard", "run.json", "config, YAML"])
+def test_a_pipe_is_not_waited_for(name, tmp_path):
+    READERS[name].write(tmp_path)
+    path = tmp_path / READERS[name].damaged
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        READERS[name].read(tmp_path)
+
+
+@pytest.mark.parametrize("said", ["[" * 100_000, " " * 2**20 + "{}", '{"prediction_type": []}', "[]"])
 def test_a_scheduler_that_is_none_is_named(said, tmp_path):
     for folder in ("unet", "vae", "text_encoder", "scheduler"):
         (tmp_path / folder).mkdir()

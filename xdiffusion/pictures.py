@@ -82,6 +82,8 @@ def read_metadata(path: Path) -> dict[str, str]:
         ValueError: if it is missing, no PNG, or a damaged one.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(None, "it is no file")  # but a pipe or a device, which has no end
         with path.open("rb") as file:
             return _read_text(file)
     except OSError as error:  # UnidentifiedImageError is one

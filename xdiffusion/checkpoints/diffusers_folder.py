@@ -23,10 +23,10 @@ from xdiffusion.checkpoints.diffusers import (
 )
 from xdiffusion.checkpoints.diffusers_settings import FILES, VERSION, folder_settings
 from xdiffusion.checkpoints.files import (
-    MAX_HEADER_BYTES,
     SAFETENSORS,
     CheckpointError,
     ensure_writable,
+    read_json,
     save_safetensors,
 )
 from xdiffusion.checkpoints.weight_index import open_weights, read_indexed
@@ -97,19 +97,14 @@ def read_settings(folder: Path) -> dict[str, dict[str, Any]]:
     Raises:
         CheckpointError: if one cannot be read.
     """
-    return {name: _read_json(folder / name) for name in FILES if (folder / name).is_file()}
+    return {name: _read_mapping(folder / name) for name in FILES if (folder / name).is_file()}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_HEADER_BYTES:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes; allowed are {MAX_HEADER_BYTES:,}")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds no settings but {content!r:.40}")
-        return content
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+def _read_mapping(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no settings but {content!r:.40}")
+    return content
 
 
 def write_diffusers_folder(

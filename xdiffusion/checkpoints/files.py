@@ -8,6 +8,7 @@ A file takes no more memory than its own size lets expect, whatever its header s
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 import tempfile
@@ -145,6 +146,24 @@ def load_pickled(path: Path, mmap: bool = False) -> Any:
     except Exception as error:  # reading a damaged file fails with whatever it happens to hit
         reason = shorten(str(error), 200, placeholder="...") or type(error).__name__
         raise CheckpointError(f"{path} is not a torch file of plain weights: {reason}") from error
+
+
+def read_json(path: Path, max_bytes: int = 2**20) -> Any:
+    """The content of a JSON file, whose values may take thirty times the memory of their text.
+
+    Raises:
+        CheckpointError: if it is missing, larger, or no JSON.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no file at {path}")
+    try:
+        with path.open("rb") as file:
+            content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise ValueError(f"it has more than {max_bytes:,} bytes")
+        return json.loads(content)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error!s:.200})") from error
 
 
 def existing_weights(path: Path) -> tuple[Path, str | None]:

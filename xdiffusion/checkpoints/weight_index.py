@@ -7,7 +7,6 @@ The names are those of whoever made the folder: none may lead out of it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 
@@ -19,6 +18,7 @@ from xdiffusion.checkpoints.files import (
     SAFETENSORS,
     CheckpointError,
     load_pickled,
+    read_json,
 )
 from xdiffusion.checkpoints.streaming import StoredTensors
 
@@ -62,12 +62,11 @@ def read_indexed(index: Path) -> dict[str, Tensor]:
 def _weight_map(index: Path) -> dict[str, str]:
     """File by tensor, every file the name, without a folder, of one of the kind that the index is for."""
     kind = ".bin" if ".bin.index." in index.name else SAFETENSORS
+    content = read_json(index, MAX_HEADER_BYTES)
     try:
-        if index.stat().st_size > MAX_HEADER_BYTES:
-            raise ValueError(f"it has {index.stat().st_size:,} bytes; allowed are {MAX_HEADER_BYTES:,}")
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = content["weight_map"]
         files = set(places.values())
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error})") from error
     for file in files:
         # read as Windows does, a path is one there or here

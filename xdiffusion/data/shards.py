@@ -218,9 +218,11 @@ def read_shard(shard: Path) -> Iterator[Picture]:
     """The pictures of one shard with their captions, in its order; their bytes are read when they are opened.
 
     Raises:
-        ShardError: if it is no tar file or a cut one, a member is a link or device, its name leads out of the shard or its
-            size is above MAX_IMAGE_BYTES or MAX_TEXT_BYTES, or a sample lacks its picture or its caption.
+        ShardError: if it is missing, no tar file or a cut one, a member is a link or device, its name leads out of the
+            shard or its size is above MAX_IMAGE_BYTES or MAX_TEXT_BYTES, or a sample lacks its picture or its caption.
     """
+    if not shard.is_file():
+        raise ShardError(f"no shard at {shard}")
     length = shard.stat().st_size
     key, picture, caption = None, None, None
     try:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from xdiffusion.checkpoints.files import CheckpointError, content_hash, write_atomically
+from xdiffusion.checkpoints.files import CheckpointError, content_hash, read_json, write_atomically
 from xdiffusion.data.image_set import ImageSet
 from xdiffusion.data.shards import Shards
 
@@ -143,15 +143,13 @@ def read_run(folder: Path) -> dict[str, Any]:
         CheckpointError: if it is missing or damaged.
     """
     path = folder / FILE
+    if not path.is_file():
+        raise CheckpointError(f"no run in {folder}: it has no {FILE}")
+    run = read_json(path, MAX_BYTES)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes; allowed are {MAX_BYTES:,}")
-        run = json.loads(path.read_text())
         _check(run)
         return run
-    except FileNotFoundError:
-        raise CheckpointError(f"no run in {folder}: it has no {FILE}") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error!s:.200}") from error
 
 

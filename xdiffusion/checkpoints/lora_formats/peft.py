@@ -21,6 +21,7 @@ from xdiffusion.checkpoints.files import (
     is_adapter_folder,
     load_pickled,
     load_safetensors,
+    read_json,
     refuse_leftover,
     save_safetensors,
     write_atomically,
@@ -123,7 +124,7 @@ def magnitude_of(factors: LoRAFactors) -> Tensor:
 def _read_one(folder: Path, repairs: list[str], metadata: dict[str, str]) -> dict[str, LoRAFactors]:
     path = folder / CONFIG
     with reading_header(path):
-        config = json.loads(path.read_text())
+        config = read_json(path)
         if config["peft_type"] != "LORA":
             raise CheckpointError(f"{path} is of the method {config['peft_type']!r}, not LORA")
     if (folder / WEIGHTS).is_file():
