@@ -13,6 +13,7 @@ from sd_files import names_of_transformers
 from tiny_sd import CONFIGS, SMALLER, tiny_sd_model
 
 from xdiffusion.build import build_data, build_sampling, load_config
+from xdiffusion.checkpoints.lora_formats.native import trained_config
 from xdiffusion.checkpoints.native import save_model
 from xdiffusion.diffusion.objective import squared_error
 from xdiffusion.lora import load_lora_weights, set_lora_scale
@@ -143,6 +144,26 @@ def test_the_shipped_configs_train_and_rotate_what_they_write(name, lora, writte
     words += ["--load_model_weights_from_checkpoint", "base.safetensors", "--force_cpu", *set_words(few)]
     assert run_script(TRAIN, *words, *(["--use_lora_training"] if lora else [])) == 0
     assert {p.name for p in Path("out").glob("*.safetensors")} == {f"diffusion-2{w}.safetensors" for w in written}
+
+
+def test_a_run_may_predict_otherwise_than_its_base(run, work_folder, capsys):
+    """What v-prediction and a zero terminal SNR are trained with: the weights of a model that predicts eps."""
+    words = [
+        "--config_path",
+        CONFIGS / "sd15_lora_textencoder_tiny.yaml",
+        "--use_lora_training",
+        "--output_path",
+        "out",
+    ]
+    words += ["--load_model_weights_from_checkpoint", run.folder / "base.safetensors", "--force_cpu", "--set"]
+    few = ["lora.training.num_training_steps=1", "lora.training.batch_size=2", f"cache.folder={run.folder / 'cache'}"]
+    words += set_words([*OVERRIDES, *few, f"data.data_dir={run.folder / 'set'}"])[1:]
+    ztsnr = ["--set", "diffusion.schedule.zero_terminal_snr=true"]
+    assert run_script(TRAIN, *words, *ztsnr) == 2
+    assert "diffusion.prediction=eps with diffusion.schedule.zero_terminal_snr=true" in capsys.readouterr().err
+    assert run_script(TRAIN, *words, *ztsnr, "--set", "diffusion.prediction=v") == 0
+    assert "base.safetensors: diffusion.prediction=eps there, v in the config, by which" in capsys.readouterr().err
+    assert trained_config(work_folder / "out/diffusion-1-lora.safetensors")["diffusion"]["prediction"] == "v"
 
 
 def test_a_learned_word_needs_a_trained_base(run, capsys):

@@ -72,7 +72,7 @@ def config_of(file: ModelFile, config_path: str | Path | None = None) -> DictCon
         ConfigError: if there is no config at all, or it is wrong.
     """
     own, given = _own_config(file), load_config(config_path) if config_path is not None else None
-    if file.config is not None and given is not None:
+    if file.config and given is not None:
         check_same_architecture(given, file)
         for choice in choices_of_run(given, file):
             raise CheckpointError(f"{file.path} is a model of other settings: {choice}")
@@ -81,7 +81,7 @@ def config_of(file: ModelFile, config_path: str | Path | None = None) -> DictCon
     if file.stable_diffusion is not None and given is None:
         for note in (*file.stable_diffusion.notes, *_remarks(file.path, file.stable_diffusion, own)):
             print(note, file=sys.stderr)
-    return given if own is None or (given is not None and file.config is None) else own
+    return given if own is None or (given is not None and not file.config) else own
 
 
 def _own_config(file: ModelFile) -> DictConfig | None:
@@ -90,7 +90,7 @@ def _own_config(file: ModelFile) -> DictConfig | None:
     Raises:
         CheckpointError, ConfigError: if it is wrong, or its header says another thing.
     """
-    if file.config is None:
+    if not file.config:
         return stable_diffusion_config(file.stable_diffusion, str(file.path)) if file.stable_diffusion else None
     config = stored_config(file.config, file.path)
     with _named(file.path):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from xdiffusion.cli import Parser, add_run_flags, naming_flags, overrides_from_flags, positive_int, run
+from xdiffusion.cli import Parser, add_ema_flag, add_run_flags, naming_flags, overrides_from_flags, positive_int, run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,6 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="start from these weights; with --use_lora_training the frozen base",
     )
+    add_ema_flag(parser)
     add(
         "--use_lora_training",
         action="store_true",
@@ -116,7 +117,7 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
     from xdiffusion.build import build_data, build_model, build_sampling, override
     from xdiffusion.checkpoints.files import content_hash, weights_file
     from xdiffusion.checkpoints.native import load_model_file
-    from xdiffusion.loading import check_same_architecture, load_weights
+    from xdiffusion.loading import check_same_architecture, choices_of_run, load_weights
     from xdiffusion.training.diffusion_task import DiffusionTask
     from xdiffusion.training.loop import Trainer
     from xdiffusion.training.previews import draw_samples
@@ -145,8 +146,10 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
             return status
     with first_ones_first(process):
         if args.load_model_weights_from_checkpoint:
-            file = load_model_file(weights_file(args.load_model_weights_from_checkpoint))
+            file = load_model_file(weights_file(args.load_model_weights_from_checkpoint), args.ema)
             check_same_architecture(config, file)
+            for choice in choices_of_run(config, file) if process.is_main_process else ():
+                print(f"{file.path}: {choice}, by which this run goes", file=sys.stderr)
             load_weights(model, file)
         else:
             initialise_text_encoder(model.text_encoder, config, clip)
