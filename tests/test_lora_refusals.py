@@ -5,10 +5,14 @@ import json
 import pytest
 import torch
 from lora_files import SD15, WRITTEN, assert_equal_products, mixed, path_of
+from safetensors.torch import save_file
+from sd_files import sd_config
 
+from xdiffusion.build import build_model
 from xdiffusion.checkpoints.files import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
+from xdiffusion.lora import LoRAError, load_lora_weights
 
 
 def test_formats_that_are_not_written(tmp_path):
@@ -58,3 +62,21 @@ def test_leftovers_of_another_lora_are_not_mixed_in(format, tmp_path):
         path.with_suffix(".ti.pt").unlink()
         with pytest.raises(CheckpointError, match=r"text_encoder/adapter_config\.json of another LoRA"):
             write_lora(unet_only, path, format)
+
+
+@pytest.mark.parametrize(
+    ("module", "context"),
+    [
+        ("lora_te2_text_model_encoder_layers_31_self_attn_q_proj", 1280),
+        ("lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_attn2_to_k", 2048),
+        ("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", 2048),
+        ("text_encoder_2.text_model.encoder.layers.31.self_attn.q_proj", 1280),
+    ],
+)
+def test_a_lora_of_stable_diffusion_xl_is_called_so(module, context, tmp_path):
+    names = ("lora_A", "lora_B") if "." in module else ("lora_down", "lora_up")
+    factors = zip(names, (torch.ones(2, context), torch.ones(640, 2)))
+    save_file({f"{module}.{name}.weight": tensor for name, tensor in factors}, tmp_path / "xl.safetensors")
+    model = build_model(sd_config("sd15"), without_weights=True)
+    with pytest.raises((CheckpointError, LoRAError), match=r"xl.safetensors.*: it is a LoRA for Stable Diffusion XL"):
+        load_lora_weights(model, tmp_path / "xl.safetensors")

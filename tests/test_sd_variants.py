@@ -12,7 +12,7 @@ from xdiffusion.checkpoints.native import load_model_file
 from xdiffusion.checkpoints.stable_diffusion import to_original
 from xdiffusion.checkpoints.streaming import StoredTensors
 from xdiffusion.commands import sd
-from xdiffusion.loading import load_model
+from xdiffusion.loading import STABLE_DIFFUSION, load_model
 
 WEIGHTS = "diffusion_pytorch_model"
 CONV_IN = "network.conv_in.weight"
@@ -96,3 +96,21 @@ def test_openclip_s_last_layer_survives_where_the_layout_has_a_place_for_it(work
     for layout, output in (("native", "native.safetensors"), ("diffusers", "folder")):
         convert(f"sd21_v.safetensors {output} --to {layout}")
         assert "left out: 16 tensors of sd21_v.safetensors which no picture depends on" in capsys.readouterr().err
+
+
+def test_the_config_of_another_model_is_told_from_damage(work_folder):
+    save_safetensors(
+        work_folder / "v2-1_512.safetensors", to_original(random_sd("sd21_base_tiny").state_dict(), "open_clip"), {}
+    )
+    message = r"v2-1_512.safetensors is sd21_base_tiny by its first layers; it is damaged, or the config is for another"
+    with pytest.raises(CheckpointError, match=message):
+        load_model("v2-1_512.safetensors", STABLE_DIFFUSION / "sd15_tiny.yaml")
+
+
+def test_a_file_that_is_not_there_names_those_of_similar_names(work_folder):
+    for name in (*(f"v2-1_{i}" for i in range(512, 520)), "anything_else_altogether"):
+        (work_folder / f"{name}.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"v2-1_521.safetensors; there are: ") as error:
+        load_model("v2-1_521.safetensors")
+    assert str(error.value).count(", ") == 4
+    assert "anything" not in str(error.value)

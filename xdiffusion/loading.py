@@ -197,9 +197,8 @@ def _other(file: ModelFile) -> str:
     """The beginning of an error: what the file is, where that is known."""
     if file.stable_diffusion is None:
         return f"{file.path} is a checkpoint for another architecture"
-    return (
-        f"{file.path} is {file.stable_diffusion.architecture} by its first layers, for another architecture or damaged"
-    )
+    found = file.stable_diffusion.architecture
+    return f"{file.path} is {found} by its first layers; it is damaged, or the config is for another architecture"
 
 
 def _fitted(tensor: Tensor, own: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ A file takes no more memory than its own size lets expect, whatever its header s
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -172,7 +173,7 @@ def existing_weights(path: Path) -> tuple[Path, str | None]:
     Lessons and older commands name `diffusion-10000.pt` where this project writes `diffusion-10000.safetensors`.
 
     Raises:
-        CheckpointError: if neither exists; the names of the checkpoints that do stand there are listed.
+        CheckpointError: if neither exists; up to five checkpoints there of a similar name are listed.
     """
     if path.is_file() or is_adapter_folder(path) or is_pipeline_folder(path):
         return path, None
@@ -180,7 +181,8 @@ def existing_weights(path: Path) -> tuple[Path, str | None]:
         twin = path.with_suffix(SAFETENSORS)
         return twin, f"{path} is not there; reading {twin.name} beside it"
     present = sorted(p.name for p in path.parent.glob(f"*{SAFETENSORS}")) if path.parent.is_dir() else []
-    raise CheckpointError(f"no checkpoint at {path}" + (f"; there are: {', '.join(present)}" if present else ""))
+    near = sorted(difflib.get_close_matches(path.name, present, n=5, cutoff=0.5))
+    raise CheckpointError(f"no checkpoint at {path}" + (f"; there are: {', '.join(near)}" if near else ""))
 
 
 def is_adapter_folder(path: Path) -> bool:

@@ -15,7 +15,7 @@ from xdiffusion.checkpoints.component_names import component_of, exchange_name
 from xdiffusion.checkpoints.files import PICKLED, SAFETENSORS, weights_file
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import LayerTable, read_lora, write_lora
-from xdiffusion.checkpoints.lora_formats.factors import fitted
+from xdiffusion.checkpoints.lora_formats.factors import fitted, said_of_xl
 from xdiffusion.lora.base_identity import check_base, sample_of
 from xdiffusion.lora.inject import base_class_of, check_adapter, lora_layer_at, lora_layers
 from xdiffusion.lora.layers import LoRALayer
@@ -168,6 +168,7 @@ def _by_own_names(
         raise LoRAError(
             f"{path} does not fit this model: {len(missing)} of its {len(modules)} modules are not there"
             + (f", such as {missing[0]}" if missing else "")
+            + said_of_xl({name: factors.lora_A for name, factors in modules.items()})
         )
     return found, [f"{len(names)} modules of the {component}" for component, names in absent.items()]
 

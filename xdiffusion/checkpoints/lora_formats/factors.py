@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import prod
@@ -15,6 +16,8 @@ from xdiffusion.checkpoints.files import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors
 
 Parts = dict[str, dict[str, Tensor]]  # module -> {"lora_A", "lora_B" and, if there, "alpha", "magnitude"}
+_OF_XL = re.compile(r"te2_|text_encoder_2\.")
+_OF_CONTEXT = re.compile(r"attn2[._]to_[kv]$")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -77,6 +80,18 @@ def fitted(factors: LoRAFactors, shape: tuple[int, ...]) -> LoRAFactors | None:
     return replace(factors, lora_A=lora_A, lora_B=lora_B.reshape(shape[0], rank, *[1] * (len(shape) - 2)))
 
 
+def said_of_xl(lora_A: Mapping[str, Tensor]) -> str:
+    """The end of an error's sentence for a file whose modules are Stable Diffusion XL's: "" for others.
+
+    It has a second text encoder, and its texts have 2048 numbers per token.
+    """
+    of_xl = any(
+        _OF_XL.search(name) or (_OF_CONTEXT.search(name) and factor.dim() > 1 and factor.shape[1] == 2048)
+        for name, factor in lora_A.items()
+    )
+    return ": it is a LoRA for Stable Diffusion XL, which is another model" if of_xl else ""
+
+
 def fit(
     modules: Mapping[str, LoRAFactors], table: Mapping[str, tuple[int, ...]], path: Path, repairs: list[str]
 ) -> dict[str, LoRAFactors]:
@@ -92,6 +107,7 @@ def fit(
             raise CheckpointError(
                 f"{path}: {name} has weight {table[name]}, the file's factors are "
                 f"A {tuple(modules[name].lora_A.shape)} and B {tuple(modules[name].lora_B.shape)}"
+                + said_of_xl({n: f.lora_A for n, f in modules.items()})
             )
     reshaped = sorted(n for n in modules if result[n].lora_A.dim() != modules[n].lora_A.dim())
     if reshaped:

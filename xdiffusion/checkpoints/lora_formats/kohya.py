@@ -20,7 +20,7 @@ from torch import Tensor
 from xdiffusion.checkpoints.component_names import component_of
 from xdiffusion.checkpoints.files import CheckpointError, write_atomically
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
-from xdiffusion.checkpoints.lora_formats.factors import assemble
+from xdiffusion.checkpoints.lora_formats.factors import assemble, said_of_xl
 from xdiffusion.checkpoints.lora_formats.keys import Loose
 from xdiffusion.checkpoints.lora_formats.layer_table import LayerTable, sd_base_of, sd_layer_table
 
@@ -51,6 +51,7 @@ def read(loose: Loose, path: Path, names: LayerTable | None) -> dict[str, LoRAFa
         raise CheckpointError(
             f"{path}: {len(unknown)} of its {len(loose.parts)} modules are no layers of Stable Diffusion 1.x or 2.x"
             f"{' nor of this model' if names else ''}, such as {unknown[0]}"
+            + said_of_xl({module: t["lora_A"] for module, t in loose.parts.items() if "lora_A" in t})
         )
     return assemble(parts, path, loose.repairs)
 
