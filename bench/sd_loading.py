@@ -5,7 +5,8 @@
 
 A file of random weights of full size (4.3 GB in float32, written once to --folder) is loaded by `load_model` into the model,
 and then touched, so that every byte of it has been read; theirs is a plain read of the file's bytes into memory. Each
-measurement is in a process of its own that has imported everything before, with the file in the page cache.
+measurement is in a process of its own that has imported everything before, with the file in the page cache. A float16 file
+is loaded as float16, as by `sample.py --mixed_precision fp16`; the autoencoder is in float32 there too.
 
 Peak memory is what the process grew by at most, files that it has mapped included, over the size of the file.
 """
@@ -32,7 +33,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = parser(__doc__, rounds=3)
     flags.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="float32", help="of the file; float16 is loaded as float32"
+        "--dtype", choices=tuple(DTYPES), default="float32", help="of the file, and of what it is loaded as"
     )
     flags.add_argument("--model", default="sd15", metavar="NAME", help="built-in config, such as sd15_tiny (sd15)")
     flags.add_argument("--folder", metavar="DIR", help="where the file is written (a temporary folder)")
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     prepare(args)
     if args.measure:
-        print(json.dumps(measure(args.measure, Path(args.file))))
+        print(json.dumps(measure(args.measure, Path(args.file), DTYPES[args.dtype])))
         return 0
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder) / "model.safetensors"
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sides: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
         for i in range(1 + args.rounds):  # the first round fills the page cache
             for side in ("ours", "theirs") if i % 2 else ("theirs", "ours"):
-                found = in_a_process(side, path, args.threads)
+                found = in_a_process(side, path, args.threads, args.dtype)
                 sides[side] += [found] if i else []
         size = path.stat().st_size
     report = Report(args)
@@ -78,23 +79,23 @@ def write_file(path: Path, name: str, dtype: torch.dtype) -> None:
     save_safetensors(path, {n: torch.full(t.shape, 0.01, dtype=dtype) for n, t in named.items()}, {"format": "pt"})
 
 
-def in_a_process(side: str, path: Path, threads: int) -> dict[str, float]:
+def in_a_process(side: str, path: Path, threads: int, dtype: str) -> dict[str, float]:
     """{"seconds", "peak"} of one side, measured in a process of its own."""
-    words = ["--measure", side, "--file", str(path), "--threads", str(threads)]
+    words = ["--measure", side, "--file", str(path), "--threads", str(threads), "--dtype", dtype]
     result = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
     if result.returncode:
         raise ValueError(f"the measurement of {side} failed: {result.stderr[-500:]}")
     return json.loads(result.stdout)
 
 
-def measure(side: str, path: Path) -> dict[str, float]:
+def measure(side: str, path: Path, dtype: torch.dtype) -> dict[str, float]:
     """Seconds and peak bytes of one call."""
     from xdiffusion.loading import load_model
 
     kept = []
 
     def ours() -> None:
-        model, _ = load_model(path)
+        model, _ = load_model(path, dtype=dtype)
         for tensor in model.state_dict().values():
             stored = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
             stored[::4096].sum()  # one byte of each page

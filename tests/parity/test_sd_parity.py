@@ -80,11 +80,15 @@ def test_autoencoder_and_its_gradients_are_equal(generator):
     draws = (torch.Generator().manual_seed(1) for _ in range(2))
     assert relative_error(ours.encode(images, next(draws)), expected.sample(next(draws)) * scale) < 1e-5
 
+    assert relative_error(ours.decode(mean), theirs.decode(expected.mean).sample) < 1e-5
+
+    # biases before a normalisation all but cancel: in float32 both are 5e-5 from the truth
+    ours, theirs, images = ours.double(), theirs.double(), images.double()
+    (mean, std), expected = ours.posterior(images), theirs.encode(images).latent_dist
     decoded, peer = ours.decode(mean), theirs.decode(expected.mean).sample
-    assert relative_error(decoded, peer) < 1e-5
     for result, s in ((decoded, std), (peer, expected.std * scale)):
         (result.square().mean() + s.mean()).backward()
-    assert largest_gradient_error(ours, theirs, autoencoder_from_diffusers) < 1e-4
+    assert largest_gradient_error(ours, theirs, autoencoder_from_diffusers) < 1e-10
 
 
 @pytest.mark.parametrize("name", TINY_SD[:2])
@@ -98,7 +102,7 @@ def test_text_encoder_and_its_gradients_are_equal(name):
     assert relative_error(actual, expected) < 1e-5
     actual.pow(3).sum().backward()
     expected.pow(3).sum().backward()
-    assert largest_gradient_error(ours, theirs, text_encoder_from_transformers) < 1e-4
+    assert largest_gradient_error(ours, theirs, text_encoder_from_transformers) < 1e-5
 
 
 @pytest.mark.parametrize("name", FULL_SD[:2])

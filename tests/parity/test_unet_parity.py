@@ -52,7 +52,7 @@ def test_forward_and_gradients_are_equal(arguments, channels_last):
     actual.square().mean().backward()
     gradients = unet_from_diffusers({name: p.grad for name, p in theirs.named_parameters()})
     errors = {name: relative_error(p.grad, gradients[name]) for name, p in ours.named_parameters()}
-    assert max(errors.values()) < 1e-4, max(errors, key=errors.get)
+    assert max(errors.values()) < 1e-5, max(errors, key=errors.get)
 
 
 def relative_error(actual, expected):
