@@ -24,7 +24,7 @@ class HalfDenoiser:
         return 0.5 * xt
 
 
-@pytest.mark.parametrize(("strength", "steps"), [(0, 0), (0.05, 0), (0.3, 3), (0.77, 7), (1, 10)])
+@pytest.mark.parametrize(("strength", "steps"), [(0, 0), (0.1, 1), (0.3, 3), (0.77, 7), (1, 10)])
 def test_strength_is_the_share_of_steps_that_are_left(strength, steps):
     times = times_from(TIMES, strength)
     assert len(times) == steps + 1
@@ -35,6 +35,13 @@ def test_strength_is_the_share_of_steps_that_are_left(strength, steps):
 def test_another_strength_is_refused(strength):
     with pytest.raises(ValueError, match=r"strength=.* must be in \[0, 1\]"):
         times_from(TIMES, strength)
+
+
+def test_a_strength_that_leaves_no_step_is_refused():
+    with pytest.raises(
+        ValueError, match=r"strength=0.05 of 10 steps is less than one: take more steps, or at least 0.100"
+    ):
+        times_from(TIMES, 0.05)
 
 
 def test_the_start_is_the_data_with_the_noise_of_its_time(generator):

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "text_encoders": {"downloads", "layers"},
     "autoencoders": {"layers"},
     "prompts": {"data"},
+    "recipe": {"checkpoints", "lora", "pictures"},
     "model": {"diffusion", "layers", "samplers"},
     "build": {"config", "config_files", "signatures", "model", "checkpoints", "data", "diffusion", "text_encoders"},
     "held_out": {"model", "data", "diffusion", "evaluation", "lora"},
@@ -108,7 +109,7 @@ def test_files_functions_and_constructors_stay_small(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             size = node.end_lineno - node.lineno + 1
-            straight_line = node.name in ("__init__", "main", "fit", "parse")
+            straight_line = node.name in ("__init__", "fit")
             assert size <= (90 if straight_line else 60), f"{node.name} has {size} lines"
             if node.name == "__init__":
                 count = len(node.args.args) - 1 + len(node.args.kwonlyargs)

@@ -1,6 +1,7 @@
 """The sampling command with a tiny Stable Diffusion: a file per image, start images, words, and pictures that repeat."""
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def test_one_file_per_image_and_seed(sample, work_folder):
     assert sample("b", "--prompt", "a (red:1.3) fox", "--seed", 8, "--height", 24, "--width", 32) == 0
     assert pixels("b/image-8.png").shape == (24, 32, 3)
     with Image.open("a/image-8.png") as picture:
-        assert (picture.text["prompt"], picture.text["image"], picture.text["seed"]) == ("a (red:1.3) fox", "1", "7")
+        assert (picture.text["prompt"], picture.text["seed"]) == ("a (red:1.3) fox", "8")
 
 
 def test_a_film_shows_decoded_latents(sample, work_folder):
@@ -82,7 +83,7 @@ def test_a_picture_draws_itself_again(sample, work_folder):
     words = ["--prompt", "a fox", "--prompt", "[two] houses", "--num_samples", 3, "--seed", 5, "--batch_size", 2]
     more = ["--negative_prompt", "grey", "--init_image", "start.png", "--strength", 0.7, "--sampler", "euler_ancestral"]
     assert sample("a", *words, *more, "--guidance", 3, "--sampling_steps", 3, "--clip_skip", 2) == 0
-    assert run_script(SAMPLE, "--from_png", "a/image-6.png", "--output_path", "b") == 0
+    assert run_script(SAMPLE, "--from_png", "a/samples.png", "--output_path", "b") == 0
     assert files_in(work_folder / "b") == files_in(work_folder / "a")
     for name in files_in(work_folder / "a"):
         assert np.array_equal(pixels(f"a/{name}"), pixels(f"b/{name}"))
@@ -90,6 +91,51 @@ def test_a_picture_draws_itself_again(sample, work_folder):
     assert not np.array_equal(pixels("a/image-6.png"), pixels("c/image-6.png"))  # another prompt's turn
     with Image.open("c/image-6.png") as picture:
         assert "--output_path" not in json.loads(picture.text["command"])
+
+
+def test_a_picture_of_a_batch_draws_itself_alone(sample, work_folder):
+    assert sample("a", "--prompt", "a fox", "--prompt", "a house", "--num_samples", 3, "--seed", 5) == 0
+    assert run_script(SAMPLE, "--from_png", "a/image-6.png", "--output_path", "b") == 0
+    assert files_in(work_folder / "b") == {"samples.png", "image-6.png"}
+    assert np.abs(pixels("a/image-6.png") - pixels("b/image-6.png")).max() <= 1  # batches differ in rounding
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "as_if"),
+    [
+        (["--prompt", "a fox"], ["--prompt", "a house"], ["--prompt", "a house"]),
+        (["--prompt", "x", "--guidance", 3], ["--set", "sampling.cfg_scale=1"], ["--prompt", "x", "--guidance", 1]),
+        (["--prompt", "x", "--set", "sampling.steps=3"], ["--sampling_steps", 1], ["--prompt", "x", "--sampling_steps", 1]),
+        (["--prompt", "x", "--lora_path", "a.safetensors"], ["--lora_path", "a.safetensors:-2"],
+         ["--prompt", "x", "--lora_path", "a.safetensors:-2"]),
+    ],
+)  # fmt: skip
+def test_flags_beat_those_of_the_picture(sample, recipe, given, as_if, work_folder, generator):
+    write_lora(LoRAFile({ATTENTION: factors(generator)}), Path("a.safetensors"), "native")
+    assert sample("a", *recipe) == 0 and sample("b", *as_if) == 0
+    assert run_script(SAMPLE, "--from_png", "a/samples.png", "--output_path", "c", *given) == 0
+    assert np.array_equal(pixels("b/samples.png"), pixels("c/samples.png"))
+    assert not np.array_equal(pixels("a/samples.png"), pixels("c/samples.png"))
+
+
+def test_other_content_under_the_name_of_a_file_is_warned_about(sample, work_folder, generator, capsys):
+    path, again = Path("a.safetensors"), ("--from_png", "a/image-0.png", "--output_path", "b")
+    write_lora(LoRAFile({ATTENTION: factors(generator)}), path, "native")
+    assert sample("a", "--prompt", "a fox", "--lora_path", path) == 0
+    assert run_script(SAMPLE, *again) == 0
+    assert capsys.readouterr().err == ""
+    write_lora(LoRAFile({ATTENTION: factors(generator)}), path, "native")
+    assert run_script(SAMPLE, *again) == 0
+    assert (
+        capsys.readouterr().err
+        == "warning: --lora_path: other content than what drew the picture, so this is another one\n"
+    )
+
+
+def test_a_start_image_of_one_pixel_is_a_plain_colour(sample, work_folder):
+    Image.new("RGB", (1, 1), (200, 0, 0)).save("dot.png")
+    assert sample("a", "--prompt", "a fox", "--init_image", "dot.png", "--strength", 0.5) == 0
+    assert pixels("a/image-0.png").shape == (SIZE, SIZE, 3)
 
 
 def test_start_image_and_mask(sample, work_folder):
@@ -192,6 +238,14 @@ def test_the_moving_average_is_a_flag(sample, work_folder, capsys):
     assert "one.safetensors: the file holds the moving average of 0 of" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("share", "scales", "expected"),
+    [(0, [0.8], "base"), (0.5, [0.8], "LoRA x 0.4"), (1, [1, 1], "LoRA x 1"), (0.5, [0.8, -1], "LoRA x 0.4 + -0.5")],
+)
+def test_labels_say_the_strengths_that_the_loras_have(share, scales, expected):
+    assert runpy.run_path(str(ROOT / SAMPLE))["label"](share, scales) == expected
+
+
 # --- bad input ---
 
 
@@ -206,8 +260,13 @@ def test_the_moving_average_is_a_flag(sample, work_folder, capsys):
         ("--prompt x --clip_skip 3", "clip_skip=3 must be in 1..2"),
         ("--prompt x --init_image none.png", "none.png: cannot be read (No such file or directory)"),
         ("--prompt x --init_image text.txt", "text.txt: cannot be read ("),
-        ("--prompt x --init_image start.png --strength 1.5", "--strength 1.5 must be in [0, 1]"),
-        ("--prompt x --init_image start.png --strength nan", "--strength nan must be in [0, 1]"),
+        ("--prompt x --init_image start.png --strength 1.5", "strength=1.5 must be in [0, 1]"),
+        ("--prompt x --init_image start.png --strength nan", "strength=nan must be in [0, 1]"),
+        ("--prompt x --init_image start.png --strength 0.1",
+         "strength=0.1 of 2 steps is less than one: take more steps, or at least 0.500"),
+        ("--prompt x --seed -1", "argument --seed: '-1' must be a whole number from 0 to 2^63 - 1"),
+        ("--prompt x --seed 99999999999999999999", "must be a whole number from 0 to 2^63 - 1"),
+        ("--prompt x --num_samples 999999999999", "--num_samples 999999999999 is a grid of 256,000,000 megapixels, above 300"),
         ("--prompt x --init_image start.png --mask_image wide.png",
          "the mask wide.png must be of the size of start.png, not 32x16, 16x16"),
         ("--prompt x --paired", "--paired compares the base with what --lora_path names"),

@@ -7,7 +7,7 @@
 
 With --lora_path it writes the base's grid, the LoRA's grid, and one picture that pairs the base with several strengths of
 the LoRA on the same prompts and the same noise. Models without classes, as Stable Diffusion, write one file per image too,
-and the pairs only with --paired. Every PNG holds the words that draw it again: --from_png FILE.
+and the pairs only with --paired. Every PNG holds the words that draw it again: --from_png FILE; that of one image, it alone.
 """
 
 from __future__ import annotations
@@ -15,36 +15,32 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xdiffusion.cli import (
-    SAMPLING_FLAGS,
-    Parser,
-    add_model_flags,
-    positive_int,
-    run,
-    sampling_overrides,
-)
+from xdiffusion.cli import SAMPLING_FLAGS, Parser, add_model_flags, positive_int, run, sampling_overrides, seed_number
 
 if TYPE_CHECKING:
     import torch
 
     from xdiffusion.model import DiffusionModel, StartImage
+    from xdiffusion.recipe import Recipe
 
 PAIRED_SCALES = (0.5, 1.0)
 FLAG_KEYS = SAMPLING_FLAGS | {"clip_skip": "model.text_encoder.clip_skip"}
+MAX_MEGAPIXELS = 300  # of all images; 1100 of 512x512, which take 3.6 GB
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__, allow_abbrev=False)
     add_model_flags(parser)
     add_flags(parser)
-    words, output_path = with_recipe(sys.argv[1:] if argv is None else argv)
+    words, output_path, recipe = with_recipe(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(words)
-    args.words, args.output_path = words, output_path
+    args.words, args.output_path, args.recipe = words, output_path, recipe
     if args.lora_merge and not args.lora_path:
         parser.error("--lora_merge folds what --lora_path names, and there is none")
     if args.paired and not args.lora_path:
@@ -62,24 +58,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
     several = {"action": "append", "default": []}
     switch = {"action": "store_true"}
-    add(
-        "--lora_path",
-        "FILE[:SCALE]",
-        "a LoRA of this model and its strength (1); repeatable, strengths add up",
-        **several,
-    )
+    add("--lora_path", "FILE[:SCALE]", "a LoRA and its strength (1); repeatable, strengths add up", **several)
     add("--lora_merge", help="fold the LoRAs into the weights to sample: as fast as the base", **switch)
     add(
         "--paired",
         help="draw the base and half strengths too (default: for models with classes)",
         action=argparse.BooleanOptionalAction,
     )
-    add(
-        "--learned_tokens",
-        "FILE[=NAME]",
-        "words learned by textual inversion, for use in prompts; repeatable",
-        **several,
-    )
+    add("--learned_tokens", "FILE[=NAME]", "words of textual inversion, for use in prompts; repeatable", **several)
     add("--num_samples", "N", "images; prompts take turns (default: one per prompt, or 8)", type=positive_int)
     add("--batch_size", "N", "images drawn at a time (100; 4 for models without classes)", type=positive_int)
     add(
@@ -88,15 +74,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "what to draw; {class} stands for every class in turn; repeatable (default: the classes)",
         **several,
     )
-    add(
-        "--clip_skip", "N", "the text encoder's layer from the end: 1 = last (default: the config's)", type=positive_int
-    )
+    add("--clip_skip", "N", "text encoder's layer from the end: 1 = last (default: the config's)", type=positive_int)
     add("--height", "N", "of the images, in pixels (default: the config's)", type=positive_int)
     add("--width", "N", "of the images, in pixels (default: the config's)", type=positive_int)
     add("--init_image", "FILE", "a picture to start from instead of noise, scaled and cut to the size")
     add("--strength", "S", "how much of it is drawn anew: 0 = nothing, 1 = all (0.8)", type=float)
     add("--mask_image", "FILE", "of the same size: bright where the picture is drawn anew, dark where it stays")
-    add("--seed", "N", "image i is drawn from the noise of seed + i", type=int, default=0)
+    add("--seed", "N", "image i is drawn from the noise of seed + i", type=seed_number, default=0)
     add("--output_path", "DIR", "default: output/<dataset>/sample/<config name>")
     add("--save_trajectory", help="also write a film of the denoising (GIF)", **switch)
     add(
@@ -107,12 +91,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--offload", help="for small GPUs: only the part that works is there, the others are in main memory", **switch)
     add("--tile_size", "N", "decode large images in tiles of N pixels, blended at their borders", type=positive_int)
-    add("--from_png", "FILE", "repeat the command that drew this picture; further flags come on top of it")
+    add("--from_png", "FILE", "draw this picture again: repeat its command; flags given here beat those of it")
     add("--allow_other_base", help="apply a LoRA although it was trained on another base of this shape", **switch)
 
 
-def with_recipe(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    """The words of a command line with those of --from_png's picture in front, and its own --output_path.
+def with_recipe(argv: Sequence[str]) -> tuple[list[str], str | None, Recipe | None]:
+    """The words of a command line with those of --from_png's picture below them, its own --output_path, and the recipe.
 
     Raises:
         ValueError: if the picture is none of ours.
@@ -122,36 +106,28 @@ def with_recipe(argv: Sequence[str]) -> tuple[list[str], str | None]:
     finder.add_argument("--output_path")
     own, words = finder.parse_known_args(list(argv))
     if own.from_png is None:
-        return words, own.output_path
-    from xdiffusion.pictures import read_metadata
+        return words, own.output_path, None
+    from xdiffusion.recipe import read_recipe
 
-    texts = read_metadata(own.from_png)
-    try:
-        recipe = json.loads(texts["command"])
-        if not isinstance(recipe, list) or not all(isinstance(word, str) for word in recipe):
-            raise TypeError
-    except (KeyError, ValueError, TypeError, RecursionError):
-        raise ValueError(f"{own.from_png} does not say how it was drawn: it is no picture of this command") from None
-    _, recipe = finder.parse_known_args(recipe)  # a picture does not choose where files go
-    return [*recipe, *words], own.output_path
+    recipe = read_recipe(own.from_png)
+    return recipe.with_given(words, SAMPLING_FLAGS), own.output_path, recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     import torch
     from omegaconf import OmegaConf
-    from tqdm import tqdm
 
     from xdiffusion.build import build_sampling, override, set_process
     from xdiffusion.checkpoints.files import content_hash, ensure_writable, weights_file
     from xdiffusion.checkpoints.native import load_model_file
     from xdiffusion.data.captions import PROMPT_TABLES
     from xdiffusion.loading import as_trained, load_model
-    from xdiffusion.lora import load_lora_weights, merge_lora_weights, set_lora_scale, unmerge_lora_weights
     from xdiffusion.lora.weights import parse_lora_spec
-    from xdiffusion.model import best_device, generate, generators_for
+    from xdiffusion.model import best_device
     from xdiffusion.places import OUTPUT_ROOT
     from xdiffusion.prompts import expand_prompts
+    from xdiffusion.recipe import file_hashes
 
     checkpoint = weights_file(args.checkpoint)
     loras = [(weights_file(path), scale) for path, scale in map(parse_lora_spec, args.lora_path)]
@@ -159,92 +135,78 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = as_trained(base_config, [path for path, _ in loras])
     overrides = sampling_overrides(args, FLAG_KEYS)
     base_config, config = (override(one, overrides, "command line") for one in (base_config, config))
-    set_process(model, config)
+    set_up(model, args)
     table = PROMPT_TABLES.get(config.data.kind.removesuffix("_inverted"))
     prompts = expand_prompts(args.prompt, table, args.num_samples)
+    set_process(model, config)
+    start = start_image(model, args, len(build_sampling(config, model.schedule)["times"]) - 1)
+    blocks = {"start_image": start, "batch_size": args.batch_size or (100 if table else 4)}
     name = Path(args.config_path).stem if args.config_path else checkpoint.absolute().parent.name
     folder = Path(args.output_path) if args.output_path else OUTPUT_ROOT / config.data.kind / "sample" / name
-    start_image = set_up(model, args)
 
-    checks_base = bool(loras) and not args.allow_other_base
-    base_hash = content_hash(load_model_file(checkpoint, args.ema).tensors, torch.float32) if checks_base else None
+    base_hash = content_hash(load_model_file(checkpoint, args.ema).tensors, torch.float32)
+    hashes = {"checkpoint": [base_hash]} | file_hashes(args)
+    for flag in args.recipe.differing(hashes) if args.recipe else ():
+        print(f"warning: --{flag}: other content than what drew the picture, so this is another one", file=sys.stderr)
     place(model, best_device(args.force_cpu), args)  # before the LoRAs, whose factors stay float32
-    strengths = {}
-    for i, (path, scale) in enumerate(loras):
-        report = load_lora_weights(model, path, scale=scale, adapter_name=f"lora_{i}", base_hash=base_hash)
-        strengths[f"lora_{i}"] = scale
-        print(f"{path}: {report}")
+    strengths = load_loras(model, loras, None if args.allow_other_base else base_hash)
     ensure_writable(folder)
 
-    batch_size = args.batch_size or (100 if table else 4)
-    steps = len(build_sampling(config, model.schedule)["times"]) - 1
-    steps = int(steps * start_image.strength) if start_image else steps
-
-    film: list[list[torch.Tensor]] = []  # of each batch, what is denoised from moment to moment
-
-    def draw(share: float, filmed: bool = False) -> torch.Tensor:
-        """Images with every LoRA at `share` of its strength; 0 is the base."""
-        for adapter, scale in strengths.items():
-            set_lora_scale(model, share * scale, adapter)
-        if strengths and args.lora_merge:
-            merge_lora_weights(model)
+    film: list[list[torch.Tensor]] = []
+    paired = bool(strengths) and (args.paired if args.paired is not None else table is not None)
+    by_share = {}
+    for share in (0.0, *PAIRED_SCALES) if paired else (1.0,):
         drawn_by = config if share else base_config
         set_process(model, drawn_by)
-        with tqdm(total=steps * -(-len(prompts) // batch_size), unit="step", leave=False, disable=None) as bar:
-
-            def each_step(i, xt, x0):
-                bar.update()
-                if filmed:
-                    film[-1].append(xt.cpu())
-
-            images = generate(
-                model,
-                prompts,
-                generators_for(args.seed, len(prompts)),
-                start_image=start_image,
-                batch_size=batch_size,
-                on_start=(lambda x_T: film.append([x_T.cpu()])) if filmed else None,
-                on_step=each_step,
-                **build_sampling(drawn_by, model.schedule),
-            )
-        if strengths and args.lora_merge:
-            unmerge_lora_weights(model)  # the next picture is of another strength
-        return images
-
-    paired = bool(strengths) and (args.paired if args.paired is not None else table is not None)
-    by_share = {share: draw(share) for share in ((0.0, *PAIRED_SCALES[:-1]) if paired else ())}
-    by_share[1.0] = draw(1.0, args.save_trajectory)
+        sampling = build_sampling(drawn_by, model.schedule) | blocks
+        with loras_at(share, model, strengths, merge=args.lora_merge):
+            filmed = film if args.save_trajectory and share == 1 else None
+            by_share[share] = draw(model, prompts, args.seed, sampling, filmed)
     recipe = {
         "checkpoint": str(checkpoint),
         "loras": json.dumps(args.lora_path),
         "prompts": json.dumps(prompts),
         "seed": str(args.seed),
         "sampling": json.dumps(OmegaConf.to_container(config.sampling)),
+        "hashes": json.dumps(hashes),
         "command": json.dumps(args.words),
     }
-    write(folder, by_share, prompts, recipe, one_by_one=table is None, seed=args.seed)
+    write_grids(folder, by_share, list(strengths.values()), prompts, recipe)
+    if table is None:
+        write_images(folder, by_share[1.0], prompts, args, recipe)
     if args.save_trajectory:
         write_film(folder, model, film, prompts)
     return 0
 
 
-def set_up(model: DiffusionModel, args: argparse.Namespace) -> StartImage | None:
-    """Size and words of the model, and the image to start from, as the flags say."""
+def set_up(model: DiffusionModel, args: argparse.Namespace) -> None:
+    """Size and words of the model, as the flags say."""
     from xdiffusion.checkpoints.learned_tokens import parse_tokens_spec, read_learned_tokens
 
     _, height, width = model.image_shape
     model.resize(args.height or height, args.width or width)
+    megapixels = (args.num_samples or 1) * model.image_shape[1] * model.image_shape[2] / 1e6
+    if megapixels > MAX_MEGAPIXELS:
+        raise ValueError(
+            f"--num_samples {args.num_samples} is a grid of {megapixels:,.0f} megapixels, above {MAX_MEGAPIXELS}: draw "
+            "fewer at a time, each time with another --seed"
+        )
     if args.tile_size and model.autoencoder.pixels_per_latent == 1:
         raise ValueError(f"--tile_size {args.tile_size} is for models with an autoencoder; this one draws pixels")
     for path, name in map(parse_tokens_spec, args.learned_tokens):
         tokens = read_learned_tokens(path, name)
         model.text_encoder.add_tokens(tokens)
         print(f"{path}: {', '.join(f'{token} ({len(rows)} vectors)' for token, rows in tokens.items())}")
+
+
+def start_image(model: DiffusionModel, args: argparse.Namespace, steps: int) -> StartImage | None:
+    """The image to start from, as the flags say, where some of the sampler's `steps` are left to take."""
     if not args.init_image:
         return None
     from xdiffusion.data.image_files import DamagedImage, Picture, open_file
     from xdiffusion.model import StartImage
     from xdiffusion.pictures import image_tensor, mask_tensor
+    from xdiffusion.samplers.image_to_image import steps_left
 
     def read(path: str):
         try:
@@ -252,6 +214,8 @@ def set_up(model: DiffusionModel, args: argparse.Namespace) -> StartImage | None
         except DamagedImage as error:
             raise ValueError(f"{path}: {error}") from error
 
+    strength = 0.8 if args.strength is None else args.strength
+    steps_left(steps, strength)
     picture, mask = read(args.init_image), None
     if args.mask_image:
         painted = read(args.mask_image)
@@ -259,9 +223,6 @@ def set_up(model: DiffusionModel, args: argparse.Namespace) -> StartImage | None
             sizes = "{}x{}, {}x{}".format(*painted.size, *picture.size)
             raise ValueError(f"the mask {args.mask_image} must be of the size of {args.init_image}, not {sizes}")
         mask = mask_tensor(painted, *model.image_shape[1:])
-    strength = 0.8 if args.strength is None else args.strength
-    if not 0 <= strength <= 1:
-        raise ValueError(f"--strength {strength} must be in [0, 1]: 0 keeps the image, 1 draws it anew")
     return StartImage(image_tensor(picture, model.image_shape), strength, mask)
 
 
@@ -272,7 +233,6 @@ def place(model: DiffusionModel, device: torch.device, args: argparse.Namespace)
         model.autoencoder.tile_size = args.tile_size
     if args.offload:
         model.offload_to = device
-        model.autoencoder.sliced = True
     else:
         model.to(device)
 
@@ -284,15 +244,70 @@ def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
     return {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
 
 
-def write(
-    folder: Path, by_share: dict, prompts: list[str], recipe: dict[str, str], one_by_one: bool, seed: int
-) -> None:
-    """The grids, and where one_by_one each image in a file of its own."""
-    from xdiffusion.pictures import as_picture, grid, labelled_rows, save_png
+def load_loras(model: DiffusionModel, loras: Sequence[tuple[Path, float]], base_hash: str | None) -> dict[str, float]:
+    """Give the model every LoRA of (file, scale); returns the scales by adapter."""
+    from xdiffusion.lora import load_lora_weights
+
+    strengths = {}
+    for i, (path, scale) in enumerate(loras):
+        report = load_lora_weights(model, path, scale=scale, adapter_name=f"lora_{i}", base_hash=base_hash)
+        strengths[f"lora_{i}"] = scale
+        print(f"{path}: {report}")
+    return strengths
+
+
+@contextmanager
+def loras_at(share: float, model: DiffusionModel, strengths: dict[str, float], *, merge: bool) -> Iterator[None]:
+    """Within this block every LoRA has `share` of its strength; 0 is the base."""
+    from xdiffusion.lora import merge_lora_weights, set_lora_scale, unmerge_lora_weights
+
+    for adapter, scale in strengths.items():
+        set_lora_scale(model, share * scale, adapter)
+    if merge:
+        merge_lora_weights(model)
+    yield
+    if merge:
+        unmerge_lora_weights(model)  # the next picture is of another strength
+
+
+def draw(
+    model: DiffusionModel,
+    prompts: Sequence[str],
+    seed: int,
+    sampling: dict,
+    film: list[list[torch.Tensor]] | None = None,
+) -> torch.Tensor:
+    """One image per prompt, with a bar of all steps; of each batch the film gets what is denoised, from moment to moment."""
+    from tqdm import tqdm
+
+    from xdiffusion.model import generate, generators_for
+    from xdiffusion.samplers.image_to_image import steps_left
+
+    steps, start = len(sampling["times"]) - 1, sampling["start_image"]
+    steps = steps_left(steps, start.strength) if start else steps
+    blocks = -(-len(prompts) // sampling["batch_size"])
+    with tqdm(total=steps * blocks, unit="step", leave=False, disable=None) as bar:
+
+        def at_start(xt):
+            if film is not None:
+                film.append([xt.cpu()])
+
+        def at_step(i, xt, x0):
+            bar.update()
+            if film is not None:
+                film[-1].append(xt.cpu())
+
+        generators = generators_for(seed, len(prompts))
+        return generate(model, prompts, generators, on_start=at_start, on_step=at_step, **sampling)
+
+
+def write_grids(folder: Path, by_share: dict, scales: list[float], prompts: list[str], recipe: dict[str, str]) -> None:
+    """All images in a grid; where there are several shares of the LoRAs' strengths, base and LoRA, and all in pairs."""
+    from xdiffusion.pictures import grid, labelled_rows, save_png
 
     columns = min(len(prompts), 10)
     images = by_share[1.0]
-    labels = ["base" if share == 0 else f"LoRA x {share:g}" for share in by_share]
+    labels = [label(share, scales) for share in by_share]
     if len(by_share) == 1:
         pictures = {"samples.png": grid(images, prompts, columns=columns)}
     else:
@@ -304,10 +319,28 @@ def write(
     for file_name, picture in pictures.items():
         save_png(picture, folder / file_name, recipe)
         print(folder / file_name)
-    for i, image in enumerate(images if one_by_one else []):
-        path = folder / f"image-{seed + i}.png"
-        save_png(as_picture(image), path, recipe | {"prompt": prompts[i], "image": str(i)})
-        print(path)
+
+
+def label(share: float, scales: Sequence[float]) -> str:
+    """What the LoRAs' strengths are at a share of their scales: one number where they are equal."""
+    strengths = [f"{share * scale:g}" for scale in scales]
+    return "LoRA x " + " + ".join(strengths if len(set(strengths)) > 1 else strengths[:1]) if share else "base"
+
+
+def write_images(
+    folder: Path, images: torch.Tensor, prompts: list[str], args: argparse.Namespace, recipe: dict[str, str]
+) -> None:
+    """Each image in a file of its own, with the words that draw it alone."""
+    from xdiffusion.pictures import as_picture, save_png
+    from xdiffusion.recipe import without_flags
+
+    of_all = without_flags(args.words, ("prompt", "num_samples", "seed"))
+    for i, (image, prompt) in enumerate(zip(images, prompts)):
+        seed = args.seed + i
+        words = [*of_all, f"--prompt={prompt}", "--seed", str(seed)]
+        own = {"prompts": json.dumps([prompt]), "seed": str(seed), "command": json.dumps(words)}
+        save_png(as_picture(image), folder / f"image-{seed}.png", recipe | own | {"prompt": prompt})
+        print(folder / f"image-{seed}.png")
 
 
 def write_film(folder: Path, model: DiffusionModel, film: list[list[torch.Tensor]], prompts: list[str]) -> None:

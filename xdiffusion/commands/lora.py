@@ -53,32 +53,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         added.set_defaults(handler=handler)
         return added
 
-    def add_size(added: argparse._ActionsContainer) -> None:
-        added.add_argument("--rank", type=positive_int, metavar="R", help="of every layer")
-        added.add_argument(
-            "--energy",
-            type=share,
-            metavar="E",
-            help="share of the sum of squared singular values that each layer keeps",
-        )
+    _add_inspect(command(_inspect, "tell what a LoRA file holds, and how strong it is"))
+    _add_convert(command(_convert, "write a LoRA in another format, with the same updates"))
+    _add_merge(command(_merge, "add LoRAs with weights into one, and tell each layer's error"))
+    _add_apply(
+        command(_apply, "fold a LoRA into a checkpoint of this project; the result is a model that sample.py takes")
+    )
+    _add_extract(command(_extract, "distil the difference of two models of one architecture into a LoRA"))
+    _add_resize(command(_resize, "cut a LoRA to a smaller rank, by SVD of its updates"))
+    return parser.parse_args(argv)
 
-    def add_output(added: argparse.ArgumentParser, to_help: str, required: bool = False) -> None:
-        added.add_argument("--to", required=required, metavar="FORMAT", help=to_help)
-        added.add_argument("--base", metavar="MODEL", help=BASE_HELP)
-        added.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: as it is")
 
-    inspect = command(_inspect, "tell what a LoRA file holds, and how strong it is")
+def _add_inspect(inspect: argparse.ArgumentParser) -> None:
     inspect.add_argument("file", metavar="FILE")
     inspect.add_argument("--base", metavar="MODEL", help=BASE_HELP)
     inspect.add_argument("--plot", metavar="PNG", help="also draw |delta| of each block")
     inspect.add_argument("--json", action="store_true", help="print everything, module by module, as JSON")
 
-    convert = command(_convert, "write a LoRA in another format, with the same updates")
+
+def _add_convert(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("input", metavar="IN")
     convert.add_argument("output", metavar="OUT")
-    add_output(convert, FORMATS, required=True)
+    _add_output(convert, FORMATS, required=True)
 
-    merge = command(_merge, "add LoRAs with weights into one, and tell each layer's error")
+
+def _add_merge(merge: argparse.ArgumentParser) -> None:
     merge.add_argument("inputs", nargs="+", metavar="FILE[:WEIGHT]", help="weight 1 if there is none")
     merge.add_argument("output", metavar="OUT")
     merge.add_argument(
@@ -88,29 +87,44 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="concat: exact, the ranks add up (default); svd: the nearest of --rank or --energy; legacy: adds the "
         "factors, as lora_add once did, which is not the sum of the updates",
     )
-    add_size(merge)
-    add_output(merge, "format of OUT (default: that of the first FILE)")
+    _add_size(merge)
+    _add_output(merge, "format of OUT (default: that of the first FILE)")
 
-    apply = command(_apply, "fold a LoRA into a checkpoint of this project; the result is a model that sample.py takes")
+
+def _add_apply(apply: argparse.ArgumentParser) -> None:
     apply.add_argument("model", metavar="BASE")
     apply.add_argument("lora", metavar="LORA[:SCALE]")
     apply.add_argument("output", metavar="OUT")
     apply.add_argument("--base", metavar="MODEL", help=BASE_HELP)
     apply.add_argument("--allow_other_base", action="store_true", help="although it was trained on another base")
 
-    extract = command(_extract, "distil the difference of two models of one architecture into a LoRA")
+
+def _add_extract(extract: argparse.ArgumentParser) -> None:
     extract.add_argument("tuned", metavar="TUNED")
     extract.add_argument("model", metavar="BASE")
     extract.add_argument("output", metavar="OUT")
-    add_size(extract.add_mutually_exclusive_group(required=True))
-    add_output(extract, "format of OUT (default: native)")
+    _add_size(extract.add_mutually_exclusive_group(required=True))
+    _add_output(extract, "format of OUT (default: native)")
 
-    resize = command(_resize, "cut a LoRA to a smaller rank, by SVD of its updates")
+
+def _add_resize(resize: argparse.ArgumentParser) -> None:
     resize.add_argument("input", metavar="IN")
     resize.add_argument("output", metavar="OUT")
-    add_size(resize.add_mutually_exclusive_group(required=True))
-    add_output(resize, "format of OUT (default: that of IN)")
-    return parser.parse_args(argv)
+    _add_size(resize.add_mutually_exclusive_group(required=True))
+    _add_output(resize, "format of OUT (default: that of IN)")
+
+
+def _add_size(added: argparse._ActionsContainer) -> None:
+    added.add_argument("--rank", type=positive_int, metavar="R", help="of every layer")
+    added.add_argument(
+        "--energy", type=share, metavar="E", help="share of the sum of squared singular values that each layer keeps"
+    )
+
+
+def _add_output(added: argparse.ArgumentParser, to_help: str, required: bool = False) -> None:
+    added.add_argument("--to", required=required, metavar="FORMAT", help=to_help)
+    added.add_argument("--base", metavar="MODEL", help=BASE_HELP)
+    added.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: as it is")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

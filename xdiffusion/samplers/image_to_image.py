@@ -17,16 +17,30 @@ from xdiffusion.diffusion.schedules import Schedule
 from xdiffusion.samplers.contract import BoundDenoiser
 
 
-def times_from(times: Float[Tensor, " n"], strength: float) -> Float[Tensor, " m"]:
-    """The last int(strength * steps) steps of a grid; at strength 0 its last time alone.
+def steps_left(steps: int, strength: float) -> int:
+    """How many of a grid's steps are taken: int(strength * steps), which is none at strength 0 alone.
 
     Raises:
-        ValueError: if strength is not in [0, 1].
+        ValueError: if strength is not in [0, 1], or so small that no step is left.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength={strength} must be in [0, 1]: 0 keeps the image, 1 draws it anew")
+    left = int(steps * strength)
+    if strength > 0 and not left:
+        raise ValueError(
+            f"strength={strength} of {steps} steps is less than one: take more steps, or at least {1 / steps:.3f}"
+        )
+    return left
+
+
+def times_from(times: Float[Tensor, " n"], strength: float) -> Float[Tensor, " m"]:
+    """The last `steps_left` steps of a grid; at strength 0 its last time alone.
+
+    Raises:
+        ValueError: see `steps_left`.
+    """
     steps = len(times) - 1
-    return times[steps - int(steps * strength) :]
+    return times[steps - steps_left(steps, strength) :]
 
 
 def noised(

@@ -1,0 +1,98 @@
+"""How a picture was drawn: the words of a command line, which draw it again, and hashes of the files that they name."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from xdiffusion.checkpoints.files import existing_weights, file_hash
+from xdiffusion.checkpoints.learned_tokens import parse_tokens_spec
+from xdiffusion.lora.weights import parse_lora_spec
+from xdiffusion.pictures import read_metadata
+
+LISTS = ("prompt", "lora_path", "learned_tokens")  # flags that may be repeated
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a PNG says of how it was drawn.
+
+    words: of the command line. hashes: of the files that a flag names, by flag.
+    """
+
+    words: list[str]
+    hashes: dict[str, list[str]]
+
+    def with_given(self, given: Sequence[str], keys: Mapping[str, str]) -> list[str]:
+        """The words of the recipe with those given on top, which replace what the recipe says of the same thing.
+
+        Args:
+            given: words of a command line.
+            keys: config key by flag, for a key that `--set` sets.
+        """
+        finder = _finder([*LISTS, "set"])
+        said = vars(finder.parse_known_args(list(given))[0])
+        set_keys = {assignment.partition("=")[0] for assignment in said["set"] or ()}
+        replaced = [flag for flag in LISTS if said[flag]] + [flag for flag, key in keys.items() if key in set_keys]
+        # a picture does not choose where files go
+        return [*without_flags(self.words, ["output_path", *replaced]), *given]
+
+    def differing(self, hashes: Mapping[str, list[str]]) -> list[str]:
+        """The flags that name other files than those that drew the picture, whatever their names."""
+        return [flag for flag, known in self.hashes.items() if hashes.get(flag) != known]
+
+
+def read_recipe(picture: Path) -> Recipe:
+    """The recipe of a PNG.
+
+    Raises:
+        ValueError: if the picture is none of ours.
+    """
+    texts = read_metadata(picture)
+    try:
+        words, hashes = json.loads(texts["command"]), json.loads(texts.get("hashes", "{}"))
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise TypeError
+        if not isinstance(hashes, dict):
+            raise TypeError
+    except (KeyError, ValueError, TypeError, RecursionError):
+        raise ValueError(f"{picture} does not say how it was drawn: it is no picture of this command") from None
+    return Recipe(words, hashes)
+
+
+def without_flags(words: Sequence[str], flags: Iterable[str]) -> list[str]:
+    """The words of a command line without some flags and their values."""
+    return _finder(flags).parse_known_args(list(words))[1]
+
+
+def file_hashes(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Hashes of the bytes of all files that the flags of the sampling command name beside the checkpoint, by flag.
+
+    Raises:
+        CheckpointError: if one cannot be read.
+    """
+    paths = {
+        "lora_path": [existing_weights(parse_lora_spec(text)[0])[0] for text in args.lora_path],
+        "learned_tokens": [parse_tokens_spec(text)[0] for text in args.learned_tokens],
+        "init_image": [Path(args.init_image)] if args.init_image else [],
+        "mask_image": [Path(args.mask_image)] if args.mask_image else [],
+    }
+    return {flag: [_hash(path) for path in named] for flag, named in paths.items() if named}
+
+
+def _hash(path: Path) -> str:
+    if not path.is_dir():
+        return file_hash(path)
+    hashes = [file_hash(file) for file in sorted(path.rglob("*")) if file.is_file()]  # of an adapter of peft
+    return hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()
+
+
+def _finder(flags: Iterable[str]) -> argparse.ArgumentParser:
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in flags:
+        finder.add_argument(f"--{flag}", action="append")
+    return finder
