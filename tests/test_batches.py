@@ -73,5 +73,3 @@ def test_class_images_are_half_of_a_batch_in_the_subject_s_shape(folder):
         assert part.x0.shape[2:] == subject.sizes[int(batches.indices(step)[0])]
         assert part.captions[1::2] == ["class"] * 2 and "class" not in part.captions[::2]
         assert part.weights.tolist() == pytest.approx([1.6, 0.4] * 2)  # 1 and 1/4, with mean 1
-    with pytest.raises(ValueError, match="batch_size=3 must be even"):
-        Batches([Source(subject), Source(of_class)], certain, settings(batch_size=3))

@@ -5,7 +5,6 @@ import torch
 from omegaconf import OmegaConf
 from picture_folders import truncate, write_pictures
 from PIL import Image
-from tiny import tiny_config, tiny_trainer
 from tiny_sd import tiny_sd_config, tiny_sd_model, tiny_sd_trainer
 
 from xdiffusion.autoencoders.identity import IdentityAutoencoder
@@ -132,16 +131,9 @@ def test_embeddings_are_read_once(folder, monkeypatch):
     assert torch.equal(trainer.task.embed(["a dog", "a cat"]), first.flip(0))
 
 
-def test_what_cannot_be_cached_is_refused(folder):
-    with pytest.raises(ValueError, match=r"cache.latents=true .*data.random_crop must be false"):
-        tiny_sd_trainer(tiny_sd_config(folder, "data.random_crop=true"))
-    with pytest.raises(ValueError, match=r"cache.text_embeddings=true is for a frozen text encoder.*text_encoder_lora"):
-        tiny_sd_trainer(tiny_sd_config(folder, "text_encoder_lora.rank=1"))
+def test_pixels_are_not_cached(folder):
     with pytest.raises(ValueError, match="this model's pixels are its latents"):
         LatentCache(build_data(tiny_sd_config(folder)), IdentityAutoencoder(3), TensorCache(folder / "cache", {}))
-    for cache in ("cache.latents", "cache.text_embeddings"):
-        with pytest.raises(ValueError, match=f"{cache}=true is for image/folder"):
-            tiny_trainer(tiny_config(f"{cache}=true"))
 
 
 def test_parts_that_are_cached_leave_the_device_but_for_the_sample_grids(folder, monkeypatch):

@@ -7,6 +7,8 @@ from xdiffusion.training.settings import (
     SECTIONS,
     CheckpointSettings,
     OptimizerSettings,
+    PriorSettings,
+    TextualInversionSettings,
     TrainingSettings,
     check_settings,
 )
@@ -40,6 +42,12 @@ NAN, INF = float("nan"), float("inf")
         (OptimizerSettings(warmup_steps=-5), "optimizer.warmup_steps=-5 must be at least 0"),
         (OptimizerSettings(weight_decay=-0.1), "optimizer.weight_decay=-0.1 must be at least 0"),
         (OptimizerSettings(betas=(2, 3)), r"optimizer.betas=\[2, 3\] must be two numbers in \[0, 1\)"),
+        (PriorSettings("dogs", "a dog", weight=0), "prior.weight=0 must be above 0"),
+        (PriorSettings("dogs", "a dog", num_images=0), "prior.num_images=0 must be at least 1"),
+        (
+            TextualInversionSettings("<a>", "a", learning_rate=0),
+            "textual_inversion.learning_rate=0 must be above 0, or null",
+        ),
         (OptimizerSettings(betas=(0.9,)), r"optimizer.betas=\[0.9\] must be two numbers"),
     ],
 )

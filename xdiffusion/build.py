@@ -111,8 +111,8 @@ SCHEMA = {
         extra={"learning_rate": _LEARNING_RATE},
         optional=True,
     ),
-    "prior": Section("xdiffusion.training.prior_preservation:PriorSettings", optional=True),
-    "textual_inversion": Section("xdiffusion.training.textual_inversion:TextualInversionSettings", optional=True),
+    "prior": Section("xdiffusion.training.settings:PriorSettings", optional=True),
+    "textual_inversion": Section("xdiffusion.training.settings:TextualInversionSettings", optional=True),
 }
 
 

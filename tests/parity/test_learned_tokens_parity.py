@@ -8,7 +8,8 @@ from tiny_sd import tiny_sd_config, tiny_sd_model
 from xdiffusion.checkpoints.learned_tokens import save_learned_tokens
 from xdiffusion.checkpoints.native import save_model
 from xdiffusion.commands import sd
-from xdiffusion.training.textual_inversion import TextualInversionSettings, learn_token
+from xdiffusion.training.settings import TextualInversionSettings
+from xdiffusion.training.textual_inversion import learn_token
 
 
 @pytest.fixture(scope="module")

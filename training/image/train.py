@@ -80,12 +80,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    from xdiffusion.build import build_model, load_config
+    from xdiffusion.build import build_data, build_model, load_config
+    from xdiffusion.training.checks import check_captions, check_together
     from xdiffusion.training.settings import check_settings
 
     with naming_flags(args, FLAG_KEYS):
         config = load_config(args.config_path, overrides_from_flags(args, FLAG_KEYS), args.use_lora_training)
         check_settings(config)
+        check_together(config, lora=args.use_lora_training)
     adapts = args.use_lora_training or "textual_inversion" in config
     if adapts and not (args.load_model_weights_from_checkpoint or args.dry_run):
         what = "--use_lora_training" if args.use_lora_training else "textual_inversion:"
@@ -97,10 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xdiffusion.training.trainable import describe_model, make_trainable
 
     torch.manual_seed(config.training.seed)
+    if args.dry_run or "prior" in config:  # else what cannot be trained is said after hours of drawing class images
+        outline = build_model(config, without_weights=True)
+        make_trainable(outline, config, lora=args.use_lora_training)
     if args.dry_run:
-        model = build_model(config, without_weights=True)
-        make_trainable(model, config, lora=args.use_lora_training)
-        print(describe_model(model, config))
+        print(describe_model(outline, config))
+        if config.data.kind == "image/folder" and config.data.data_dir:
+            check_captions(build_data(config), config, outline.text_encoder.context_length)
         return 0
     try:
         with leaving_together(), noticing_lost_processes():
@@ -118,6 +123,7 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
     from xdiffusion.checkpoints.files import content_hash, weights_file
     from xdiffusion.checkpoints.native import load_model_file
     from xdiffusion.loading import check_same_architecture, choices_of_run, load_weights
+    from xdiffusion.training.checks import check_captions
     from xdiffusion.training.diffusion_task import DiffusionTask
     from xdiffusion.training.loop import Trainer
     from xdiffusion.training.previews import draw_samples
@@ -139,6 +145,7 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
     sampling = build_sampling(override(config, unguided, "--no-sample_with_guidance"), model.schedule)
     with first_ones_first(process):  # the others find what the first has downloaded
         data = build_data(config)
+    check_captions(data, config, model.text_encoder.context_length)
     clip = None
     if not args.load_model_weights_from_checkpoint and config.model.text_encoder.pretrained == TINY:
         clip, status = tiny_clip(config, data, process, words, force_cpu=args.force_cpu)

@@ -68,13 +68,10 @@ class Batches:
     """The batches of a run.
 
     Args:
-        sources: the data sets, from which the rows of a batch come in turn; the first decides a batch's shape.
+        sources: the data sets, from which the rows of a batch come in turn, as many of each; the first decides its shape.
         posterior: images -> (mean, std) of their latents.
         settings: of the run.
         device: of what a part holds.
-
-    Raises:
-        ValueError: if the sources cannot share a batch equally.
     """
 
     def __init__(
@@ -84,10 +81,6 @@ class Batches:
         settings: TrainingSettings,
         device: torch.device | str = "cpu",
     ):
-        if settings.batch_size % len(sources):
-            raise ValueError(
-                f"training.batch_size={settings.batch_size} must be even: class images are half of a batch"
-            )
         self.sources = sources
         self.posterior = posterior
         self.settings = settings

@@ -34,13 +34,13 @@ class LatentCache:
     """(mean, std) of every picture of a collection in the shapes and flips that a run draws.
 
     Args:
-        images: the pictures.
+        images: the pictures, not cropped at random.
         autoencoder: with `posterior`; needed now, and later for entries that are gone from the disk meanwhile.
         cache: see `cache_for`.
         shapes: (height, width) that every picture is needed in; None for each in its own bucket's.
 
     Raises:
-        ValueError: if the pictures are cropped at random, or the model has no latents.
+        ValueError: if the model has no latents.
         CheckpointError: if the cache's folder cannot be written.
     """
 
@@ -51,13 +51,6 @@ class LatentCache:
         cache: TensorCache,
         shapes: Sequence[Size] | None = None,
     ):
-        if not isinstance(images, CaptionedImages):
-            raise ValueError(
-                "cache.latents=true is for image/folder and image/hugging_face; other sets are small, or shards "
-                "without an end"
-            )
-        if images.random_crop:
-            raise ValueError("cache.latents=true keeps one latent of each picture, so data.random_crop must be false")
         self.images = images
         self.autoencoder = autoencoder
         self.cache = cache

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from xdiffusion.training.settings import OptimizerSettings
+from xdiffusion.training.settings import OptimizerSettings, check_library
 
 
 def build_optimizer(groups: Iterable[Sequence[nn.Parameter]], settings: OptimizerSettings) -> torch.optim.Optimizer:
@@ -20,10 +20,7 @@ def build_optimizer(groups: Iterable[Sequence[nn.Parameter]], settings: Optimize
     shared = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
     if settings.kind == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **shared)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ValueError(
-            "optimizer.kind='adamw8bit' needs the library bitsandbytes: pip install bitsandbytes, or take kind: adamw"
-        ) from error
+    check_library(settings.kind)
+    from bitsandbytes.optim import AdamW8bit
+
     return AdamW8bit(parameters, **shared)

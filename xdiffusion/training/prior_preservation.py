@@ -8,13 +8,12 @@ Half of each batch are class images: pictures of the class that the base model i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from xdiffusion.checkpoints.files import ensure_writable, write_atomically
@@ -22,31 +21,9 @@ from xdiffusion.data.captioned_images import CaptionedImages
 from xdiffusion.data.image_folder import SUFFIXES, load_image_folder
 from xdiffusion.model import DiffusionModel, generate, generators_for
 from xdiffusion.pictures import as_picture, save_png
+from xdiffusion.training.settings import settings_of
 
 BLOCK = 4
-
-
-@dataclass(frozen=True)
-class PriorSettings:
-    """The `prior:` section of a config.
-
-    data_dir: folder of the class images; those that are missing are drawn by the base model.
-    prompt: of the class, such as "a photo of a dog" where the subject is "a photo of sks dog".
-    num_images: how many there should be.
-    weight: of a class image in the loss, where one of the subject has 1.
-    """
-
-    data_dir: str
-    prompt: str
-    num_images: int = 200
-    weight: float = 1.0
-
-    def check(self) -> None:
-        """Raise ValueError for values that no run can have."""
-        if self.num_images < 1:
-            raise ValueError(f"prior.num_images={self.num_images} must be at least 1")
-        if self.weight <= 0:
-            raise ValueError(f"prior.weight={self.weight} must be above 0; leave out the section prior: for none")
 
 
 def prepare_class_images(
@@ -63,8 +40,7 @@ def prepare_class_images(
     Raises:
         ValueError: for settings that cannot be; a CheckpointError if the folder cannot be written.
     """
-    settings = PriorSettings(**OmegaConf.to_container(config.prior))
-    settings.check()
+    settings = settings_of(config, "prior")
     folder = ensure_writable(Path(settings.data_dir))
     folder.mkdir(parents=True, exist_ok=True)
     present = sum(path.suffix.lower() in SUFFIXES for path in folder.iterdir())

@@ -138,29 +138,83 @@ class CacheSettings:
         """There is no value that no run can have."""
 
 
+@dataclass(frozen=True)
+class PriorSettings:
+    """The `prior:` section of a config.
+
+    data_dir: folder of the class images; those that are missing are drawn by the base model.
+    prompt: of the class, such as "a photo of a dog" where the subject is "a photo of sks dog".
+    num_images: how many there should be.
+    weight: of a class image in the loss, where one of the subject has 1.
+    """
+
+    data_dir: str
+    prompt: str
+    num_images: int = 200
+    weight: float = 1.0
+
+    def check(self) -> None:
+        """Raise ValueError for values that no run can have."""
+        check_ranges("prior", self, ("num_images",), at_least=1)
+        check_ranges("prior", self, ("weight",), above=0)
+
+
+@dataclass(frozen=True)
+class TextualInversionSettings:
+    """The `textual_inversion:` section of a config.
+
+    token: the new word, such as "<cat>", which the captions must name.
+    initialiser: a word or words near it in meaning, from which it starts.
+    vectors: how many embeddings it has; the initialiser's tokens in turn.
+    learning_rate: of the embeddings; null is optimizer.learning_rate.
+    """
+
+    token: str
+    initialiser: str
+    vectors: int = 1
+    learning_rate: float | None = None
+
+    def check(self) -> None:
+        """Raise ValueError for values that no run can have."""
+        check_ranges("textual_inversion", self, ("learning_rate",), above=0)
+
+
 SECTIONS = {
     "training": TrainingSettings,
     "optimizer": OptimizerSettings,
     "checkpoints": CheckpointSettings,
     "cache": CacheSettings,
 }
+OPTIONAL_SECTIONS = {"prior": PriorSettings, "textual_inversion": TextualInversionSettings}
 
 
 def settings_of(config: DictConfig, section: str) -> Any:
-    """One of `SECTIONS` of a resolved config, as the class of its name.
+    """One of these sections of a resolved config, as the class of its name.
 
     Raises:
         ValueError: for values that no run can have.
     """
-    settings = SECTIONS[section](**OmegaConf.to_container(config[section]))
+    settings = (SECTIONS | OPTIONAL_SECTIONS)[section](**OmegaConf.to_container(config[section]))
     settings.check()
     return settings
 
 
 def check_settings(config: DictConfig) -> None:
-    """Raise ValueError for values of `SECTIONS` that no run can have, before anything is loaded or made."""
-    for section in SECTIONS:
+    """Raise ValueError for values of these sections that no run can have, before anything is loaded or made."""
+    for section in (*SECTIONS, *(name for name in OPTIONAL_SECTIONS if name in config)):
         settings_of(config, section)
+    check_library(config.optimizer.kind)
+
+
+def check_library(optimizer: str) -> None:
+    """Raise ValueError where the library of an `optimizer.kind` is missing."""
+    if optimizer == "adamw8bit":
+        try:
+            import bitsandbytes.optim  # noqa: F401
+        except ImportError as error:
+            raise ValueError(
+                "optimizer.kind='adamw8bit' needs the library bitsandbytes: pip install bitsandbytes, or take kind: adamw"
+            ) from error
 
 
 def check_ranges(

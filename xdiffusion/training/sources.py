@@ -16,7 +16,6 @@ from xdiffusion.text_encoders.prompt_cache import PromptCache
 from xdiffusion.training.batches import Batches, Data, Source
 from xdiffusion.training.latent_cache import EmbeddingCache, LatentCache, cache_for
 from xdiffusion.training.settings import CacheSettings, TrainingSettings, settings_of
-from xdiffusion.training.textual_inversion import check_token_is_named
 
 
 class Sources:
@@ -28,12 +27,12 @@ class Sources:
         model: on the CPU.
         data: the pictures.
         class_images: of prior preservation, or None.
-        config: resolved.
+        config: resolved, and of sections that go together, see `checks`.
         settings: its section `training`.
         device: to train on.
 
     Raises:
-        ValueError: for a cache that this model or data cannot have.
+        ValueError: for a cache that this model cannot have.
     """
 
     def __init__(
@@ -45,8 +44,6 @@ class Sources:
         settings: TrainingSettings,
         device: torch.device,
     ):
-        if "textual_inversion" in config:
-            check_token_is_named(data, config.textual_inversion.token)
         cached = settings_of(config, "cache")
         self.device = device
         self.parked: list[nn.Module] = []
@@ -86,16 +83,9 @@ class Sources:
         config: DictConfig,
         cached: CacheSettings,
     ) -> Callable[[list[str]], Tensor]:
-        trains_text = any(p.requires_grad for p in model.text_encoder.parameters())
         if not cached.text_embeddings:
+            trains_text = any(p.requires_grad for p in model.text_encoder.parameters())
             return model.text_encoder.encode if trains_text else PromptCache(model.text_encoder)
-        if trains_text:
-            raise ValueError(
-                "cache.text_embeddings=true is for a frozen text encoder; this run trains it "
-                "(text_encoder_lora or textual_inversion)"
-            )
-        if not all(isinstance(images, CaptionedImages) for images in sets):
-            raise ValueError("cache.text_embeddings=true is for image/folder and image/hugging_face")
         cache = cache_for(model.text_encoder, _section(config, "text_encoder"), Path(cached.folder))
         prompts = ["", *(caption for images in sets for captions in images.captions for caption in captions)]
         with self._visiting(model.text_encoder):

@@ -9,8 +9,10 @@ from torch import nn
 from xdiffusion.lora.adapters import get_lora_parameters
 from xdiffusion.lora.inject import apply_lora_to_model, lora_layers
 from xdiffusion.model import DiffusionModel
-from xdiffusion.training.textual_inversion import TextualInversionSettings, learn_token
+from xdiffusion.training.settings import settings_of
+from xdiffusion.training.textual_inversion import learn_token
 
+MANY = 300_000_000  # trained weights of which a hint says what they take
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -44,16 +46,26 @@ def make_trainable(model: DiffusionModel, config: DictConfig, *, lora: bool) -> 
     elif "textual_inversion" not in config:
         model.network.requires_grad_(True)
     if "textual_inversion" in config:
-        learn_token(model.text_encoder, TextualInversionSettings(**OmegaConf.to_container(config.textual_inversion)))
+        learn_token(model.text_encoder, settings_of(config, "textual_inversion"))
 
 
 def describe_model(model: DiffusionModel, config: DictConfig | None = None) -> str:
-    """The config as YAML if given, then parameters by part and trainable ones; a LoRA's share is of its part."""
+    """The config as YAML if given, then parameters by part and trainable ones; a LoRA's share is of its part.
+
+    A part is frozen where nothing of its own is trained, whatever is added to it.
+    """
     lines = [OmegaConf.to_yaml(config)] if config is not None else []
-    lines.append(
-        f"parameters: network {_count(model.network):,}, text encoder {_count(model.text_encoder):,} (frozen), "
-        f"autoencoder {_count(model.autoencoder):,} (frozen)"
-    )
+    parts = {"network": model.network, "text encoder": model.text_encoder, "autoencoder": model.autoencoder}
+    own = {name: _own_parameters(part) for name, part in parts.items()}
+    frozen = {name: not any(p.requires_grad for p in parameters) for name, parameters in own.items()}
+    counts = (f"{name} {_count(parts[name]):,}{' (frozen)' * frozen[name]}" for name in parts)
+    lines.append(f"parameters: {', '.join(counts)}")
+    trained = sum(_count(part) for name, part in parts.items() if not frozen[name])
+    if trained > MANY:
+        lines.append(
+            f"hint: this run trains all {trained / 1e6:,.0f} M of them: weights, gradients and AdamW's moments take "
+            f"{16 * trained / 1e9:.0f} GB in float32, activations not counted; --use_lora_training trains a small part"
+        )
     for part, name in ((model.network, "network"), (model.text_encoder, "text encoder")):
         layers, trained = len(lora_layers(part)), sum(p.numel() for p in get_lora_parameters(part))
         if layers:
@@ -66,6 +78,11 @@ def describe_model(model: DiffusionModel, config: DictConfig | None = None) -> s
     return "\n".join(lines)
 
 
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters without those of adapters and learned words."""
+    added = (".lora_", "learned_embedding")
+    return [p for name, p in module.named_parameters() if not any(word in name for word in added)]
+
+
 def _count(module: nn.Module) -> int:
-    """Parameters without those of adapters."""
-    return sum(p.numel() for name, p in module.named_parameters() if ".lora_" not in name)
+    return sum(p.numel() for p in _own_parameters(module))

@@ -1,0 +1,84 @@
+"""What a run says at its start, in a dry run too: nothing is drawn, cached or loaded before."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from commands import TRAIN, run_script, set_words
+from picture_folders import write_pictures
+from tiny import tiny_config
+from tiny_sd import CONFIGS, SMALLER
+
+from xdiffusion.training.checks import check_together
+
+INVERSION, DREAMBOOTH = "sd15_textual_inversion_tiny", "sd15_dreambooth_lora_tiny"
+
+
+def train(name, *words):
+    start = ["--load_model_weights_from_checkpoint", "none.safetensors", "--use_lora_training", "--force_cpu"]
+    return run_script(TRAIN, "--config_path", CONFIGS / f"{name}.yaml", *set_words(SMALLER), *start, *words)
+
+
+@pytest.mark.parametrize("dry", [["--dry_run"], []], ids=["dry run", "run"])
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        (DREAMBOOTH, "--batch_size 3", "--batch_size 3: training.batch_size=3 must be even: class images are half"),
+        (DREAMBOOTH, "--set prior.weight=0", "prior.weight=0 must be above 0"),
+        (DREAMBOOTH, "--set lora.rank=0", "rank=0"),
+        (
+            "sd15_lora_tiny",
+            "--set optimizer.kind=adamw8bit",
+            "optimizer.kind='adamw8bit' needs the library bitsandbytes",
+        ),
+        (
+            INVERSION,
+            "--set data.captions=[photo]",
+            "no caption of image/folder set names textual_inversion.token='<cat>'",
+        ),
+        (
+            "sd15_lora_tiny",
+            "--set data.random_crop=true",
+            "cache.latents=true keeps one latent of each picture, so data.",
+        ),
+        ("sd15_lora_tiny", "--set text_encoder_lora.rank=1", "cache.text_embeddings=true is for a frozen text encoder"),
+    ],
+)
+def test_said_before_anything_is_loaded_or_made(name, words, message, dry, work_folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    write_pictures(work_folder / "set", [(16, 16)] * 2, ["a picture"])
+    assert train(name, "--data_dir", "set", *words.split(), *dry) == 2
+    assert message in capsys.readouterr().err
+    assert {path.name for path in work_folder.iterdir()} == {"set"}
+
+
+@pytest.mark.parametrize("cache", ["cache.latents", "cache.text_embeddings"])
+def test_only_files_are_cached(cache):
+    with pytest.raises(
+        ValueError, match=f"{cache}=true is for image/folder and image/hugging_face, not for image/digits"
+    ):
+        check_together(tiny_config(f"{cache}=true"), lora=False)
+
+
+@pytest.mark.parametrize("token", ["<dog>", "<DOG>"])
+def test_captions_beside_the_pictures_may_name_the_word(token, work_folder, capsys):
+    write_pictures(work_folder / "set", [(16, 16)] * 2, ["a <dog>", "a picture"])
+    words = [
+        "--set",
+        f"textual_inversion.token={token}",
+        "--set",
+        "data.captions=null",
+        "--data_dir",
+        "set",
+        "--dry_run",
+    ]
+    assert train(INVERSION, *words) == 0
+    Path("set/picture_0.txt").write_text("a cat")
+    assert train(INVERSION, *words) == 2
+    assert f"names textual_inversion.token={token!r}" in capsys.readouterr().err
+
+
+def test_captions_that_are_cut_are_counted(work_folder, capsys):
+    write_pictures(work_folder / "set", [(16, 16)] * 3, ["one two three four five six", "one " * 7, "one two"])
+    assert train("sd15_lora_tiny", "--data_dir", "set", "--dry_run") == 0
+    assert "captions: 1 of 3 have more than the 6 tokens that the text encoder reads" in capsys.readouterr().out

@@ -1,0 +1,64 @@
+"""What is seen at the start of a run of a diffusion model, before anything is loaded, drawn or cached."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from xdiffusion.data.captioned_images import CaptionedImages
+from xdiffusion.text_encoders.tokenizer import token_ids
+from xdiffusion.training.batches import Data
+
+OF_FILES = ("image/folder", "image/hugging_face")
+
+
+def check_together(config: DictConfig, *, lora: bool) -> None:
+    """See that the sections of a resolved config go together.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    batch_size, cache, data = config.training.batch_size, config.cache, config.data
+    if "prior" in config and batch_size % 2:
+        raise ValueError(f"training.batch_size={batch_size} must be even: class images are half of a batch (prior:)")
+    for name in ("latents", "text_embeddings"):
+        if cache[name] and data.kind not in OF_FILES:
+            raise ValueError(f"cache.{name}=true is for {' and '.join(OF_FILES)}, not for {data.kind}")
+    if cache.latents and data.random_crop:
+        raise ValueError("cache.latents=true keeps one latent of each picture, so data.random_crop must be false")
+    if cache.text_embeddings and ("textual_inversion" in config or (lora and "text_encoder_lora" in config)):
+        raise ValueError(
+            "cache.text_embeddings=true is for a frozen text encoder; this run trains it "
+            "(text_encoder_lora or textual_inversion)"
+        )
+
+
+def check_captions(data: Data, config: DictConfig, context_length: int) -> None:
+    """See that the captions of a folder or a hub's set can be learned from; print how many are cut.
+
+    Of shards nothing is seen: to see all of their captions would be to read all of them.
+
+    Args:
+        context_length: of the text encoder, its start and end included.
+
+    Raises:
+        ValueError: if none names the word of `textual_inversion:`.
+    """
+    if not isinstance(data, CaptionedImages):
+        return
+    captions = dict.fromkeys(caption for captions in data.captions for caption in captions)
+    if "textual_inversion" in config:
+        token = config.textual_inversion.token
+        if not any(token.lower() in caption.lower() for caption in captions):
+            raise ValueError(
+                f"no caption of {data.name} names textual_inversion.token={token!r}: "
+                f"set captions for all pictures, such as data.captions=['a photo of {token}']"
+            )
+    room = context_length - 2
+    may_be_long = (caption for caption in captions if len(caption.encode()) > room)  # a token has a byte at least
+    long = {caption: count for caption in may_be_long if (count := len(token_ids(caption))) > room}
+    if long:
+        longest = max(long, key=long.__getitem__)
+        print(
+            f"captions: {len(long)} of {len(captions)} have more than the {room} tokens that the text encoder reads, and "
+            f"are cut there; the longest has {long[longest]}: {longest[:60]!r}..."
+        )
