@@ -22,6 +22,7 @@ from xdiffusion.lora import (
     merge_lora_weights,
     set_lora_enabled,
 )
+from xdiffusion.model import StartImage
 from xdiffusion.stable_diffusion import generate, load_lora_into_models, preload_models_with_lora, save_models_lora
 
 PROMPT = "a beautiful landscape"
@@ -123,6 +124,26 @@ def test_a_lora_knows_its_base_in_another_form(words, ckpt_path, work_folder, ge
     sd.main(["convert", str(ckpt_path), *words.split()])
     load_lora_into_models(preload_models_with_lora(words.split()[0]), path)
     assert ("in another precision" in capsys.readouterr().out) == ("half" in words)
+
+
+def test_the_size_of_one_call(ckpt_path):
+    models = preload_models_with_lora(ckpt_path)
+    assert generate("a fox", models=models, height=32, width=96, **FEW).shape == (1, 3, 32, 96)
+    with pytest.raises(ValueError, match="height=20, width=64: the sides of an image must be multiples of 8"):
+        generate("a fox", models=models, height=20, **FEW)
+    assert generate("a fox", models=models, **FEW).shape == (1, 3, 64, 64)
+
+
+def test_no_prompt_and_seeds_that_no_generator_takes(ckpt_path):
+    models = preload_models_with_lora(ckpt_path)
+    with pytest.raises(ValueError, match="0 prompts, 0 generators: must be as many, at least one"):
+        generate([], models=models, **FEW)
+    for seed in (2**64, -(2**63) - 1):
+        with pytest.raises(ValueError, match=f"seed={seed}: the seeds of 1 images must be from"):
+            generate("a fox", models=models, seed=seed, **FEW)
+    with pytest.raises(ValueError, match=r"strength=0.4 of 2 steps is less than one"):
+        start = StartImage(torch.zeros(1, 3, 64, 64), 0.4)
+        generate("a fox", models=models, start_image=start, **FEW)
 
 
 def test_mistakes_leave_the_models_as_they_were(ckpt_path, work_folder, generator):

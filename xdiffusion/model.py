@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from xdiffusion.samplers.image_to_image import MaskedDenoiser, noised, times_fro
 
 Sampler = Callable[..., Tensor]
 PIXELS_AT_A_TIME = 512 * 512  # decoding as many takes 1 GB, which a card that trains at 512 may have, but not 8
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of `mixed_precision`
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,13 @@ def initial_noise(shape: tuple[int, int, int], generators: Sequence[torch.Genera
 
 
 def generators_for(seed: int, count: int) -> list[torch.Generator]:
-    """One CPU generator per image: image i of a run is that of seed + i."""
+    """One CPU generator per image: image i of a run is that of seed + i.
+
+    Raises:
+        ValueError: for seeds that no generator takes.
+    """
+    if not -(2**63) <= seed <= 2**64 - count:
+        raise ValueError(f"seed={seed}: the seeds of {count} images must be from -2^63 to 2^64 - 1")
     return [torch.Generator().manual_seed(seed + i) for i in range(count)]
 
 
@@ -208,6 +216,7 @@ def generate(
     settings: SamplingSettings = SamplingSettings(),
     start_image: StartImage | None = None,
     batch_size: int = 100,
+    autocast: torch.dtype | None = None,
     on_start: Callable[[Tensor], None] | None = None,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "B C H W"]:
@@ -221,29 +230,33 @@ def generate(
         times: see `samplers.time_grids`.
         settings: guidance, prompts and noise.
         start_image: what to start from; None: noise.
+        autocast: what the network and the text encoder compute in; None: in their weights' precision.
         on_start, on_step: called as on_start(x_T) and on_step(i, xt, x0) within each block.
 
     Raises:
         ImagesNotFinite: after the first block with such images.
-        ValueError: if the start image's strength or size is wrong, or the prompts are not of the syntax.
+        ValueError: if there is no prompt, or not one generator for each, or a start image or a prompt is wrong.
     """
+    if not prompts or len(generators) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts, {len(generators)} generators: must be as many, at least one")
     if start_image is not None:
         start_image.check(model.image_shape)
         times = times_from(times, start_image.strength)
-    context, null_context = _embedded(model, prompts, settings)
+    in_half = partial(torch.autocast, model.device.type, autocast, enabled=autocast is not None)
+    with in_half():
+        context, null_context = _embedded(model, prompts, settings)
     denoiser = Denoiser(model.network, model.schedule, model.prediction, settings.whole_steps)
     images = []
     for start in range(0, len(prompts), batch_size):
         block = slice(start, start + batch_size)
         guided = GuidedDenoiser(denoiser, context[block], null_context, settings.cfg_scale, settings.clip_x0)
         if start_image is None:
-            x_T = initial_noise(model.latent_shape, generators[block]).to(model.device)
-            x_T = x_T * model.schedule.alpha_sigma(times[0])[1] if settings.start_noise == "sigma" else x_T
+            x_T = _start_noise(model, generators[block], times[0], settings.start_noise)
         else:
             guided, x_T = _started(model, start_image.rows(block, len(prompts)), guided, generators[block], times)
         if on_start is not None:
             on_start(x_T)
-        with model.at_work(model.network), computed_once(model.network):
+        with model.at_work(model.network), computed_once(model.network), in_half():
             x0 = sampler(guided, x_T, times, generator=generators[block], on_step=on_step)
         if isinstance(guided, MaskedDenoiser):
             x0 = guided.kept(x0)  # a grid may end with a trace of noise
@@ -271,6 +284,14 @@ def _embedded(
     embedded = embedded.to(model.device)
     row = {prompt: i for i, prompt in enumerate(different)}
     return embedded[[row[prompt] for prompt in prompts]], embedded[[row[negative]]]
+
+
+def _start_noise(
+    model: DiffusionModel, generators: Sequence[torch.Generator], time: Float[Tensor, ""], start_noise: str
+) -> Float[Tensor, "B C H W"]:
+    """x_T, see `SamplingSettings.start_noise`."""
+    x_T = initial_noise(model.latent_shape, generators).to(model.device)
+    return x_T * model.schedule.alpha_sigma(time)[1] if start_noise == "sigma" else x_T
 
 
 def _started(

@@ -139,6 +139,8 @@ def generate(
     models: Models,
     seed: int = 0,
     start_image: StartImage | None = None,
+    height: int | None = None,
+    width: int | None = None,
     batch_size: int = 4,
     **sampling: Any,
 ) -> Float[Tensor, "B 3 H W"]:
@@ -149,19 +151,24 @@ def generate(
         models: of `preload_models_with_lora`.
         seed: image i is drawn from the noise of seed + i.
         start_image: for img2img and inpainting, see `model.StartImage`.
+        height, width: of the images, in pixels; None: the model's own.
         batch_size: images drawn at a time.
         sampling: keys of the config's section `sampling:`, such as steps=20, cfg_scale=7.5, negative_prompt="blurry", or
             sampler={"kind": "euler"}.
 
     Raises:
         ConfigError: for a key or value that this section does not allow.
-        ValueError: if the start image or a prompt is wrong.
+        ValueError: if the start image, a side, the seed or a prompt is wrong, or there is no prompt.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     assignments = [f"sampling.{key}={json.dumps(value)}" for key, value in sampling.items()]
     config = override(models["config"], assignments, "generate")
     settings = build_sampling(config, models["model"].schedule)
     generators = generators_for(seed, len(prompts))
-    return generate_images(
-        models["model"], prompts, generators, start_image=start_image, batch_size=batch_size, **settings
-    )
+    model = models["model"]
+    _, *usual = model.image_shape
+    try:
+        model.resize(height or usual[0], width or usual[1])
+        return generate_images(model, prompts, generators, start_image=start_image, batch_size=batch_size, **settings)
+    finally:
+        model.resize(*usual)

@@ -123,6 +123,7 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
     from xdiffusion.checkpoints.files import content_hash, weights_file
     from xdiffusion.checkpoints.native import load_model_file
     from xdiffusion.loading import check_same_architecture, choices_of_run, load_weights
+    from xdiffusion.model import HALF
     from xdiffusion.training.checks import check_captions
     from xdiffusion.training.diffusion_task import DiffusionTask
     from xdiffusion.training.loop import Trainer
@@ -171,7 +172,7 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
     trainer = Trainer(DiffusionTask(model, data, config, class_images=class_images), force_cpu=args.force_cpu)
     kind = AdapterWeights if args.use_lora_training else TokenWeights if adapts else ModelWeights
     checkpoints = RunCheckpoints(folder, kind(config, base_hash))
-    draw = partial(draw_samples, model, data.prompts, sampling)
+    draw = partial(draw_samples, model, data.prompts, sampling, autocast=HALF.get(config.training.mixed_precision))
     command = {"script": SCRIPT, "words": words, "resume_from": args.resume_from}
     status = train(trainer, checkpoints, config, draw, **command)
     assert not adapts or content_hash(model.base_weights()) == frozen_hash, "an adapter changed its frozen base"

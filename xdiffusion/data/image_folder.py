@@ -46,7 +46,7 @@ def load_image_folder(
     folder = Path(data_dir)
     if not folder.is_dir():
         raise ValueError(f"--data_dir {folder} is no folder")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not _hidden(p, folder))
+    files = picture_files(folder)
     if not files:
         raise ValueError(f"--data_dir {folder} holds no picture; the endings looked for are {', '.join(SUFFIXES)}")
     captions_from, pictures, absent = _captioned(folder, files)
@@ -64,6 +64,11 @@ def load_image_folder(
     )
     print(images.summary)
     return images
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The files of a folder and of the folders in it that have a picture's ending, without hidden ones."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not _hidden(p, folder))
 
 
 def _captioned(folder: Path, files: Sequence[Path]) -> tuple[str, list[Picture], int]:

@@ -26,12 +26,23 @@ def preview_prompts(table: PromptTable, rows: int = ROWS) -> list[str]:
 
 
 def draw_samples(
-    model: DiffusionModel, table: PromptTable, sampling: Mapping[str, Any], path: Path | None, title: str, seed: int = 0
+    model: DiffusionModel,
+    table: PromptTable,
+    sampling: Mapping[str, Any],
+    path: Path | None,
+    title: str,
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
 ) -> Image.Image:
-    """Sample every class twice, from the same noise each time, and write the captioned grid to `path`, if given."""
+    """Sample every class twice, from the same noise each time, and write the captioned grid to `path`, if given.
+
+    Args:
+        autocast: see `generate`.
+    """
     prompts = preview_prompts(table)
+    generators = generators_for(seed, len(prompts))
     images = generate(
-        model, prompts, generators_for(seed, len(prompts)), batch_size=at_a_time(model), **of_captions(sampling)
+        model, prompts, generators, batch_size=at_a_time(model), autocast=autocast, **of_captions(sampling)
     )
     page = grid(images, prompts, columns=table.num_classes, title=title)
     metadata = {"prompts": "\n".join(prompts), "title": title}

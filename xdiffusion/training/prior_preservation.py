@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from tqdm import tqdm
 
 from xdiffusion.checkpoints.files import ensure_writable, write_atomically
 from xdiffusion.data.captioned_images import CaptionedImages
-from xdiffusion.data.image_folder import SUFFIXES, load_image_folder
-from xdiffusion.model import DiffusionModel, generate, generators_for
-from xdiffusion.pictures import as_picture, save_png
+from xdiffusion.data.image_folder import load_image_folder, picture_files
+from xdiffusion.model import HALF, DiffusionModel, generate, generators_for
+from xdiffusion.pictures import as_picture, read_metadata, save_png
 from xdiffusion.training.settings import settings_of
 
 BLOCK = 4
@@ -29,7 +30,7 @@ BLOCK = 4
 def prepare_class_images(
     model: DiffusionModel, config: DictConfig, sampling: Mapping[str, Any], device: torch.device | str = "cpu"
 ) -> CaptionedImages:
-    """The class images of `prior:`, after the base model has drawn those that are missing.
+    """The class images of `prior:`, after the base model has drawn those that are missing, in the run's precision.
 
     Args:
         model: the base, before it has an adapter.
@@ -38,22 +39,27 @@ def prepare_class_images(
         device: to draw on; the model is on the CPU afterwards.
 
     Raises:
-        ValueError: for settings that cannot be; a CheckpointError if the folder cannot be written.
+        ValueError: for settings that cannot be, or class images of another prompt; a CheckpointError if the folder cannot
+            be written.
     """
     settings = settings_of(config, "prior")
     folder = ensure_writable(Path(settings.data_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    present = sum(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
-    missing = range(present, settings.num_images)
+    _check_prompt(folder, settings.prompt)
+    free = (number for number in count() if not _path(folder, number).exists())
+    missing = list(islice(free, max(0, settings.num_images - len(picture_files(folder)))))
     if missing:
         model.eval().to(device)
-    for start in tqdm(missing[::BLOCK], desc="class images", unit=f"{BLOCK} pictures", leave=False, disable=None):
-        numbers = range(start, min(start + BLOCK, settings.num_images))
-        generators = generators_for(config.training.seed + start, len(numbers))
-        images = generate(model, [settings.prompt] * len(numbers), generators, **sampling)
+    for start in tqdm(
+        range(0, len(missing), BLOCK), "class images", unit=f"{BLOCK} pictures", leave=False, disable=None
+    ):
+        numbers = missing[start : start + BLOCK]
+        generators = [generators_for(config.training.seed + number, 1)[0] for number in numbers]
+        precision = HALF.get(config.training.mixed_precision)
+        images = generate(model, [settings.prompt] * len(numbers), generators, autocast=precision, **sampling)
         for number, image in zip(numbers, images):
             write = partial(save_png, as_picture(image), metadata={"prompt": settings.prompt})
-            write_atomically(folder / f"class_{number:04d}.png", write)  # the next run counts what stands there
+            write_atomically(_path(folder, number), write)  # the next run counts what stands there
     model.cpu()
     if missing:
         print(f"class images: {len(missing)} drawn of {settings.prompt!r} in {folder}")
@@ -65,3 +71,20 @@ def prepare_class_images(
         flip=config.data.flip,
         captions=[settings.prompt],
     )
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"class_{number:04d}.png"
+
+
+def _check_prompt(folder: Path, prompt: str) -> None:
+    """Complain of class images that another prompt has drawn."""
+    for path in sorted(folder.glob("class_*.png")):
+        try:
+            drawn = read_metadata(path).get("prompt", prompt)  # the user's own say nothing
+        except ValueError:  # damaged: skipped and named where they are loaded
+            continue
+        if drawn != prompt:
+            raise ValueError(
+                f"prior.prompt={prompt!r}, but {path} was drawn of {drawn!r}: name another prior.data_dir, or remove those"
+            )

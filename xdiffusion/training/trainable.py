@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from xdiffusion.lora.adapters import get_lora_parameters
 from xdiffusion.lora.inject import apply_lora_to_model, lora_layers
-from xdiffusion.model import DiffusionModel
+from xdiffusion.model import HALF, DiffusionModel
 from xdiffusion.training.settings import settings_of
 from xdiffusion.training.textual_inversion import learn_token
 
 MANY = 300_000_000  # trained weights of which a hint says what they take
-HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def make_trainable(model: DiffusionModel, config: DictConfig, *, lora: bool) -> None:
