@@ -54,20 +54,37 @@ def test_captions_from_text_files_beside_the_pictures(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("key", ["text", "caption"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_captions_from_metadata(tmp_path, kind):
+def test_captions_from_metadata(tmp_path, kind, key):
     write_pictures(tmp_path / "below", [(16, 16)] * 3)
     rows = [("below/picture_0.png", "one, two"), ("below/picture_2.png", "three"), ("below/gone.png", "four")]
     if kind == "jsonl":
-        text = "\n".join(json.dumps({"file_name": n, "text": t}) for n, t in rows) + "\n\n"
+        text = "\n".join(json.dumps({"file_name": n, key: t}) for n, t in rows) + "\n\n"
     else:
-        text = "file_name,text\n" + "".join(f'{n},"{t}"\n' for n, t in rows)
+        text = f"file_name,{key}\n" + "".join(f'{n},"{t}"\n' for n, t in rows)
     (tmp_path / f"metadata.{kind}").write_text(text)
     images = load(tmp_path)
     assert captions(images) == {"below/picture_0.png": "one, two", "below/picture_2.png": "three"}
     assert set(images.skipped) == {"below/picture_1.png", "below/gone.png"}
     assert images.skipped["below/picture_1.png"] == "no caption"
     assert f"captions from metadata.{kind}" in images.summary
+
+
+def test_metadata_of_the_folders_below_name_their_own_pictures(tmp_path):
+    for name in ("a", "b/c"):
+        write_pictures(tmp_path / name, [(16, 16)] * 2)
+    (tmp_path / "metadata.csv").write_text("file_name,text\na/picture_0.png,outer\na/picture_1.png,outer\n")
+    (tmp_path / "a/metadata.csv").write_text("file_name,text\npicture_0.png,unused\n")
+    (tmp_path / "a/metadata.jsonl").write_text('{"file_name": "./picture_0.png", "text": "inner"}')
+    (tmp_path / "b/metadata.csv").write_text("file_name,caption\nc/picture_0.png,below\n../a/picture_1.png,beside\n")
+    images = load(tmp_path)
+    expected = {"a/picture_0.png": "inner", "a/picture_1.png": "beside", "b/c/picture_0.png": "below"}
+    assert captions(images) == expected and set(images.skipped) == {"b/c/picture_1.png"}
+    assert "captions from metadata.csv, a/metadata.jsonl, b/metadata.csv" in images.summary
+    (tmp_path / "a/metadata.jsonl").write_text('{"file_name": "../../x.png", "text": "inner"}')
+    with pytest.raises(ValueError, match=r"a/metadata.jsonl, line 1: file_name '../x.png' leads out of the folder"):
+        load(tmp_path)
 
 
 def test_captions_from_file_names(tmp_path):
@@ -167,7 +184,9 @@ def test_metadata_cannot_reach_out_through_a_link(tmp_path):
 def test_a_csv_without_its_columns_is_an_error(tmp_path):
     write_pictures(tmp_path, [(16, 16)])
     (tmp_path / "metadata.csv").write_text("name,text\na,b\n")
-    with pytest.raises(ValueError, match=r"no column file_name; its columns are \['name', 'text'\]"):
+    with pytest.raises(
+        ValueError, match=r"must have the columns file_name and text \(or caption\), not \['name', 'text'\]"
+    ):
         load(tmp_path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
@@ -31,8 +32,8 @@ def load_image_folder(
     """The pictures of a folder and of the folders in it, and one printed line about them.
 
     The captions are those of the first that there is: a `.txt` file beside any picture (then every picture needs one);
-    `metadata.jsonl` or `metadata.csv` with `file_name` and `text`; the files' names, with spaces for underscores and
-    without a number at the end.
+    `metadata.jsonl` or `metadata.csv` with `file_name` and `text` (or `caption`), there or in folders below, each for its
+    own; the files' names, with spaces for underscores and without a number at the end.
 
     Args:
         data_dir: the folder.
@@ -76,13 +77,25 @@ def _captioned(folder: Path, files: Sequence[Path]) -> tuple[str, list[Picture],
     names = [str(file.relative_to(folder)) for file in files]
     if any(file.with_suffix(".txt").is_file() for file in files):
         return ".txt files", [_picture(folder, name, _sidecar(file)) for name, file in zip(names, files)], 0
-    metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    metadata = _metadata_files(folder)
     if metadata:
-        found, absent = _read_metadata(metadata, folder, set(names))
+        found, absent, present = {}, 0, set(names)
+        for path in metadata:
+            of_file, not_there = _read_metadata(path, folder, present)
+            found |= of_file
+            absent += not_there
         listed = [_picture(folder, name, text) for name, text in found.items()]
         rest = [_picture(folder, name, None) for name in names if name not in found]
-        return metadata.name, listed + rest, absent
+        return ", ".join(str(path.relative_to(folder)) for path in metadata[:3]), listed + rest, absent
     return "file names", [_picture(folder, name, _words(file)) for name, file in zip(names, files)], 0
+
+
+def _metadata_files(folder: Path) -> list[Path]:
+    """Of the folder and each one in it the first of METADATA, the outer ones first."""
+    found = {
+        path.parent: path for name in reversed(METADATA) for path in folder.rglob(name) if not _hidden(path, folder)
+    }
+    return sorted(found.values(), key=lambda path: (len(path.parts), path))
 
 
 def _picture(folder: Path, name: str, caption: str | None) -> Picture:
@@ -112,6 +125,7 @@ def _read_metadata(path: Path, folder: Path, present: Set[str]) -> tuple[dict[st
     """file_name -> text, by paths below the folder, and how many more are named that are not there.
 
     Args:
+        path: of the file, in which names are as seen from its own folder.
         present: names that are known to be in the folder.
 
     Raises:
@@ -120,9 +134,10 @@ def _read_metadata(path: Path, folder: Path, present: Set[str]) -> tuple[dict[st
     found, absent = {}, 0
     for number, row in _rows(path):
         where = f"{path}, line {number}"
-        name, text = (row.get(key) for key in ("file_name", "text"))
+        name, text = row.get("file_name"), row.get("text", row.get("caption"))
         if not isinstance(name, str) or not name or not isinstance(text, str | None):
-            raise ValueError(f"{where} must have the texts file_name and text, not {str(dict(row))[:100]}")
+            raise ValueError(f"{where} must have the texts file_name and text (or caption), not {str(dict(row))[:100]}")
+        name = os.path.normpath(path.parent.relative_to(folder) / name)
         if name not in present:
             try:
                 name = _inside(folder, name)
@@ -176,11 +191,10 @@ def _jsonl_rows(lines: BoundedLines) -> Iterator[tuple[int, Mapping[str, object]
 
 def _csv_rows(lines: BoundedLines) -> Iterator[tuple[int, Mapping[str, object]]]:
     reader = csv.DictReader(lines)
-    columns = reader.fieldnames or ()
-    if missing := {"file_name", "text"} - set(columns):
-        raise ValueError(
-            f"{lines.path} has no column {' and '.join(sorted(missing))}; its columns are {columns!s:.200}"
-        )
+    columns = set(reader.fieldnames or ())
+    if "file_name" not in columns or not columns & {"text", "caption"}:
+        named = f"{reader.fieldnames!s:.200}"
+        raise ValueError(f"{lines.path} must have the columns file_name and text (or caption), not {named}")
     for row in reader:
         lines.room = MAX_ROW
         yield lines.number, row
