@@ -18,6 +18,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs/image/sd"
 SMALLER = [
     "data.image_size=16", "data.bucket_multiple=4", "model.network.channels=[8,8]", "model.network.norm_groups=4",
     "model.network.transformer_depth=[1,0]", "model.network.num_res_blocks=1", "model.text_encoder.width=8",
+    "model.text_encoder.heads=2",
     "model.text_encoder.context_length=8", "model.text_encoder.layers=1", "model.autoencoder.widths=[4,4]",
     "model.autoencoder.norm_groups=2", "model.autoencoder.num_res_blocks=1", "sampling.steps=1",
     "training.num_training_steps=4", "training.save_and_sample_every_n=2", "training.batch_size=4",
