@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from xdiffusion.autoencoders import kl
 from xdiffusion.autoencoders.kl import KLAutoencoder, _blended_tiles
 
 TINY = {"widths": (8, 16, 16), "num_res_blocks": 1, "norm_groups": 4, "scale_factor": 0.5}
@@ -49,14 +50,17 @@ def test_every_weight_trains(autoencoder, images):
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in autoencoder.parameters())
 
 
-def test_sliced_and_single_tile_coding_change_nothing(autoencoder, images):
+def test_sliced_and_single_tile_coding_change_nothing(autoencoder, images, monkeypatch):
     latents, decoded = autoencoder.encode(images), autoencoder.decode(autoencoder.encode(images))
     autoencoder.tile_size = 24
     assert torch.equal(autoencoder.encode(images), latents)
     assert torch.equal(autoencoder.decode(latents), decoded)
-    autoencoder.sliced = True
+    decoder, sizes = autoencoder.decoder, []
+    decoder.register_forward_hook(lambda module, given, _: sizes.append(len(given[0])))
+    monkeypatch.setattr(kl, "PIXELS_AT_A_TIME", 2 * 16 * 24 - 1)
     torch.testing.assert_close(autoencoder.encode(images), latents, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(autoencoder.decode(latents), decoded, rtol=1e-4, atol=1e-5)
+    assert sizes == [1, 1]
 
 
 @pytest.mark.parametrize(("height", "width", "tile"), [(8, 8, 6), (30, 22, 8), (16, 50, 12), (6, 40, 10)])

@@ -75,6 +75,13 @@ def test_beta_schedule_on_its_grid_points_in_float32():
     assert torch.equal(schedule.alpha_sigma(torch.zeros(1))[0], torch.ones(1))
 
 
+def test_the_table_is_copied_once_for_each_device_and_dtype():
+    schedule, t = BetaSchedule(), torch.rand(5)
+    assert schedule._table_for(t) is schedule._table_for(t + 1)
+    assert schedule.logsnr(t).dtype == torch.float32 and schedule.logsnr(t.double()).dtype == torch.float64
+    torch.testing.assert_close(schedule.logsnr(t.double()), BetaSchedule().logsnr(t.double()), rtol=0, atol=0)
+
+
 def test_zero_terminal_snr_ends_in_pure_noise_and_keeps_the_first_step():
     plain, shifted = SCHEDULES["scaled_linear"], SCHEDULES["zero_snr"]
     assert shifted.alpha_bar[-1] < 1e-12

@@ -166,7 +166,8 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
         check_same_everywhere({"data": data_fingerprint(data), "weights": content_hash(model.state_dict())})
     base_hash = content_hash(model.base_weights()) if adapts else None
     make_trainable(model, config, lora=args.use_lora_training)
-    frozen_hash = content_hash(model.base_weights()) if adapts else None  # another one where they were rounded
+    rounded = config.training.half_frozen_weights and config.training.mixed_precision != "no"
+    frozen_hash = content_hash(model.base_weights()) if adapts and rounded else base_hash
     print(describe_model(model))
 
     trainer = Trainer(DiffusionTask(model, data, config, class_images=class_images), force_cpu=args.force_cpu)

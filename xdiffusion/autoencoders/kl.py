@@ -21,15 +21,16 @@ from xdiffusion.layers.attention import Attention
 from xdiffusion.layers.resnet import ResBlock, Upsample
 
 LOGVAR_RANGE = (-30.0, 20.0)
+PIXELS_AT_A_TIME = 512 * 512  # decoding as many takes 1 GB, which a card that draws or trains at 512 has, but not 8
 MAX_RES_BLOCKS = 64  # per level; a stranger's config could ask for any number
 
 
 class KLAutoencoder(nn.Module):
     """encode: images (B, C, H, W) in [-1, 1] -> latents (B, latent_channels, H / p, W / p) of about unit variance.
 
-    For large images, set on the object: `tile_size`, the side in pixels of overlapping square tiles that are coded one
-    at a time and blended (None: whole images); `sliced = True`, one image of a batch at a time. Slicing changes no
-    number; a tile sees nothing of the image around it, so tiles differ a little from the whole.
+    A batch is coded in slices of no more than PIXELS_AT_A_TIME, or of one image, which changes no number. For large images,
+    set on the object: `tile_size`, the side in pixels of overlapping square tiles that are coded one at a time and blended
+    (None: whole images). A tile sees nothing of the image around it, so tiles differ a little from the whole.
 
     Args:
         channels: of the images; read off the data set.
@@ -71,7 +72,6 @@ class KLAutoencoder(nn.Module):
         self.latent_channels = latent_channels
         self.scale_factor = scale_factor
         self.tile_size: int | None = None
-        self.sliced = False
         self.encoder = _Encoder(channels, widths, num_res_blocks, 2 * latent_channels, norm_groups)
         self.decoder = _Decoder(channels, widths, num_res_blocks, latent_channels, norm_groups)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
@@ -108,7 +108,8 @@ class KLAutoencoder(nn.Module):
     def _piecewise(
         self, code: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, unit: int, growth: int
     ) -> Tensor:
-        pieces = x.split(1) if self.sliced else [x]
+        pixels = x.shape[2] * x.shape[3] * growth**2
+        pieces = x.split(max(1, PIXELS_AT_A_TIME // pixels))
         if tile is None or max(x.shape[-2:]) <= tile:
             return torch.cat([code(piece) for piece in pieces])
         return torch.cat([_blended_tiles(code, piece, tile, unit, growth) for piece in pieces])

@@ -111,10 +111,18 @@ class BetaSchedule:
         self.alpha_bar = root_alpha_bar**2  # (N,), float64
         alpha_bar = self.alpha_bar.clamp(1e-12)  # a finite log for zero terminal SNR
         self._log_ratio = 0.5 * (torch.log1p(-alpha_bar) - alpha_bar.log())  # (N,) log(sigma / alpha)
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def _table_for(self, t: Tensor) -> Float[Tensor, " N"]:
+        """The table on the device of t and in its dtype: copied there once, for each copy waits for the device."""
+        place = t.device, t.dtype
+        if place not in self._tables:
+            self._tables[place] = self._log_ratio.to(*place)
+        return self._tables[place]
 
     def _log_ratio_at(self, t: Tensor) -> Tensor:
         """log(sigma / alpha) at t, -inf at t = 0; linear between grid points n / N with n >= 1, flat below the first."""
-        table = self._log_ratio.to(t.device, torch.promote_types(t.dtype, torch.float32))
+        table = self._table_for(t)
         # index 0 is one step; rounding to 1e-4 keeps n / N in float32 on its grid point
         index = ((t * self.num_timesteps - 1) * 1e4).round() / 1e4
         low = index.floor().clamp(0, self.num_timesteps - 2).long()
@@ -131,7 +139,7 @@ class BetaSchedule:
 
     def time_of_logsnr(self, logsnr: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
         log_ratio = -0.5 * _at_least_float32(logsnr)
-        table = self._log_ratio.to(log_ratio.device, log_ratio.dtype)
+        table = self._table_for(log_ratio)
         high = torch.searchsorted(table, log_ratio.contiguous()).clamp(1, self.num_timesteps - 1)
         weight = (log_ratio - table[high - 1]) / (table[high] - table[high - 1])
         index = (high - 1) + weight.clamp(0, 1)
