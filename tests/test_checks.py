@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from commands import TRAIN, run_script, set_words
 from picture_folders import write_pictures
-from tiny import tiny_config
+from tiny import tiny_config, tiny_images
 from tiny_sd import CONFIGS, SMALLER
 
-from xdiffusion.training.checks import check_together
+from xdiffusion.training.checks import check_captions, check_together
 
 INVERSION, DREAMBOOTH = "sd15_textual_inversion_tiny", "sd15_dreambooth_lora_tiny"
 
@@ -34,7 +34,7 @@ def train(name, *words):
         (
             INVERSION,
             "--set data.captions=[photo]",
-            "no caption of image/folder set names textual_inversion.token='<cat>'",
+            "no caption of data.captions names textual_inversion.token='<cat>'",
         ),
         (
             "sd15_lora_tiny",
@@ -50,6 +50,17 @@ def test_said_before_anything_is_loaded_or_made(name, words, message, dry, work_
     assert train(name, "--data_dir", "set", *words.split(), *dry) == 2
     assert message in capsys.readouterr().err
     assert {path.name for path in work_folder.iterdir()} == {"set"}
+
+
+def test_captions_of_the_config_are_checked_without_pictures_too(work_folder, capsys):
+    assert train(INVERSION, "--set", "data.captions=[photo]", "--dry_run") == 2
+    assert "no caption of data.captions names textual_inversion.token='<cat>'" in capsys.readouterr().err
+
+
+def test_captions_of_classes_are_checked_too():
+    config = tiny_config("textual_inversion.token=<cat>", "textual_inversion.initialiser=cat")
+    with pytest.raises(ValueError, match=r"no caption of .* names textual_inversion.token='<cat>'"):
+        check_captions(tiny_images(), config, 8)
 
 
 @pytest.mark.parametrize("cache", ["cache.latents", "cache.text_embeddings"])

@@ -55,6 +55,13 @@ def test_long_weighted_prompts_and_short_ones_go_together(model):
     assert not torch.allclose(images[:1], draw(model, [long]), atol=1e-4)  # plain prompts are cut
 
 
+def test_half_precision_is_for_the_call_or_the_caller_s(model):
+    exact, half = draw(model), draw(model, autocast=torch.bfloat16)
+    assert half.dtype == torch.float32 and 0 < (half - exact).abs().mean() < 0.1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(draw(model), half, atol=0.05)
+
+
 def test_the_start_noise_may_be_the_share_of_xt(model):
     first = []
 

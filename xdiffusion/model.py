@@ -6,7 +6,7 @@ images = autoencoder.decode(sampler(denoiser(network, schedule, prediction), noi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -242,7 +242,7 @@ def generate(
     if start_image is not None:
         start_image.check(model.image_shape)
         times = times_from(times, start_image.strength)
-    in_half = partial(torch.autocast, model.device.type, autocast, enabled=autocast is not None)
+    in_half = partial(torch.autocast, model.device.type, autocast) if autocast else nullcontext
     with in_half():
         context, null_context = _embedded(model, prompts, settings)
     denoiser = Denoiser(model.network, model.schedule, model.prediction, settings.whole_steps)

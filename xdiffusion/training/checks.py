@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from omegaconf import DictConfig
 
 from xdiffusion.data.captioned_images import CaptionedImages
+from xdiffusion.data.shards import Shards
 from xdiffusion.text_encoders.tokenizer import token_ids
 from xdiffusion.training.batches import Data
 
@@ -30,10 +33,12 @@ def check_together(config: DictConfig, *, lora: bool) -> None:
             "cache.text_embeddings=true is for a frozen text encoder; this run trains it "
             "(text_encoder_lora or textual_inversion)"
         )
+    if "textual_inversion" in config and data.get("captions"):
+        _check_named(config.textual_inversion.token, data.captions, "data.captions")
 
 
 def check_captions(data: Data, config: DictConfig, context_length: int) -> None:
-    """See that the captions of a folder or a hub's set can be learned from; print how many are cut.
+    """See that the captions of a data set can be learned from; print how many are cut.
 
     Of shards nothing is seen: to see all of their captions would be to read all of them.
 
@@ -43,16 +48,12 @@ def check_captions(data: Data, config: DictConfig, context_length: int) -> None:
     Raises:
         ValueError: if none names the word of `textual_inversion:`.
     """
-    if not isinstance(data, CaptionedImages):
+    if isinstance(data, Shards):
         return
-    captions = dict.fromkeys(caption for captions in data.captions for caption in captions)
+    tables = data.captions if isinstance(data, CaptionedImages) else data.prompts.captions
+    captions = dict.fromkeys(caption for captions in tables for caption in captions)
     if "textual_inversion" in config:
-        token = config.textual_inversion.token
-        if not any(token.lower() in caption.lower() for caption in captions):
-            raise ValueError(
-                f"no caption of {data.name} names textual_inversion.token={token!r}: "
-                f"set captions for all pictures, such as data.captions=['a photo of {token}']"
-            )
+        _check_named(config.textual_inversion.token, captions, data.name)
     room = context_length - 2
     may_be_long = (caption for caption in captions if len(caption.encode()) > room)  # a token has a byte at least
     long = {caption: count for caption in may_be_long if (count := len(token_ids(caption))) > room}
@@ -61,4 +62,12 @@ def check_captions(data: Data, config: DictConfig, context_length: int) -> None:
         print(
             f"captions: {len(long)} of {len(captions)} have more than the {room} tokens that the text encoder reads, and "
             f"are cut there; the longest has {long[longest]}: {longest[:60]!r}..."
+        )
+
+
+def _check_named(token: str, captions: Iterable[str], where: str) -> None:
+    if not any(token.lower() in caption.lower() for caption in captions):
+        raise ValueError(
+            f"no caption of {where} names textual_inversion.token={token!r}: "
+            f"set captions for all pictures, such as data.captions=['a photo of {token}']"
         )
