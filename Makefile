@@ -1,4 +1,5 @@
 # make demo: train, adapt, sample and score on two CPU cores, into output/demo.   make test: the whole suite.
+# make docs: README and docs/ as a site, output/site/index.html, every link checked.
 # make lowest, make newest: the suite with the oldest and the newest packages that pyproject.toml allows, in .venv-lowest and
 # .venv-newest (5 GB each). make audit: ask the network for known vulnerabilities of what is installed.
 # make fuzz: 10,000 damaged files (FILES=100: fewer) for every reader of files from strangers, an estimated half hour of a quiet core.
@@ -8,7 +9,7 @@ NEWEST_PYTHON ?= 3.13
 FILES ?= 10000
 BIN := .venv/bin
 
-.PHONY: demo test lint lowest newest audit fuzz clean
+.PHONY: demo test lint docs lowest newest audit fuzz clean
 
 demo: .venv/.installed
 	$(BIN)/python training/image/demo.py
@@ -19,6 +20,9 @@ test: .venv/.installed-test
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: .venv/.installed-docs
+	$(BIN)/python -m mkdocs build
 
 # uv, because pip cannot resolve to the oldest; the oldest Python with them, as the newest packages may have left it
 lowest: .venv/.installed-uv
@@ -49,9 +53,13 @@ fuzz: .venv/.installed-test
 	$(BIN)/python -m pip install --quiet -e .
 	@touch $@
 
+.venv/.installed-docs: .venv/.installed
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	@touch $@
+
 .venv/.installed-test: .venv/.installed
 	$(BIN)/python -m pip install --quiet -e '.[test]'
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-lowest .venv-newest output/demo
+	rm -rf .venv .venv-lowest .venv-newest output/demo output/site
