@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from xdiffusion.training.loop import StepMetrics
-from xdiffusion.training.records import Records, draw_loss_curve, read_metrics, run_name, smoothed
+from xdiffusion.training.records import Records, draw_loss_curve, on_a_log_scale, read_metrics, run_name, smoothed
 
 
 def metrics(step, loss=None):
@@ -164,3 +165,23 @@ def test_a_curve_of_losses_that_are_not_finite(tmp_path):
     )
     draw_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([0.95, 0.26], {"0.3", "0.5"}),
+        ([0.95, 0.09], {"0.1", "0.2", "0.3", "0.5"}),
+        ([3e3, 0.05], {"0.1", "10", "1000"}),
+    ],
+)
+def test_losses_are_labelled_as_they_are_read(losses, expected):
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot(losses)
+    on_a_log_scale(axes)
+    figure.canvas.draw()
+    low, high = axes.get_ylim()
+    labels = {label.get_text() for label in axes.get_yticklabels() if low <= label.get_position()[1] <= high}
+    assert expected <= labels and not any("$" in label for label in labels)
+    assert len(labels) <= 12

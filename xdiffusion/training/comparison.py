@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from xdiffusion.checkpoints.files import CheckpointError, write_atomically
-from xdiffusion.training.records import SMOOTHING, read_losses, smoothed
+from xdiffusion.training.records import SMOOTHING, on_a_log_scale, read_losses, smoothed
 from xdiffusion.training.run_record import flat, read_run
 
 ABSENT = "-"  # a key that another run's config has
@@ -99,7 +99,7 @@ def draw_curves(runs: Sequence[Run], picture: Path) -> None:
         steps, losses = run.losses
         (line,) = axes.plot(*smoothed(steps, losses), label=run.name, zorder=2)
         axes.plot(steps, losses, color=line.get_color(), alpha=0.15, linewidth=0.8, zorder=1)
-    axes.set(xlabel="step", ylabel="loss, running mean", yscale="log")
+    axes.set(xlabel="step", ylabel="loss, running mean")
+    on_a_log_scale(axes)
     axes.legend()
-    axes.grid(alpha=0.3)
     write_atomically(picture, lambda path: figure.savefig(path, dpi=120, format="png"))

@@ -9,7 +9,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float64
@@ -19,6 +19,9 @@ from tqdm import tqdm
 from xdiffusion.checkpoints.files import CheckpointError, write_atomically
 from xdiffusion.data.lines import MAX_ROW, BoundedLines
 from xdiffusion.training.loop import StepMetrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SMOOTHING = 50
 
@@ -150,10 +153,22 @@ def draw_loss_curve(metrics_path: Path, picture: Path) -> None:
     axes = figure.subplots()
     axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each step")
     axes.plot(middles, means, color="tab:blue", label=f"mean of {len(steps) - len(means) + 1} steps around it")
-    axes.set(xlabel="step", ylabel="loss", yscale="log", title=run_name(metrics_path.parent))
+    axes.set(xlabel="step", ylabel="loss", title=run_name(metrics_path.parent))
+    on_a_log_scale(axes)
     axes.legend()
-    axes.grid(alpha=0.3)
     write_atomically(picture, lambda path: figure.savefig(path, dpi=120, format="png"))
+
+
+def on_a_log_scale(axes: Axes) -> None:
+    """The losses in these axes; their numbers stand as they are read: 0.2, not 2 x 10^-1."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high < 1000 * low else (1,)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
 
 
 def smoothed(steps: Float64[np.ndarray, " N"], losses: Float64[np.ndarray, " N"]) -> tuple[np.ndarray, np.ndarray]:
