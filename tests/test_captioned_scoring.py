@@ -2,6 +2,7 @@
 
 import json
 import math
+import tarfile
 
 import pytest
 import torch
@@ -121,6 +122,15 @@ def test_what_is_missing_is_said_and_shown(config, work_folder, capsys):
 def test_what_cannot_be_measured_is_one_line(words, message, config, capsys):
     assert run_script(EVALUATE, "--checkpoint", "sd.safetensors", "--force_cpu", *words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_shards_without_an_end_are_refused(config, work_folder, capsys):
+    with tarfile.open("set.tar", "w") as tar:
+        for path in sorted((work_folder / "set").iterdir()):
+            tar.add(path, path.name)
+    words = ["--checkpoint", "sd.safetensors", "--dataset_name", "image/shards", "--data_dir", "set.tar", "--force_cpu"]
+    assert run_script(EVALUATE, *words) == 2
+    assert "has no end to compare with: save some of its pictures and use image/folder" in capsys.readouterr().err
 
 
 def test_a_stranger_s_checkpoint_needs_a_folder_and_knows_of_no_training(config, work_folder, capsys):
