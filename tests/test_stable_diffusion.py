@@ -151,6 +151,8 @@ def test_mistakes_leave_the_models_as_they_were(ckpt_path, work_folder, generato
         preload_models_with_lora("none.ckpt", "cpu")
     with pytest.raises(LoRAError, match="a LoRA on neither part"):
         preload_models_with_lora(ckpt_path, apply_to_diffusion=False)
+    with pytest.raises(CheckpointError, match="the file holds the moving average of 0 of"):
+        preload_models_with_lora(ckpt_path, ema=True)
     models = preload_models_with_lora(ckpt_path)
     train(models, get_lora_parameters(models["diffusion"]), generator)
     before = generate(PROMPT, models=models, **FEW)

@@ -51,6 +51,8 @@ def preload_models_with_lora(
     lora_dropout: float = 0.0,
     apply_to_diffusion: bool = True,
     apply_to_clip: bool = False,
+    *,
+    ema: bool | None = None,
 ) -> Models:
     """A frozen model with a fresh LoRA on its attentions, which changes no bit of its output before it is trained.
 
@@ -59,6 +61,7 @@ def preload_models_with_lora(
         device: where everything goes.
         lora_rank, lora_alpha, lora_dropout: see `apply_lora_to_model`.
         apply_to_diffusion, apply_to_clip: which parts get one.
+        ema: of a file that holds its UNet twice, see `read_stable_diffusion`.
 
     Raises:
         CheckpointError: if the file is missing, damaged or no model.
@@ -66,7 +69,7 @@ def preload_models_with_lora(
     """
     if not (apply_to_diffusion or apply_to_clip):
         raise LoRAError("a LoRA on neither part: set apply_to_diffusion or apply_to_clip")
-    model, config = load_model(ckpt_path)
+    model, config = load_model(ckpt_path, ema=ema)
     for part, chosen in ((model.network, apply_to_diffusion), (model.text_encoder, apply_to_clip)):
         if chosen:
             apply_lora_to_model(part, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout)
