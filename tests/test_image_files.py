@@ -4,6 +4,7 @@ import io
 import struct
 import sys
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -121,3 +122,49 @@ def test_what_may_be_held_grows_with_the_file(monkeypatch):
     with pytest.raises(DamagedImage, match=r"100x100 .* would take 0 MB"):
         picture(content[:20_000]).size()
     assert picture(content).size() == (100, 100)
+
+
+def of_image(image: Image.Image, format="PNG", **options) -> Picture:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return picture(stream.getvalue())
+
+
+def test_a_turned_photograph_is_shown_upright(tmp_path):
+    image = Image.new("RGB", (20, 12))
+    image.paste("red", (0, 0, 20, 3))  # along the upper edge; orientation 6 turns it to the right edge
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = of_image(image, "PNG", exif=exif)
+    assert turned.size() == turned.pixels().size == (12, 20)
+    assert turned.pixels().getpixel((11, 10)) == (255, 0, 0) and turned.pixels().getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_transparency_is_white_and_every_mode_is_rgb():
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    assert of_image(clear).pixels().getpixel((0, 0)) == (255, 255, 255)
+    palette = clear.convert("P")
+    palette.info["transparency"] = 0
+    assert of_image(palette, transparency=0).pixels().getpixel((0, 0)) == (255, 255, 255)
+    for mode in ("1", "L", "LA", "P", "CMYK", "I;16"):
+        stored = of_image(Image.new(mode, (4, 4)), "TIFF" if mode == "CMYK" else "PNG")
+        assert stored.pixels().mode == "RGB", mode
+
+
+def test_sixteen_bits_are_scaled_rather_than_clipped():
+    deep = Image.new("I;16", (2, 1))
+    deep.putpixel((0, 0), 65535)
+    deep.putpixel((1, 0), 32768)
+    assert [of_image(deep).pixels().getpixel((x, 0))[0] for x in (0, 1)] == [255, 127]
+
+
+def test_damage_is_named_whatever_it_is():
+    for content in (b"", b"GIF89a", b"\x89PNG\r\n\x1a\n" + bytes(50)):
+        with pytest.raises(DamagedImage, match="cannot be read"):
+            Picture("x", "y", partial(io.BytesIO, content)).size()
+
+    def gone():
+        raise FileNotFoundError(2, "No such file or directory")
+
+    with pytest.raises(DamagedImage, match="No such file"):
+        Picture("x", "y", gone).pixels()

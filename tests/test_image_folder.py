@@ -1,10 +1,8 @@
 """`image/folder`: which caption a picture gets, what is skipped and said, and what a batch holds."""
 
-import io
 import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,6 @@ from PIL import Image
 from xdiffusion.build import build_data, image_shape, load_config
 from xdiffusion.config_files import ConfigError
 from xdiffusion.data import image_folder as module
-from xdiffusion.data.image_files import DamagedImage, Picture
 from xdiffusion.data.image_folder import load_image_folder
 
 sys.path.append(str(ROOT / "bench"))
@@ -32,12 +29,6 @@ def load(folder, **settings):
 
 def captions(images):
     return {p.name: c[0] for p, c in zip(images.pictures, images.captions)}
-
-
-def picture(image: Image.Image, format="PNG", **options) -> Picture:
-    stream = io.BytesIO()
-    image.save(stream, format, **options)
-    return Picture("picture", "words", lambda: io.BytesIO(stream.getvalue()))
 
 
 # --- captions ---
@@ -288,49 +279,6 @@ def test_a_bucket_without_a_whole_picture_is_left_out(tmp_path):
     truncate(paths[1])
     with pytest.raises(ValueError, match=r"no usable picture: .*skipped 3: picture_0.png \(cannot be read"):
         load(tmp_path)
-
-
-# --- pixels ---
-
-
-def test_a_turned_photograph_is_shown_upright(tmp_path):
-    image = Image.new("RGB", (20, 12))
-    image.paste("red", (0, 0, 20, 3))  # along the upper edge; orientation 6 turns it to the right edge
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    turned = picture(image, "PNG", exif=exif)
-    assert turned.size() == turned.pixels().size == (12, 20)
-    assert turned.pixels().getpixel((11, 10)) == (255, 0, 0) and turned.pixels().getpixel((0, 0)) == (0, 0, 0)
-
-
-def test_transparency_is_white_and_every_mode_is_rgb():
-    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    assert picture(clear).pixels().getpixel((0, 0)) == (255, 255, 255)
-    palette = clear.convert("P")
-    palette.info["transparency"] = 0
-    assert picture(palette, transparency=0).pixels().getpixel((0, 0)) == (255, 255, 255)
-    for mode in ("1", "L", "LA", "P", "CMYK", "I;16"):
-        stored = picture(Image.new(mode, (4, 4)), "TIFF" if mode == "CMYK" else "PNG")
-        assert stored.pixels().mode == "RGB", mode
-
-
-def test_sixteen_bits_are_scaled_rather_than_clipped():
-    deep = Image.new("I;16", (2, 1))
-    deep.putpixel((0, 0), 65535)
-    deep.putpixel((1, 0), 32768)
-    assert [picture(deep).pixels().getpixel((x, 0))[0] for x in (0, 1)] == [255, 127]
-
-
-def test_damage_is_named_whatever_it_is():
-    for content in (b"", b"GIF89a", b"\x89PNG\r\n\x1a\n" + bytes(50)):
-        with pytest.raises(DamagedImage, match="cannot be read"):
-            Picture("x", "y", partial(io.BytesIO, content)).size()
-
-    def gone():
-        raise FileNotFoundError(2, "No such file or directory")
-
-    with pytest.raises(DamagedImage, match="No such file"):
-        Picture("x", "y", gone).pixels()
 
 
 # --- batches ---
