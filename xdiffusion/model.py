@@ -260,15 +260,20 @@ def generate(
             x0 = sampler(guided, x_T, times, generator=generators[block], on_step=on_step)
         if isinstance(guided, MaskedDenoiser):
             x0 = guided.kept(x0)  # a grid may end with a trace of noise
-        with model.at_work(model.autoencoder):
-            decoded = model.autoencoder.decode(x0)
-        if broken := int((~decoded.isfinite()).flatten(1).any(1).sum()):
-            raise ImagesNotFinite(
-                f"{broken} of the first {start + len(decoded)} images that this model draws are not finite: NaN or "
-                "infinity in its weights, or numbers too large for its precision"
-            )
-        images.append(decoded.clamp(-1, 1).float().cpu())
+        images.append(_decoded(model, x0, drawn=start))
     return torch.cat(images)
+
+
+def _decoded(model: DiffusionModel, x0: Float[Tensor, "B C H W"], drawn: int) -> Float[Tensor, "B C H W"]:
+    """Images, after those that are drawn already."""
+    with model.at_work(model.autoencoder):
+        images = model.autoencoder.decode(x0)
+    if broken := int((~images.isfinite()).flatten(1).any(1).sum()):
+        raise ImagesNotFinite(
+            f"{broken} of the first {drawn + len(images)} images that this model draws are not finite: NaN or infinity in "
+            "its weights, or numbers too large for its precision"
+        )
+    return images.clamp(-1, 1).float().cpu()
 
 
 def _embedded(

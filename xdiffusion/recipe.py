@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from xdiffusion.checkpoints.files import existing_weights, file_hash
 from xdiffusion.checkpoints.learned_tokens import parse_tokens_spec
@@ -44,6 +45,33 @@ class Recipe:
     def differing(self, hashes: Mapping[str, list[str]]) -> list[str]:
         """The flags that name other files than those that drew the picture, whatever their names."""
         return [flag for flag, known in self.hashes.items() if hashes.get(flag) != known]
+
+
+def png_texts(
+    args: argparse.Namespace,
+    checkpoint: Path,
+    prompts: Sequence[str],
+    sampling: Mapping[str, Any],
+    hashes: Mapping[str, list[str]],
+) -> dict[str, str]:
+    """The texts of a PNG, for whoever wants to know how it was drawn; `command` and `hashes` are its recipe.
+
+    Args:
+        args: of the sampling command; args.words are those of its command line.
+        checkpoint: the file that stood for --checkpoint.
+        prompts: one per image.
+        sampling: that section of the config.
+        hashes: see `Recipe`.
+    """
+    return {
+        "checkpoint": str(checkpoint),
+        "loras": json.dumps(args.lora_path),
+        "prompts": json.dumps(prompts),
+        "seed": str(args.seed),
+        "sampling": json.dumps(sampling),
+        "hashes": json.dumps(hashes),
+        "command": json.dumps(args.words),
+    }
 
 
 def read_recipe(picture: Path) -> Recipe:

@@ -152,14 +152,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     scores |= {"sampler": config.sampling.sampler.kind, **{k: config.sampling[k] for k in ("steps", "cfg_scale")}}
     if args.report:
         write_report(args, evaluation, config, base_hash)
-    if args.json:
-        print(json.dumps(scores, allow_nan=False))
-    else:
-        lines = {key: value for key, value in scores.items() if value is not None and key != "loss_curve"}
-        lines |= {key: f"none: {reason}" for key, reason in evaluation.reasons.items()}
-        width = max(map(len, lines))
-        print("\n".join([evaluation.about, *(f"{key:<{width}}  {value}" for key, value in lines.items())]))
+    print(json.dumps(scores, allow_nan=False) if args.json else as_text(evaluation))
     return 0
+
+
+def as_text(evaluation: Evaluation) -> str:
+    """A line for each score, or for why there is none."""
+    lines = {key: value for key, value in evaluation.scores.items() if value is not None and key != "loss_curve"}
+    lines |= {key: f"none: {reason}" for key, reason in evaluation.reasons.items()}
+    width = max(map(len, lines))
+    return "\n".join([evaluation.about, *(f"{key:<{width}}  {value}" for key, value in lines.items())])
 
 
 def pictures_of(config: DictConfig, trained: DictConfig) -> tuple[ImageSet | CaptionedImages, CaptionedImages | None]:

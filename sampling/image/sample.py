@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from xdiffusion.model import DiffusionModel, StartImage
     from xdiffusion.recipe import Recipe
 
+    Film = list[list[torch.Tensor]]  # of each batch what is denoised, from moment to moment
+
 PAIRED_SCALES = (0.5, 1.0)
 FLAG_KEYS = SAMPLING_FLAGS | {"clip_skip": "model.text_encoder.clip_skip"}
 MAX_MEGAPIXELS = 300  # of all images; 1100 of 512x512, which take 3.6 GB
@@ -68,12 +70,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--learned_tokens", "FILE[=NAME]", "words of textual inversion, for use in prompts; repeatable", **several)
     add("--num_samples", "N", "images; prompts take turns (default: one per prompt, or 8)", type=positive_int)
     add("--batch_size", "N", "images drawn at a time (100; 4 for models without classes)", type=positive_int)
-    add(
-        "--prompt",
-        "TEXT",
-        "what to draw; {class} stands for every class in turn; repeatable (default: the classes)",
-        **several,
-    )
+    add("--prompt", "TEXT", "what to draw, {class}: every class in turn; repeatable (default: the classes)", **several)
     add("--clip_skip", "N", "text encoder's layer from the end: 1 = last (default: the config's)", type=positive_int)
     add("--height", "N", "of the images, in pixels (default: the config's)", type=positive_int)
     add("--width", "N", "of the images, in pixels (default: the config's)", type=positive_int)
@@ -124,14 +121,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xdiffusion.data.captions import PROMPT_TABLES
     from xdiffusion.loading import as_trained, load_model
     from xdiffusion.lora.weights import parse_lora_spec
-    from xdiffusion.model import best_device
+    from xdiffusion.model import HALF, best_device
     from xdiffusion.places import OUTPUT_ROOT
     from xdiffusion.prompts import expand_prompts
-    from xdiffusion.recipe import file_hashes
+    from xdiffusion.recipe import file_hashes, png_texts
 
     checkpoint = weights_file(args.checkpoint)
     loras = [(weights_file(path), scale) for path, scale in map(parse_lora_spec, args.lora_path)]
-    model, base_config = load_model(checkpoint, args.config_path, dtype=dtype_of(args), ema=args.ema)
+    model, base_config = load_model(checkpoint, args.config_path, dtype=HALF.get(args.mixed_precision), ema=args.ema)
     config = as_trained(base_config, [path for path, _ in loras])
     overrides = sampling_overrides(args, FLAG_KEYS)
     base_config, config = (override(one, overrides, "command line") for one in (base_config, config))
@@ -152,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     strengths = load_loras(model, loras, None if args.allow_other_base else base_hash)
     ensure_writable(folder)
 
-    film: list[list[torch.Tensor]] = []
+    film: Film = []
     paired = bool(strengths) and (args.paired if args.paired is not None else table is not None)
     by_share = {}
     for share in (0.0, *PAIRED_SCALES) if paired else (1.0,):
@@ -162,15 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with loras_at(share, model, strengths, merge=args.lora_merge):
             filmed = film if args.save_trajectory and share == 1 else None
             by_share[share] = draw(model, prompts, args.seed, sampling, filmed)
-    recipe = {
-        "checkpoint": str(checkpoint),
-        "loras": json.dumps(args.lora_path),
-        "prompts": json.dumps(prompts),
-        "seed": str(args.seed),
-        "sampling": json.dumps(OmegaConf.to_container(config.sampling)),
-        "hashes": json.dumps(hashes),
-        "command": json.dumps(args.words),
-    }
+    recipe = png_texts(args, checkpoint, prompts, OmegaConf.to_container(config.sampling), hashes)
     write_grids(folder, by_share, list(strengths.values()), prompts, recipe)
     if table is None:
         write_images(folder, by_share[1.0], prompts, args, recipe)
@@ -228,20 +217,15 @@ def start_image(model: DiffusionModel, args: argparse.Namespace, steps: int) -> 
 
 def place(model: DiffusionModel, device: torch.device, args: argparse.Namespace) -> None:
     """Set the precision of learned words too, and put the model where it works."""
-    model.set_precision(dtype_of(args))
+    from xdiffusion.model import HALF
+
+    model.set_precision(HALF.get(args.mixed_precision))
     if args.tile_size:
         model.autoencoder.tile_size = args.tile_size
     if args.offload:
         model.offload_to = device
     else:
         model.to(device)
-
-
-def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
-    """Of the network and the text encoder; None is float32."""
-    import torch
-
-    return {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
 
 
 def load_loras(model: DiffusionModel, loras: Sequence[tuple[Path, float]], base_hash: str | None) -> dict[str, float]:
@@ -271,13 +255,9 @@ def loras_at(share: float, model: DiffusionModel, strengths: dict[str, float], *
 
 
 def draw(
-    model: DiffusionModel,
-    prompts: Sequence[str],
-    seed: int,
-    sampling: dict,
-    film: list[list[torch.Tensor]] | None = None,
+    model: DiffusionModel, prompts: Sequence[str], seed: int, sampling: dict, film: Film | None = None
 ) -> torch.Tensor:
-    """One image per prompt, with a bar of all steps; of each batch the film gets what is denoised, from moment to moment."""
+    """One image per prompt, with a bar of all steps, and a film of them if asked for."""
     from tqdm import tqdm
 
     from xdiffusion.model import generate, generators_for
@@ -343,7 +323,7 @@ def write_images(
         print(folder / f"image-{seed}.png")
 
 
-def write_film(folder: Path, model: DiffusionModel, film: list[list[torch.Tensor]], prompts: list[str]) -> None:
+def write_film(folder: Path, model: DiffusionModel, film: Film, prompts: list[str]) -> None:
     """From the noise to the images, decoded at every moment."""
     import torch
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from accelerate import PartialState
     from omegaconf import DictConfig
 
+    from xdiffusion.model import DiffusionModel
+
 SCRIPT = "training/image/train.py"
 FLAG_KEYS = {
     "dataset_name": "data.kind",
@@ -120,9 +122,7 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
     from accelerate import PartialState
 
     from xdiffusion.build import build_data, build_model, build_sampling, override
-    from xdiffusion.checkpoints.files import content_hash, weights_file
-    from xdiffusion.checkpoints.native import load_model_file
-    from xdiffusion.loading import check_same_architecture, choices_of_run, load_weights
+    from xdiffusion.checkpoints.files import content_hash
     from xdiffusion.model import HALF
     from xdiffusion.training.checks import check_captions
     from xdiffusion.training.diffusion_task import DiffusionTask
@@ -154,11 +154,7 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
             return status
     with first_ones_first(process):
         if args.load_model_weights_from_checkpoint:
-            file = load_model_file(weights_file(args.load_model_weights_from_checkpoint), args.ema)
-            check_same_architecture(config, file)
-            for choice in choices_of_run(config, file) if process.is_main_process else ():
-                print(f"{file.path}: {choice}, by which this run goes", file=sys.stderr)
-            load_weights(model, file)
+            load_base(model, config, args, says=process.is_main_process)
         else:
             initialise_text_encoder(model.text_encoder, config, clip)
         class_images = prepare_class_images(model, config, sampling, process.device) if "prior" in config else None
@@ -178,6 +174,19 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
     status = train(trainer, checkpoints, config, draw, **command)
     assert not adapts or content_hash(model.base_weights()) == frozen_hash, "an adapter changed its frozen base"
     return status
+
+
+def load_base(model: DiffusionModel, config: DictConfig, args: argparse.Namespace, *, says: bool) -> None:
+    """Put the checkpoint's weights into the model; in what the run goes another way than the checkpoint is said."""
+    from xdiffusion.checkpoints.files import weights_file
+    from xdiffusion.checkpoints.native import load_model_file
+    from xdiffusion.loading import check_same_architecture, choices_of_run, load_weights
+
+    file = load_model_file(weights_file(args.load_model_weights_from_checkpoint), args.ema)
+    check_same_architecture(config, file)
+    for choice in choices_of_run(config, file) if says else ():
+        print(f"{file.path}: {choice}, by which this run goes", file=sys.stderr)
+    load_weights(model, file)
 
 
 def tiny_clip(
