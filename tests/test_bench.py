@@ -172,8 +172,8 @@ def test_sd_fits_in_a_fresh_process(capsys, monkeypatch):
 def test_sd_loading(capsys, monkeypatch):
     script = load("sd_loading")
 
-    def here(side, path, threads):  # where the growth of a process that is warm already says nothing
-        return {**script.measure(side, path), "peak": 1.0}
+    def here(side, path, threads, dtype):  # where the growth of a process that is warm already says nothing
+        return {**script.measure(side, path, script.DTYPES[dtype]), "peak": 1.0}
 
     monkeypatch.setattr(script, "in_a_process", here)
     assert script.main([*SMALLEST, "--model", "sd15_tiny"]) == 0

@@ -306,15 +306,16 @@ def test_a_run_counts_its_parameters():
     network = sum(t.numel() for n, t in model.state_dict().items() if n.startswith("network."))
     encoder = sum(t.numel() for t in model.text_encoder.state_dict().values())
     make_trainable(model, config, lora=False)
-    plain = f"parameters: network {network:,}, text encoder {encoder:,} (frozen), autoencoder 0 (frozen)"
-    assert describe_model(model) == plain
+    plain = "parameters: network {}, text encoder {} (frozen), autoencoder 0 (frozen)"
+    assert describe_model(model) == plain.format(f"{network:,}", f"{encoder:,}")
 
     make_trainable(model, config, lora=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
     share = f"{100 * count / network:.2f}% of the network's {network:,}"
     lora = f"LoRA: {count:,} trainable parameters in {len(trained) // 2} layers, {share}"
-    assert describe_model(model) == f"{plain}\n{lora}"
+    frozen = plain.format(f"{network:,} (frozen)", f"{encoder:,}")
+    assert describe_model(model) == f"{frozen}\n{lora}"
     assert describe_model(model, config).startswith("data:\n  kind: image/digits")
 
     apply_lora_to_model(model.text_encoder, 1)
