@@ -320,7 +320,7 @@ def test_a_run_counts_its_parameters():
 
     apply_lora_to_model(model.text_encoder, 1)
     share = f"{100 * 8 * 8 / encoder:.2f}% of the text encoder's {encoder:,}"  # four layers of 8 to 8
-    assert describe_model(model) == f"{plain}\n{lora}\nLoRA: 64 trainable parameters in 4 layers, {share}"
+    assert describe_model(model) == f"{frozen}\n{lora}\nLoRA: 64 trainable parameters in 4 layers, {share}"
 
 
 def test_a_loras_settings_are_the_configs():
