@@ -47,6 +47,13 @@ def test_a_run_leaves_its_record(tmp_path):
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 10  # lines and text, not an empty page
 
 
+def test_a_gradient_that_overflows_is_null(tmp_path):
+    with Records(tmp_path, 1, 1) as records:
+        records.step(replace(metrics(1), grad_norm=math.inf, loss_scale=1024.0, skipped=True))
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert '"grad_norm": null' in line and '"skipped": true' in line
+
+
 def test_a_log_file_is_not_filled_with_bars(tmp_path, monkeypatch, capsys):
     moment = itertools.count()
     monkeypatch.setattr("tqdm.std.time", lambda: float(next(moment)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -72,7 +73,8 @@ class Records:
 
     def step(self, metrics: StepMetrics) -> None:
         """Record one step."""
-        self.metrics.write(json.dumps(asdict(metrics)) + "\n")
+        norm = metrics.grad_norm if math.isfinite(metrics.grad_norm) else None  # fp16's overflow is no number of JSON's
+        self.metrics.write(json.dumps(asdict(metrics) | {"grad_norm": norm}, allow_nan=False) + "\n")
         self.bar.update()
         self.bar.set_postfix(loss=f"{metrics.loss:.4f}", images_per_s=f"{metrics.images_per_second:.0f}", refresh=False)
         self.skipped += metrics.skipped
