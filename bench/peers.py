@@ -7,9 +7,11 @@ guidance as its pipelines do it).
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,8 @@ from xdiffusion.networks.unet import UNet
 from xdiffusion.text_encoders.clip import CLIPTextEncoder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if missing := [name for name in ("diffusers", "peft") if find_spec(name) is None]:  # now, not after half an hour
+    sys.exit(f"error: {' and '.join(missing)} not installed here: pip install -e '.[bench]'")
 
 CONTEXT_DIM = 64
 CONTEXT_LENGTH = 12
