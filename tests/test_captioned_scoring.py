@@ -50,8 +50,8 @@ def evaluated(capsys, *words):
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_command_on_the_pictures_of_training(config, capsys):
-    scores = evaluated(capsys, "--full")
+def test_the_command_on_the_pictures_of_training(config, work_folder, capsys):
+    scores = evaluated(capsys, "--data_dir", work_folder / "set", "--full")
     assert {key for key, value in scores.items() if value is None} == {
         *WITHOUT_CLASSES, *BY_FEATURES, "frechet_floor", "data_copying", "nearest_distance_real",
     }  # fmt: skip
@@ -60,7 +60,7 @@ def test_the_command_on_the_pictures_of_training(config, capsys):
     curve = scores["loss_curve"]
     assert curve.keys() == {"model"} and len(curve["model"]["loss"]) == 16
     assert curve["model"]["logsnr"][-1] > -5.4  # where this schedule ends
-    again = evaluated(capsys, "--batch_size", 3)
+    again = evaluated(capsys, "--data_dir", "set", "--training_data_dir", "set", "--batch_size", 3)
     assert again["diversity"] == pytest.approx(scores["diversity"], abs=1e-3)
 
 
@@ -73,12 +73,13 @@ def test_a_lora_and_pictures_that_are_held_out(config, work_folder, capsys):
             torch.nn.init.ones_(parameter)
     on_new = OmegaConf.to_container(config) | {"data": dict(config.data) | {"data_dir": "new"}}
     save_lora_weights(model.network, work_folder / "lora.safetensors", config=on_new)
-    own = evaluated(capsys, "--lora_path", "lora.safetensors", "--full")
+    own = evaluated(capsys, "--lora_path", "lora.safetensors", "--data_dir", "new", "--full")
     assert (own["pictures"], own["pictures_trained_on"]) == (9, 9)  # the LoRA's, not the base's
     assert own["loss_curve"].keys() == {"model", "base"}
     assert own["loss_curve"]["model"] != own["loss_curve"]["base"]
 
-    held_out = evaluated(capsys, "--lora_path", "lora.safetensors", "--data_dir", "set", "--intervals", 20)
+    words = ["--lora_path", "lora.safetensors", "--data_dir", "set", "--training_data_dir", "new"]
+    held_out = evaluated(capsys, *words, "--intervals", 20)
     assert (held_out["pictures"], held_out["pictures_trained_on"]) == (12, 0)
     assert held_out["loss_curve"] is None
     low, high = held_out["data_copying_interval"]
@@ -93,6 +94,10 @@ def test_what_is_missing_is_said_and_shown(config, work_folder, capsys):
         "--num_samples",
         7,
         "--force_cpu",
+        "--data_dir",
+        "set",
+        "--training_data_dir",
+        "set",
         "--report",
         "out.html",
         "--intervals",
@@ -120,7 +125,8 @@ def test_what_is_missing_is_said_and_shown(config, work_folder, capsys):
     ],
 )
 def test_what_cannot_be_measured_is_one_line(words, message, config, capsys):
-    assert run_script(EVALUATE, "--checkpoint", "sd.safetensors", "--force_cpu", *words) == 2
+    folder = [] if "--dataset_name" in words else ["--data_dir", "set"]
+    assert run_script(EVALUATE, "--checkpoint", "sd.safetensors", "--force_cpu", *folder, *words) == 2
     assert message in capsys.readouterr().err
 
 
@@ -133,14 +139,36 @@ def test_shards_without_an_end_are_refused(config, work_folder, capsys):
     assert "has no end to compare with: save some of its pictures and use image/folder" in capsys.readouterr().err
 
 
-def test_a_stranger_s_checkpoint_needs_a_folder_and_knows_of_no_training(config, work_folder, capsys):
-    plain = OmegaConf.to_container(config) | {"data": dict(config.data) | {"data_dir": None}}
-    tensors = tiny_sd_model(config).state_dict()
-    save_model(work_folder / "sd.safetensors", tensors, config=plain, image_shape=image_shape(config), step=2)
+def test_a_folder_that_only_a_file_names_is_not_read(config, work_folder, capsys):
+    """A stranger's checkpoint may name any folder, whose pictures the report would show."""
     assert run_script(EVALUATE, "--checkpoint", "sd.safetensors", "--force_cpu") == 2
     assert "image/folder needs the folder of the pictures: --data_dir FOLDER" in capsys.readouterr().err
-    scores = evaluated(capsys, "--data_dir", "set")
+    write_discs(work_folder / "new", 3, 24, COLOURS)
+    scores = evaluated(capsys, "--data_dir", "new")
     assert scores["pictures_trained_on"] is scores["data_copying"] is None
+
+    hub = OmegaConf.to_container(config) | {
+        "data": {"kind": "image/hugging_face", "dataset_name": "a/b", "image_size": 16}
+    }
+    tensors = tiny_sd_model(config).state_dict()
+    save_model(work_folder / "sd.safetensors", tensors, config=hub, image_shape=image_shape(config), step=2)
+    assert run_script(EVALUATE, "--checkpoint", "sd.safetensors", "--force_cpu") == 2
+    assert "--dataset_name image/hugging_face must be given: it is downloaded" in capsys.readouterr().err
+
+
+def test_a_lora_of_another_base_is_a_flag(config, work_folder, capsys):
+    model = tiny_sd_model(config)
+    with torch.no_grad():
+        torch._foreach_mul_(list(model.network.parameters()), 1.5)
+    apply_lora_to_model(model.network, 1, 1.0, 0.0, "attention")
+    for name, parameter in model.network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    save_lora_weights(model.network, work_folder / "lora.safetensors", base_hash="another")
+    words = ["--lora_path", "lora.safetensors", "--data_dir", "set"]
+    assert run_script(EVALUATE, "--checkpoint", "sd.safetensors", "--force_cpu", *words) == 2
+    assert "--allow_other_base" in capsys.readouterr().err
+    assert evaluated(capsys, *words, "--allow_other_base")["pictures"] == 12
 
 
 @pytest.fixture

@@ -5,18 +5,35 @@ from pathlib import Path
 
 import pytest
 from commands import TRAIN, run_script, set_words
+from omegaconf import OmegaConf
 from picture_folders import write_pictures
 from tiny import tiny_config, tiny_images
-from tiny_sd import CONFIGS, SMALLER
+from tiny_sd import CONFIGS, SMALLER, tiny_sd_model
 
+from xdiffusion.build import load_config
+from xdiffusion.checkpoints.native import save_model
 from xdiffusion.training.checks import check_captions, check_together
 
 INVERSION, DREAMBOOTH = "sd15_textual_inversion_tiny", "sd15_dreambooth_lora_tiny"
 
 
 def train(name, *words):
-    start = ["--load_model_weights_from_checkpoint", "none.safetensors", "--use_lora_training", "--force_cpu"]
+    start = ["--load_model_weights_from_checkpoint", "base.safetensors", "--use_lora_training", "--force_cpu"]
     return run_script(TRAIN, "--config_path", CONFIGS / f"{name}.yaml", *set_words(SMALLER), *start, *words)
+
+
+def save_base(name):
+    config = load_config(CONFIGS / f"{name}.yaml", SMALLER)
+    model, plain = tiny_sd_model(config), OmegaConf.to_container(config)
+    save_model(Path("base.safetensors"), model.state_dict(), config=plain, image_shape=model.image_shape, step=0)
+
+
+def test_a_dry_run_looks_at_the_base(work_folder, capsys):
+    assert train("sd15_lora_tiny", "--dry_run") == 2
+    assert "no checkpoint at base.safetensors" in capsys.readouterr().err
+    save_base("sd21_base_tiny")
+    assert train("sd15_lora_tiny", "--dry_run") == 2
+    assert "base.safetensors is a checkpoint for another architecture" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dry", [["--dry_run"], []], ids=["dry run", "run"])
@@ -83,6 +100,7 @@ def test_captions_beside_the_pictures_may_name_the_word(token, work_folder, caps
         "set",
         "--dry_run",
     ]
+    save_base(INVERSION)
     assert train(INVERSION, *words) == 0
     Path("set/picture_0.txt").write_text("a cat")
     assert train(INVERSION, *words) == 2
@@ -91,5 +109,6 @@ def test_captions_beside_the_pictures_may_name_the_word(token, work_folder, caps
 
 def test_captions_that_are_cut_are_counted(work_folder, capsys):
     write_pictures(work_folder / "set", [(16, 16)] * 3, ["one two three four five six", "one " * 7, "one two"])
+    save_base("sd15_lora_tiny")
     assert train("sd15_lora_tiny", "--data_dir", "set", "--dry_run") == 0
     assert "captions: 1 of 3 have more than the 6 tokens that the text encoder reads" in capsys.readouterr().out

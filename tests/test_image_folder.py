@@ -69,6 +69,8 @@ def test_metadata_of_the_folders_below_name_their_own_pictures(tmp_path):
     (tmp_path / "a/metadata.csv").write_text("file_name,text\npicture_0.png,unused\n")
     (tmp_path / "a/metadata.jsonl").write_text('{"file_name": "./picture_0.png", "text": "inner"}')
     (tmp_path / "b/metadata.csv").write_text("file_name,caption\nc/picture_0.png,below\n../a/picture_1.png,beside\n")
+    os.mkfifo(tmp_path / "b/metadata.jsonl")  # a list is a file
+    (tmp_path / "b/c/metadata.csv").mkdir()
     images = load(tmp_path)
     expected = {"a/picture_0.png": "inner", "a/picture_1.png": "beside", "b/c/picture_0.png": "below"}
     assert captions(images) == expected and set(images.skipped) == {"b/c/picture_1.png"}
@@ -76,6 +78,18 @@ def test_metadata_of_the_folders_below_name_their_own_pictures(tmp_path):
     (tmp_path / "a/metadata.jsonl").write_text('{"file_name": "../../x.png", "text": "inner"}')
     with pytest.raises(ValueError, match=r"a/metadata.jsonl, line 1: file_name '../x.png' leads out of the folder"):
         load(tmp_path)
+
+
+def test_an_empty_text_hides_no_caption(tmp_path):
+    write_pictures(tmp_path / "a", [(16, 16)] * 3)
+    (tmp_path / "metadata.csv").write_text("file_name,text,caption\na/picture_0.png,outer,\na/picture_1.png,,beside\n")
+    rows = [
+        '{"file_name": "picture_0.png", "text": ""}',
+        '{"file_name": "picture_2.png", "text": null, "caption": "c"}',
+    ]
+    (tmp_path / "a/metadata.jsonl").write_text("\n".join(rows))
+    expected = {"a/picture_0.png": "outer", "a/picture_1.png": "beside", "a/picture_2.png": "c"}
+    assert captions(load(tmp_path)) == expected
 
 
 def test_captions_from_file_names(tmp_path):

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "text_encoders": {"downloads", "layers"},
     "autoencoders": {"layers"},
     "prompts": {"data"},
-    "recipe": {"checkpoints", "lora", "pictures"},
+    "recipe": {"checkpoints", "cli", "lora", "pictures"},
     "model": {"diffusion", "layers", "samplers"},
     "build": {"config", "config_files", "signatures", "model", "checkpoints", "data", "diffusion", "text_encoders"},
     "held_out": {"model", "data", "diffusion", "evaluation", "lora"},

@@ -276,6 +276,7 @@ def test_labels_say_the_strengths_that_the_loras_have(share, scales, expected):
         ("--prompt x --learned_tokens wide.safetensors", "'<a>' has 16 numbers, this text encoder's width is 8"),
         ("--prompt x --mixed_precision fp8", "invalid choice: 'fp8'"),
         ("--prompt x --times even", "sampling.times.kind='even' is unknown"),
+        ("--from_png", "--from_png: expected one argument"),
         ("--from_png none.png", "none.png cannot be read as a PNG"),
         ("--from_png start.png", "start.png does not say how it was drawn"),
     ],

@@ -41,7 +41,7 @@ PAIRS = 256  # of (picture, noise, time) for the loss curve
 NO_CLASSES = "needs a judge, and the pictures have no classes"
 NO_FEATURES = "needs features: name a published CLIP with --clip MODEL/TAG"
 NO_HELD_OUT = (
-    "needs the pictures that the model was trained on, and others to compare with, in another folder: --data_dir"
+    "needs the pictures that the model was trained on, --training_data_dir, and others to compare with, --data_dir"
 )
 REASONS = dict.fromkeys(("prompt_accuracy", "judge_accuracy"), NO_CLASSES) | {
     **dict.fromkeys(("clip_score", "frechet_distance"), NO_FEATURES),
@@ -54,7 +54,7 @@ REASONS = dict.fromkeys(("prompt_accuracy", "judge_accuracy"), NO_CLASSES) | {
     "bits_per_dim": "is for sets with classes, in pixel space",
     "loss_curve": "comes with --full",
     "diversity": "needs two pictures to compare with",
-    "pictures_trained_on": "the model does not say which pictures it was trained on, or they are gone",
+    "pictures_trained_on": "--training_data_dir names the pictures that the model was trained on",
 }
 
 

@@ -24,7 +24,7 @@ from xdiffusion.samplers.contract import OnStep
 from xdiffusion.samplers.image_to_image import MaskedDenoiser, noised, times_from
 
 Sampler = Callable[..., Tensor]
-PIXELS_AT_A_TIME = 512 * 512  # decoding as many takes 1 GB, which a card that trains at 512 may have, but not 8
+PIXELS_BESIDE = 512 * 512  # of images previewed or scored at a time: a card that trains at 512 has room for them
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of `mixed_precision`
 
 
@@ -181,7 +181,7 @@ def best_device(force_cpu: bool = False) -> torch.device:
 def at_a_time(model: DiffusionModel, most: int = 100) -> int:
     """How many of the model's images are worked on together where nothing else is asked for, at most `most`."""
     _, height, width = model.image_shape
-    return max(1, min(most, PIXELS_AT_A_TIME // (height * width)))
+    return max(1, min(most, PIXELS_BESIDE // (height * width)))
 
 
 def of_captions(sampling: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from xdiffusion.checkpoints.files import existing_weights, file_hash
 from xdiffusion.checkpoints.learned_tokens import parse_tokens_spec
+from xdiffusion.cli import Parser
 from xdiffusion.lora.weights import parse_lora_spec
 from xdiffusion.pictures import read_metadata
 
@@ -120,7 +121,7 @@ def _hash(path: Path) -> str:
 
 
 def _finder(flags: Iterable[str]) -> argparse.ArgumentParser:
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = Parser(add_help=False, allow_abbrev=False)
     for flag in flags:
         finder.add_argument(f"--{flag}", action="append")
     return finder

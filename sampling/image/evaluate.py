@@ -19,7 +19,8 @@ as one page.
 Captioned pictures without classes (image/folder, as for Stable Diffusion) have no judge. Samples of their captions have
 diversity, copies and nearest_distance against the training pictures, with --full the loss_curve, and with --clip MODEL/TAG a
 CLIP score and, on its features, Frechet distance and overlap. Whether the pictures are those that the model was trained on
-is said; --data_dir names a held-out folder. A score that cannot be had is null.
+is said. --data_dir names the folder to compare with, and --training_data_dir, where that is another, the training pictures: no
+folder is read because a file names it. A score that cannot be had is null.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xdiffusion.cli import SAMPLING_FLAGS, Parser, add_model_flags, positive_int, run, sampling_overrides
+from xdiffusion.cli import SAMPLING_FLAGS, Parser, add_model_flags, positive_int, run, sampling_overrides, seed_number
 from xdiffusion.places import JUDGE_FOLDER, OUTPUT_ROOT
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--data_dir", metavar="DIR", help="the folder of image/folder; of others an existing copy, not to be downloaded"
     )
+    add("--training_data_dir", metavar="DIR", help="the folder of captioned pictures that the model was trained on")
     add(
         "--num_samples",
         type=positive_int,
@@ -69,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch_size", type=positive_int, metavar="N", help="images drawn at a time (100; 1 of 512x512)")
     add(
         "--seed",
-        type=int,
+        type=seed_number,
         default=0,
         metavar="N",
         help="of the noise, the prompts' wording and the real samples of the floor (0)",
@@ -91,6 +93,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--report", type=Path, metavar="HTML", help="write one self-contained page; implies --intervals and --full")
     add("--json", action="store_true", help="print one line of JSON and nothing else")
+    add("--allow_other_base", action="store_true", help="apply a LoRA although it was trained on another base")
     args = parser.parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
     return args
@@ -124,13 +127,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = weights_file(given)
         config = as_trained(config, [path])
         set_process(model, config)
-        load_lora_weights(model, path, scale=scale, base_hash=base_hash)
+        load_lora_weights(model, path, scale=scale, base_hash=None if args.allow_other_base else base_hash)
         said = trained_config(path)
         trained = stored_config(said, path) if said else config
     config = OmegaConf.create(OmegaConf.to_container(config) | {"data": OmegaConf.to_container(trained.data)})
     config = override(config, sampling_overrides(args, FLAG_KEYS), "command line")
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-        data, training = pictures_of(config, trained)
+        data, training = pictures_of(config, trained, args)
     towers = clip_towers(args.clip, text_encoder, data) if args.clip else None
     model.resize(*image_shape(config)[1:])
     model.to(best_device(args.force_cpu))
@@ -164,31 +167,36 @@ def as_text(evaluation: Evaluation) -> str:
     return "\n".join([evaluation.about, *(f"{key:<{width}}  {value}" for key, value in lines.items())])
 
 
-def pictures_of(config: DictConfig, trained: DictConfig) -> tuple[ImageSet | CaptionedImages, CaptionedImages | None]:
-    """The set to compare with, and where it has no classes the pictures that the model was trained on, if they are there.
+def pictures_of(
+    config: DictConfig, trained: DictConfig, args: argparse.Namespace
+) -> tuple[ImageSet | CaptionedImages, CaptionedImages | None]:
+    """The set to compare with, and where it has no classes the pictures that the model was trained on, if a flag names them.
+
+    Of sets without classes, a folder that is only named by a model's file, who knows whose, is not read.
 
     Raises:
-        ValueError: for a set without an end.
+        ValueError: for a set without an end, or one that no flag names.
     """
-    from xdiffusion.build import build_data
+    from xdiffusion.build import build_data, override
     from xdiffusion.data.captioned_images import CaptionedImages
     from xdiffusion.data.image_set import ImageSet
 
+    kind = config.data.kind
+    if kind == "image/hugging_face" and not args.dataset_name:
+        raise ValueError(
+            f"--dataset_name {kind} must be given: it is downloaded, and only a file of the model names it"
+        )
+    if kind in ("image/folder", "image/shards", "image/hugging_face") and args.data_dir is None:
+        config = override(config, ["data.data_dir=null"], "command line")
     data = build_data(config)
     if isinstance(data, ImageSet):
         return data, None
     if not isinstance(data, CaptionedImages):
         raise ValueError(f"{data.name} has no end to compare with: save some of its pictures and use image/folder")
-    if trained.data == config.data:
-        return data, data
-    if trained.data.get("data_dir") is None:
-        return data, None
-    try:
-        training = build_data(trained)
-    except ValueError as error:  # moved, or on another machine
-        print(f"the pictures that the model was trained on cannot be read: {error}", file=sys.stderr)
-        return data, None
-    return data, training if isinstance(training, CaptionedImages) else None
+    if args.training_data_dir in (None, args.data_dir):
+        return data, data if args.training_data_dir or trained.data == config.data else None
+    training = override(config, [f"data.data_dir={json.dumps(args.training_data_dir)}"], "--training_data_dir")
+    return data, build_data(training)
 
 
 def clip_towers(name: str, text_encoder: CLIPTextEncoder | None, data: ImageSet | CaptionedImages) -> nn.Module:

@@ -98,7 +98,7 @@ def with_recipe(argv: Sequence[str]) -> tuple[list[str], str | None, Recipe | No
     Raises:
         ValueError: if the picture is none of ours.
     """
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = Parser(add_help=False, allow_abbrev=False)
     finder.add_argument("--from_png", type=Path)
     finder.add_argument("--output_path")
     own, words = finder.parse_known_args(list(argv))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
     from omegaconf import DictConfig
 
-    from xdiffusion.model import DiffusionModel
+    from xdiffusion.checkpoints.native import ModelFile
 
 SCRIPT = "training/image/train.py"
 FLAG_KEYS = {
@@ -106,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         make_trainable(outline, config, lora=args.use_lora_training)
     if args.dry_run:
         print(describe_model(outline, config))
+        if args.load_model_weights_from_checkpoint:
+            base_file(config, args, says=True)
         if config.data.kind == "image/folder" and config.data.data_dir:
             check_captions(build_data(config), config, outline.text_encoder.context_length)
         return 0
@@ -123,6 +125,7 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
 
     from xdiffusion.build import build_data, build_model, build_sampling, override
     from xdiffusion.checkpoints.files import content_hash
+    from xdiffusion.loading import load_weights
     from xdiffusion.model import HALF
     from xdiffusion.training.checks import check_captions
     from xdiffusion.training.diffusion_task import DiffusionTask
@@ -154,7 +157,7 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
             return status
     with first_ones_first(process):
         if args.load_model_weights_from_checkpoint:
-            load_base(model, config, args, says=process.is_main_process)
+            load_weights(model, base_file(config, args, says=process.is_main_process))
         else:
             initialise_text_encoder(model.text_encoder, config, clip)
         class_images = prepare_class_images(model, config, sampling, process.device) if "prior" in config else None
@@ -176,17 +179,17 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
     return status
 
 
-def load_base(model: DiffusionModel, config: DictConfig, args: argparse.Namespace, *, says: bool) -> None:
-    """Put the checkpoint's weights into the model; in what the run goes another way than the checkpoint is said."""
+def base_file(config: DictConfig, args: argparse.Namespace, *, says: bool) -> ModelFile:
+    """The checkpoint that the run begins with, seen to be of its architecture; in what the run goes another way is said."""
     from xdiffusion.checkpoints.files import weights_file
     from xdiffusion.checkpoints.native import load_model_file
-    from xdiffusion.loading import check_same_architecture, choices_of_run, load_weights
+    from xdiffusion.loading import check_same_architecture, choices_of_run
 
     file = load_model_file(weights_file(args.load_model_weights_from_checkpoint), args.ema)
     check_same_architecture(config, file)
     for choice in choices_of_run(config, file) if says else ():
         print(f"{file.path}: {choice}, by which this run goes", file=sys.stderr)
-    load_weights(model, file)
+    return file
 
 
 def tiny_clip(

@@ -180,7 +180,7 @@ def existing_weights(path: Path) -> tuple[Path, str | None]:
     if path.suffix in PICKLED and path.with_suffix(SAFETENSORS).is_file():
         twin = path.with_suffix(SAFETENSORS)
         return twin, f"{path} is not there; reading {twin.name} beside it"
-    present = sorted(p.name for p in path.parent.glob(f"*{SAFETENSORS}")) if path.parent.is_dir() else []
+    present = sorted(p.name for p in path.parent.glob(f"*{SAFETENSORS}") if p.is_file()) if path.parent.is_dir() else []
     near = sorted(difflib.get_close_matches(path.name, present, n=5, cutoff=0.5))
     raise CheckpointError(f"no checkpoint at {path}" + (f"; there are: {', '.join(near)}" if near else ""))
 

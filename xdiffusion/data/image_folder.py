@@ -82,7 +82,7 @@ def _captioned(folder: Path, files: Sequence[Path]) -> tuple[str, list[Picture],
         found, absent, present = {}, 0, set(names)
         for path in metadata:
             of_file, not_there = _read_metadata(path, folder, present)
-            found |= of_file
+            found |= {name: text for name, text in of_file.items() if text or name not in found}
             absent += not_there
         listed = [_picture(folder, name, text) for name, text in found.items()]
         rest = [_picture(folder, name, None) for name in names if name not in found]
@@ -92,9 +92,8 @@ def _captioned(folder: Path, files: Sequence[Path]) -> tuple[str, list[Picture],
 
 def _metadata_files(folder: Path) -> list[Path]:
     """Of the folder and each one in it the first of METADATA, the outer ones first."""
-    found = {
-        path.parent: path for name in reversed(METADATA) for path in folder.rglob(name) if not _hidden(path, folder)
-    }
+    files = (path for name in reversed(METADATA) for path in folder.rglob(name) if path.is_file())
+    found = {path.parent: path for path in files if not _hidden(path, folder)}
     return sorted(found.values(), key=lambda path: (len(path.parts), path))
 
 
@@ -134,8 +133,8 @@ def _read_metadata(path: Path, folder: Path, present: Set[str]) -> tuple[dict[st
     found, absent = {}, 0
     for number, row in _rows(path):
         where = f"{path}, line {number}"
-        name, text = row.get("file_name"), row.get("text", row.get("caption"))
-        if not isinstance(name, str) or not name or not isinstance(text, str | None):
+        name, texts = row.get("file_name"), [row.get(key) for key in ("text", "caption")]
+        if not isinstance(name, str) or not name or not all(isinstance(text, str | None) for text in texts):
             raise ValueError(f"{where} must have the texts file_name and text (or caption), not {str(dict(row))[:100]}")
         name = os.path.normpath(path.parent.relative_to(folder) / name)
         if name not in present:
@@ -148,7 +147,7 @@ def _read_metadata(path: Path, folder: Path, present: Set[str]) -> tuple[dict[st
             absent += not there
             if not there and absent > MAX_ABSENT:
                 continue
-        found[name] = _caption(text or "")
+        found[name] = _caption(texts[0] or texts[1] or "")
     return found, max(absent - MAX_ABSENT, 0)
 
 

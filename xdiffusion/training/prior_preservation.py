@@ -20,7 +20,7 @@ from tqdm import tqdm
 from xdiffusion.checkpoints.files import ensure_writable, write_atomically
 from xdiffusion.data.captioned_images import CaptionedImages
 from xdiffusion.data.image_folder import load_image_folder, picture_files
-from xdiffusion.model import HALF, DiffusionModel, generate, generators_for
+from xdiffusion.model import HALF, DiffusionModel, generate, generators_for, of_captions
 from xdiffusion.pictures import as_picture, read_metadata, save_png
 from xdiffusion.training.settings import settings_of
 
@@ -56,7 +56,9 @@ def prepare_class_images(
         numbers = missing[start : start + BLOCK]
         generators = [generators_for(config.training.seed + number, 1)[0] for number in numbers]
         precision = HALF.get(config.training.mixed_precision)
-        images = generate(model, [settings.prompt] * len(numbers), generators, autocast=precision, **sampling)
+        images = generate(
+            model, [settings.prompt] * len(numbers), generators, autocast=precision, **of_captions(sampling)
+        )
         for number, image in zip(numbers, images):
             write = partial(save_png, as_picture(image), metadata={"prompt": settings.prompt})
             write_atomically(_path(folder, number), write)  # the next run counts what stands there
