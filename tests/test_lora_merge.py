@@ -142,6 +142,29 @@ def test_a_linear_spelling_of_a_1x1_convolution_merges_with_the_other():
     assert relative(merged.delta()[:, :, 0, 0], conv.delta()[:, :, 0, 0] + linear.delta()) < 1e-6
 
 
+def _drawn(prediction, **schedule):
+    return {"diffusion": {"prediction": prediction, "schedule": {"kind": "betas"} | schedule}}
+
+
+@pytest.mark.parametrize(
+    ("config", "other", "message"),
+    [
+        (_drawn("eps"), _drawn("v"), "diffusion.prediction=eps in LoRA 1, v in LoRA 3"),
+        (_drawn("v"), _drawn("v", zero_terminal_snr=True), "zero_terminal_snr=None in LoRA 1, True in LoRA 3"),
+        (_drawn("v"), _drawn("v", zero_terminal_snr=False), ""),
+        (_drawn("v"), None, ""),
+        (None, _drawn("v"), ""),
+    ],
+)
+def test_loras_that_draw_otherwise_do_not_merge(config, other, message):
+    parts = [(replace(lora_file(seed=i), config=c), 0.5) for i, c in enumerate((config, None, other))]
+    if message:
+        with pytest.raises(LoRAError, match=message):
+            merge.merge_loras(parts)
+    else:
+        assert merge.merge_loras(parts)[0].config == (config or other)
+
+
 def test_origin_and_tokens_of_the_merged_lora():
     vector = torch.ones(3)
     first = LoRAFile({"a": factors((4, 4))}, base_hash="x", step=3, tokens={"<s1>": vector, "<s2>": vector})

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from xdiffusion.build import SCHEMA, build_model, image_shape, load_config, resolved
+from xdiffusion.checkpoints.drawn_by import DRAWN_BY, value_at
 from xdiffusion.checkpoints.files import CheckpointError
 from xdiffusion.checkpoints.lora_formats.native import trained_config
 from xdiffusion.checkpoints.native import ModelFile, load_model_file
@@ -25,8 +26,6 @@ from xdiffusion.model import DiffusionModel
 RECORDS = ("training", "optimizer", "checkpoints", "cache", "clip", "lora")  # sections that say how a model was made
 STABLE_DIFFUSION = Path(__file__).resolve().parent / "configs/image/sd"  # the built-in configs; in a wheel too
 ARCHITECTURE = ("model.network", "model.text_encoder", "model.autoencoder")
-PROCESS = ("diffusion.prediction", "diffusion.schedule")
-DRAWN_BY = (*PROCESS, "model.text_encoder.clip_skip")
 CHOICES = (*DRAWN_BY, "data.image_size")  # in which a run may differ from its base
 BEGUN_WITH = "pretrained"  # of the text encoder; says nothing of weights that are there
 
@@ -266,7 +265,7 @@ def _drawn_as(config: DictConfig, content: Mapping[str, Any], path: Path) -> Dic
     """A config with those keys of another's that it has and that say how to draw."""
     given, chosen = from_mapping(content, str(path)), OmegaConf.create()
     for key in DRAWN_BY:
-        value = OmegaConf.select(given, key)
+        value = value_at(given, key)
         if value is not None and OmegaConf.select(config, key) is not None:
             OmegaConf.update(chosen, key, value)
     return resolved(with_overrides(config, chosen, SCHEMA), str(path))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ class LoRAFile:
     repairs: one line for each thing that was wrong with the file and could be mended without a guess.
     base_hash: content hash of the model it was trained on, base_sample: a few values of each weight that it adapts, see
         `lora.base_identity`, config: resolved, step: of training; of native files.
+    path: of the file or folder it was read from.
     """
 
     modules: Mapping[str, LoRAFactors]
@@ -69,3 +71,4 @@ class LoRAFile:
     base_sample: Mapping[str, Sequence[float]] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
     step: int = 0
+    path: Path | None = None

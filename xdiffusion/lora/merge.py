@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from xdiffusion.checkpoints.drawn_by import drawn_otherwise
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.lora.settings import LoRAError
 
@@ -49,9 +50,11 @@ def merge_loras(
         discarded share of the energy.
 
     Raises:
-        LoRAError: for an unknown method, a wrong rank or energy, factors that do not fit together, or a DoRA module.
+        LoRAError: for an unknown method, a wrong rank or energy, factors that do not fit together, or a DoRA module;
+            for LoRAs that were trained for different predictions or schedules, see `drawn_by`.
     """
     _check_choice(method, rank, energy)
+    config = _common_config([lora for lora, _ in loras])
     merged, errors = {}, {}
     for name in progress(dict.fromkeys(name for lora, _ in loras for name in lora.modules)):
         parts = [(lora.modules[name], weight) for lora, weight in loras if name in lora.modules]
@@ -66,7 +69,7 @@ def merge_loras(
         tokens=_all_tokens([lora for lora, _ in loras]),
         base_hash=next(iter(hashes)) if len(hashes) == 1 else None,
         base_sample=samples if len(hashes) == 1 else {},
-        config=loras[0][0].config,
+        config=config,
         step=max(lora.step for lora, _ in loras),
     ), errors
 
@@ -221,6 +224,18 @@ def _check_choice(method: str, rank: int | None, energy: float | None) -> None:
         raise LoRAError(f"rank={rank} must be at least 1")
     if energy is not None and not 0 < energy <= 1:
         raise LoRAError(f"energy={energy} must be in (0, 1]")
+
+
+def _common_config(loras: Sequence[LoRAFile]) -> Mapping[str, Any] | None:
+    """The config of the first that has one; the sum of updates for two predictions is an update for neither."""
+    said = [(lora.path or f"LoRA {number}", lora.config) for number, lora in enumerate(loras, start=1) if lora.config]
+    for path, config in said[1:]:
+        for key, ours, theirs in drawn_otherwise(said[0][1], config):
+            raise LoRAError(
+                f"LoRAs that were trained for different things do not add up: {key}={ours!s:.100} in {said[0][0]}, "
+                f"{theirs!s:.100} in {path}"
+            )
+    return said[0][1] if said else None
 
 
 def _all_tokens(loras: Sequence[LoRAFile]) -> Mapping[str, Tensor]:

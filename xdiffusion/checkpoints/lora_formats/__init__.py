@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from xdiffusion.checkpoints.component_names import exchange_name
+from xdiffusion.checkpoints.drawn_by import drawn_by
 from xdiffusion.checkpoints.files import (
     PICKLED,
     CheckpointError,
@@ -32,7 +34,7 @@ from xdiffusion.checkpoints.lora_formats.factors import check_tensor, fit, folde
 from xdiffusion.checkpoints.lora_formats.keys import Loose, sorted_by_key
 from xdiffusion.checkpoints.lora_formats.layer_table import SD_BASES, LayerTable, sd_base_of, sd_layer_table
 
-__all__ = ["FORMATS", "SD_BASES", "Format", "LayerTable", "read_lora", "sd_layer_table", "write_lora"]
+__all__ = ["FORMATS", "SD_BASES", "Format", "LayerTable", "read_lora", "sd_layer_table", "unsaid", "write_lora"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Format:
     write: (lora, path), and the table of layers where it counts_layers; None for a format that is only read.
     has_alpha, has_dora, has_tokens: what it can say.
     counts_layers: it has no names.
+    words: (key, value) -> the header's entry that says how to draw, see `drawn_by`; None where there is no word for it.
     """
 
     summary: str
@@ -53,8 +56,15 @@ class Format:
     has_dora: bool = False
     has_tokens: bool = False
     counts_layers: bool = False
+    words: Callable[[str, Any], tuple[str, str] | None] = lambda key, value: None
 
 
+USUAL = {  # how a LoRA is drawn by whoever is not told
+    "diffusion.prediction": "eps",
+    "diffusion.schedule.kind": "betas",
+    "diffusion.schedule.zero_terminal_snr": False,
+    "model.text_encoder.clip_skip": 1,
+}
 FORMATS: dict[str, Format] = {
     "native": Format(
         "this project's: names, alphas, config, hash of the base",
@@ -68,6 +78,7 @@ FORMATS: dict[str, Format] = {
         ".safetensors",
         kohya.write,
         has_dora=True,
+        words=kohya.word,
     ),
     "diffusers": Format(
         "diffusers of today: unet.*.lora_A.weight, alphas in the header",
@@ -140,6 +151,7 @@ def read_lora(path: Path, names: LayerTable | None = None) -> LoRAFile:
         lora = replace(lora, tokens=_tokens_beside(path))
     for token, vector in lora.tokens.items():
         check_tensor(vector, token, path)
+    lora = replace(lora, path=path)
     if lora.format == "native":
         return lora
     repairs = list(lora.repairs)
@@ -189,6 +201,14 @@ def write_lora(
     if not kind.has_tokens and lora.tokens:
         tokens = {name: vector.detach().clone() for name, vector in lora.tokens.items()}
         write_atomically(_tokens_path(path), lambda temporary: torch.save(tokens, temporary))
+
+
+def unsaid(lora: LoRAFile, format: str) -> list[str]:
+    """KEY=VALUE of how a LoRA is drawn, where it is not `USUAL` and a format has no word for it; see `drawn_by`."""
+    if format == "native":
+        return []
+    drawn = drawn_by(lora.config).items()
+    return [f"{k}={v!s:.100}" for k, v in drawn if USUAL.get(k, v) != v and FORMATS[format].words(k, v) is None]
 
 
 def _content(path: Path) -> tuple[object, dict[str, str]]:

@@ -12,12 +12,14 @@ import hashlib
 import json
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from xdiffusion.checkpoints.component_names import component_of
+from xdiffusion.checkpoints.drawn_by import drawn_by
 from xdiffusion.checkpoints.files import CheckpointError, write_atomically
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats.factors import assemble, said_of_xl
@@ -27,6 +29,13 @@ from xdiffusion.checkpoints.lora_formats.layer_table import LayerTable, sd_base_
 _PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 _MODEL_VERSION = {"sd15": {"ss_base_model_version": "sd_v1", "ss_v2": "False"},
                   "sd21": {"ss_base_model_version": "sd_v2", "ss_v2": "True"}}  # fmt: skip
+
+_WORDS = {
+    ("diffusion.prediction", "eps"): ("modelspec.prediction_type", "epsilon"),
+    ("diffusion.prediction", "v"): ("modelspec.prediction_type", "v"),
+    ("diffusion.schedule.zero_terminal_snr", "False"): ("ss_zero_terminal_snr", "False"),
+    ("diffusion.schedule.zero_terminal_snr", "True"): ("ss_zero_terminal_snr", "True"),
+}
 
 
 def read(loose: Loose, path: Path, names: LayerTable | None) -> dict[str, LoRAFactors]:
@@ -78,13 +87,22 @@ def write(lora: LoRAFile, path: Path) -> None:
             tensors[f"{flat}.dora_scale"] = factors.magnitude.reshape(-1, *ones).contiguous()
     header = _header(lora, path) | {key: value for key, value in lora.metadata.items() if key.startswith("ss_")}
     header |= _rank_and_alpha(lora)
+    said = dict(entry for key, value in drawn_by(lora.config).items() if (entry := word(key, value)))
+    header |= {key: text for key, text in said.items() if key.startswith("ss_")}
 
     def write_with_hashes(temporary: Path) -> None:
         save_file(tensors, temporary, header)  # kohya hashes a file that has the ss_ entries alone
         hashes = _hashes(temporary)
-        save_file(tensors, temporary, {**lora.metadata, **header, **hashes})
+        save_file(tensors, temporary, {**lora.metadata, **said, **header, **hashes})
 
     write_atomically(path, write_with_hashes)
+
+
+def word(key: str, value: Any) -> tuple[str, str] | None:
+    """The header's entry that says one value of `drawn_by`, as sd-scripts writes it; None where it has no word for it."""
+    if key == "model.text_encoder.clip_skip":
+        return "ss_clip_skip", str(value)
+    return _WORDS.get((key, str(value)))
 
 
 def _flat(name: str) -> str:

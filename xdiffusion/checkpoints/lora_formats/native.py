@@ -29,7 +29,7 @@ def read(loose: Loose, metadata: Mapping[str, str], path: Path) -> LoRAFile:
     with reading_header(path):
         alphas = json.loads(metadata["lora_alpha"])
         use_rslora = json.loads(metadata.get("use_rslora", "false"))
-        config, step = json.loads(metadata["config"]) or None, int(metadata["step"])
+        config, step = _config_in(metadata), int(metadata["step"])
 
         def alpha_of(module: str, rank: int) -> tuple[float, bool]:
             return float(_of(alphas, module)), bool(_of(use_rslora, module))
@@ -47,11 +47,15 @@ def trained_config(path: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: if the file is damaged.
     """
-    metadata = StoredTensors(path).metadata if path.suffix == SAFETENSORS else {}
+    metadata = StoredTensors(path).metadata if path.suffix == SAFETENSORS and path.is_file() else {}
     with reading_header(path):
-        config = json.loads(metadata["config"]) if metadata.get("format") == LORA_FORMAT else None
-        if not isinstance(config, dict | None):
-            raise TypeError(f"config={config!r:.100}")
+        return _config_in(metadata) if metadata.get("format") == LORA_FORMAT else None
+
+
+def _config_in(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    config = json.loads(metadata["config"])
+    if not isinstance(config, dict | None):
+        raise TypeError(f"config={config!r:.100}")
     return config or None
 
 
