@@ -1,5 +1,7 @@
 """The calls for scripts and notebooks, as their documents spell them, on a tiny original file."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lora_cases import factors
@@ -105,6 +107,18 @@ def test_files_of_other_tools_and_strengths(ckpt_path, work_folder):
     torch.testing.assert_close(generate(PROMPT, models=models, **FEW), base, rtol=0, atol=1e-5)
     assert not torch.equal(weaker, base)
     assert len(get_lora_parameters(models["model"])) == 2
+
+
+def test_a_lora_that_says_nothing_is_drawn_by_the_base_s_prediction(ckpt_path, work_folder):
+    """After one that was trained to predict v, and that is no longer there."""
+    models = preload_models_with_lora(ckpt_path)
+    name = "network.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
+    lora = LoRAFile({name: factors((32, 32), seed=0)})
+    write_lora(lora, work_folder / "silent.safetensors", "kohya")
+    write_lora(replace(lora, config={"diffusion": {"prediction": "v"}}), work_folder / "v.safetensors", "native")
+    for path, prediction in (("v.safetensors", "v"), ("silent.safetensors", "eps")):
+        load_lora_into_models(models, path)
+        assert (models["model"].prediction, models["config"].diffusion.prediction) == (prediction, prediction)
 
 
 def test_several_prompts_and_settings(ckpt_path):

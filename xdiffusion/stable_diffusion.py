@@ -33,13 +33,15 @@ class Models(TypedDict):
     """A loaded model by its parts.
 
     diffusion: the UNet. clip: the text encoder. autoencoder: between images and latents.
-    model: the three together, as `xdiffusion.model` has it. config: what it was built from.
+    model: the three together, as `xdiffusion.model` has it. base_config: what it was built from. config: the same, but
+    for what the LoRA was trained to be drawn by.
     """
 
     diffusion: nn.Module
     clip: nn.Module
     autoencoder: nn.Module
     model: DiffusionModel
+    base_config: DictConfig
     config: DictConfig
 
 
@@ -79,6 +81,7 @@ def preload_models_with_lora(
         "clip": model.text_encoder,
         "autoencoder": model.autoencoder,
         "model": model,
+        "base_config": config,
         "config": config,
     }
 
@@ -106,7 +109,7 @@ def load_lora_into_models(
 ) -> Models:
     """Put a LoRA of any format in the place of the one that the models have, and print what was matched.
 
-    The models draw by the prediction and the schedule that it was trained with, where its file says them.
+    The models draw by the prediction and the schedule that it was trained with, where its file says them, else by the base's.
 
     An optimizer keeps its parameters where the shapes stay. On an error the models are as before.
 
@@ -124,7 +127,7 @@ def load_lora_into_models(
     """
     model = models["model"]
     base_hash = None if allow_other_base else content_hash(model.base_weights())
-    config = as_trained(models["config"], [weights_file(path)])
+    config = as_trained(models["base_config"], [weights_file(path)])
     report = load_lora_weights(model, path, scale=scale, adapter_name="incoming", base_hash=base_hash)
     incoming = {n: layer.factors("incoming") for n, layer in lora_layers(model) if "incoming" in layer.adapters}
     remove_lora(model, "incoming")
