@@ -6,6 +6,7 @@ A model is a checkpoint of ours, a UNet of diffusers (one safetensors file), or 
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import sys
@@ -13,17 +14,25 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from xdiffusion.checkpoints.component_names import component_of, exchange_name
+from xdiffusion.checkpoints.diffusers_folder import read_settings
+from xdiffusion.checkpoints.diffusers_settings import config_from
+from xdiffusion.checkpoints.drawn_by import drawn_by, drawn_otherwise
 from xdiffusion.checkpoints.files import CheckpointError, ensure_writable, weights_file
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
-from xdiffusion.checkpoints.native import MODEL_FORMAT, ModelFile
+from xdiffusion.checkpoints.lora_formats import unsaid
+from xdiffusion.checkpoints.native import MODEL_FORMAT, ModelFile, reading_header
 from xdiffusion.checkpoints.streaming import StoredTensors, copy_safetensors
+from xdiffusion.loading import as_trained, stored_config
 from xdiffusion.lora.functional import dora_weight, merged_weight
 from xdiffusion.lora.settings import LoRAError
 
+TEXT_LAYERS = "text_encoder.text_model.encoder.layers."
 Progress = Callable[[Iterable[str]], Iterable[str]]
 
 
@@ -43,6 +52,18 @@ class BaseModel:
     def layers(self) -> dict[str, tuple[int, ...]]:
         """The weight shapes of the linear layers and convolutions, by exchange name: what a LoRA can change."""
         return _layers({name: file.shape(name) for file in self.files for name in file})
+
+    def config(self) -> Mapping[str, Any] | None:
+        """What a header of ours holds; None in any other file.
+
+        Raises:
+            CheckpointError: if it is damaged.
+        """
+        with reading_header(self.path):
+            config = json.loads(self.files[0].metadata.get("config", "null")) if self.ours else None
+            if not isinstance(config, dict | None):
+                raise TypeError(f"config={config!r:.100}")
+        return config or None
 
 
 def open_base(path: Path) -> BaseModel:
@@ -64,6 +85,34 @@ def open_base(path: Path) -> BaseModel:
             "read by lora_add --mode upl-ckpt-v2, and converted by sd convert"
         )
     return BaseModel(path, [file], ours)
+
+
+def header_as_trained(base: BaseModel, lora: LoRAFile) -> dict[str, str]:
+    """The header's entry `config` of a base with a LoRA folded in, where drawing as the LoRA was trained changes it.
+
+    A UNet alone, and a file without a config, do not say how they are drawn: what the LoRA says is told on stderr.
+
+    Raises:
+        CheckpointError: if the base is a folder of diffusers whose settings, which stay, say another thing than the LoRA.
+        ConfigError: if what a header says cannot be.
+    """
+    if not lora.config:
+        return {}
+    said = base.config() if base.ours else _said_by_folder(base)
+    if said and base.ours:
+        config = stored_config(said, base.path)
+        trained = as_trained(config, [lora.path])
+        if drawn_by(trained) == drawn_by(config):
+            return {}
+        return {"config": json.dumps(OmegaConf.to_container(trained), separators=(",", ":"))}
+    for key, theirs, ours in drawn_otherwise(said, lora.config) if said else ():
+        raise CheckpointError(
+            f"{lora.path} was trained with {key}={ours!s:.100}, {base.path} says {theirs}, and so would the output; "
+            "lora_add --mode upl-ckpt-v2 writes a file that says what the LoRA does"
+        )
+    if not said and (lost := unsaid(lora, "diffusers")):
+        print(f"{lora.path} was trained with {', '.join(lost)}, which the output does not say", file=sys.stderr)
+    return {}
 
 
 def fold(
@@ -153,6 +202,18 @@ def differences(tuned: BaseModel, base: BaseModel, progress: Progress = iter) ->
                 raise CheckpointError(f"{name} of {tuned.path} and {base.path} does not differ by finite numbers")
             if delta.any():
                 yield name, delta
+
+
+def _said_by_folder(base: BaseModel) -> Mapping[str, Any]:
+    """What the settings of a folder of diffusers say of how to draw; nothing if there are none."""
+    settings = read_settings(base.path) if base.path.is_dir() else {}
+    layers = {name.split(".")[4] for name in base.layers() if name.startswith(TEXT_LAYERS)}
+    read = ("scheduler/", "text_encoder/") if layers else ("scheduler/",)
+    try:
+        said = config_from({name: one for name, one in settings.items() if name.startswith(read)}, len(layers))
+    except ValueError as error:
+        raise CheckpointError(f"{base.path}/{error}") from error
+    return said if drawn_by(said) else {}
 
 
 def _folder_files(folder: Path) -> list[StoredTensors]:

@@ -177,7 +177,7 @@ def _resize(args: argparse.Namespace) -> None:
 
 def _apply(args: argparse.Namespace) -> None:
     from xdiffusion.checkpoints.files import content_hash
-    from xdiffusion.commands.base_weights import fold, open_base
+    from xdiffusion.commands.base_weights import fold, header_as_trained, open_base
     from xdiffusion.commands.lora_files import layer_table, progress, read
     from xdiffusion.lora.base_identity import check_base
     from xdiffusion.lora.weights import parse_lora_spec
@@ -192,7 +192,7 @@ def _apply(args: argparse.Namespace) -> None:
         adapted = {name.removesuffix(".weight"): model[name] for name in names if name in model}
         if other_form := check_base(lora, content_hash(model), adapted, path):
             print(f"{path}: {other_form}", file=sys.stderr)
-    note = {"folded_lora": f"{path.name}:{scale:g}"}
+    note = {"folded_lora": f"{path.name}:{scale:g}"} | header_as_trained(base, lora)
     count = fold(base, lora, scale, Path(args.output), note, progress("folding"))
     print(f"{args.output}: {args.model} + {scale:g} * {path}, {count} layers")
 
@@ -201,7 +201,6 @@ def _extract(args: argparse.Namespace) -> None:
     from xdiffusion.checkpoints.component_names import exchange_name
     from xdiffusion.checkpoints.files import content_hash
     from xdiffusion.checkpoints.lora_file import LoRAFile
-    from xdiffusion.checkpoints.native import reading_header
     from xdiffusion.commands.base_weights import differences, open_base
     from xdiffusion.commands.lora_files import layer_table, progress, write
     from xdiffusion.commands.report import table
@@ -227,9 +226,7 @@ def _extract(args: argparse.Namespace) -> None:
         print(f"{len(left_out)} tensors differ that no LoRA can change (biases, norms, ...), such as {left_out[0]}")
     base_hash = content_hash(base.files[0]) if base.ours else None
     sample = sample_of({name: base.files[0][f"{name}.weight"] for name in modules}) if base.ours else {}
-    with reading_header(base.path):
-        config = json.loads(base.files[0].metadata.get("config", "null")) if base.ours else None
-    lora = LoRAFile(modules, base_hash=base_hash, base_sample=sample, config=config)
+    lora = LoRAFile(modules, base_hash=base_hash, base_sample=sample, config=tuned.config())
     write(lora, args.output, args.to or "native", names, args.dtype)
 
 

@@ -77,7 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    from xdiffusion.commands.base_weights import fold, open_base
+    from xdiffusion.commands.base_weights import fold, header_as_trained, open_base
     from xdiffusion.commands.lora_files import layer_table, merge_and_write, progress, read
 
     names = layer_table(args.base)
@@ -87,8 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"no model at {path}; a model of the Hugging Face hub has to be downloaded first")
         lora = read(args.path_2, names)
         if args.mode == "upl":
-            note = {"folded_lora": f"{Path(args.path_2).name}:{args.alpha:g}"}
-            count = fold(open_base(path), lora, args.alpha, output, note, progress("folding"))
+            base = open_base(path)
+            note = {"folded_lora": f"{Path(args.path_2).name}:{args.alpha:g}"} | header_as_trained(base, lora)
+            count = fold(base, lora, args.alpha, output, note, progress("folding"))
         else:
             count = _fold_into_original(path, lora, args.alpha, output)
         print(f"{args.output_path}: {path} + {args.alpha:g} * {args.path_2}, {count} layers")
@@ -104,13 +105,13 @@ def _fold_into_original(path: Path, lora: LoRAFile, scale: float, output: Path) 
     from xdiffusion.checkpoints.native import load_model_file
     from xdiffusion.commands.base_weights import fold_into
     from xdiffusion.commands.sd_files import write_model
-    from xdiffusion.loading import check_fits, config_of
+    from xdiffusion.loading import as_trained, check_fits, config_of
 
     file = load_model_file(weights_file(path))
     config = config_of(file)
     check_fits(file, config)
     count = fold_into(file, lora, scale)
-    write_model(file, config, output, "original")
+    write_model(file, as_trained(config, [lora.path]), output, "original")
     return count
 
 

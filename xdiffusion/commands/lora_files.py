@@ -13,7 +13,15 @@ import torch
 from xdiffusion.checkpoints.component_names import exchange_name
 from xdiffusion.checkpoints.files import weights_file
 from xdiffusion.checkpoints.lora_file import LoRAFile
-from xdiffusion.checkpoints.lora_formats import FORMATS, SD_BASES, LayerTable, read_lora, sd_layer_table, write_lora
+from xdiffusion.checkpoints.lora_formats import (
+    FORMATS,
+    SD_BASES,
+    LayerTable,
+    read_lora,
+    sd_layer_table,
+    unsaid,
+    write_lora,
+)
 from xdiffusion.commands.report import table
 from xdiffusion.lora.merge import merge_loras
 
@@ -56,6 +64,8 @@ def write(lora: LoRAFile, path: str | Path, format: str, names: LayerTable | Non
     """
     write_lora(lora, Path(path), format, names=names, dtype=getattr(torch, dtype) if dtype else None)
     print(f"{path}: {len(lora.modules)} modules, {format}")
+    if lost := unsaid(lora, format):
+        print(f"{path}: it was trained with {', '.join(lost)}, which {format} has no word for", file=sys.stderr)
 
 
 def merge_and_write(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 from xdiffusion.checkpoints.learned_tokens import save_learned_tokens
-from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
+from xdiffusion.checkpoints.lora_formats import read_lora, unsaid, write_lora
 
 FORMATS = ("diffusers", "kohya")
 TOKENS = "tokens"
@@ -14,6 +15,8 @@ TOKENS = "tokens"
 
 def export_lora(path: Path) -> list[Path]:
     """Write <name>-diffusers and <name>-kohya, and its learned tokens, if any, as <name>-tokens; returns the paths.
+
+    What a format has no word for, above all a prediction other than eps, is told on stderr.
 
     Args:
         path: of a LoRA file of ours, for a latent diffusion model.
@@ -23,7 +26,10 @@ def export_lora(path: Path) -> list[Path]:
     """
     lora = read_lora(path)
     for format in FORMATS:
-        write_lora(replace(lora, tokens={}), export_path(path, format), format)
+        export = export_path(path, format)
+        write_lora(replace(lora, tokens={}), export, format)
+        if lost := unsaid(lora, format):
+            print(f"{export}: it was trained with {', '.join(lost)}, which {format} has no word for", file=sys.stderr)
     if lora.tokens:
         save_learned_tokens(export_path(path, TOKENS), lora.tokens)
     return [path for path in export_paths(path) if path.is_file()]
