@@ -42,6 +42,7 @@ def test_killed_runs_lose_nothing_but_the_steps_since(monkeypatch, capfd):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_the_first_step_is_one_line(script, number, tmp_path, monkeypatch, capfd):
     """Within the data's loading, as a key that is pressed there would be."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background may have inherited none
     monkeypatch.setattr(digits, "_draw", lambda *_: signal.raise_signal(number), raising=True)
     file = tmp_path / "clip.safetensors"
     words = ["--config_path", CONFIG, *set_words(["model.text_encoder.pretrained=tiny", "data.image_size=12"])]
