@@ -132,6 +132,20 @@ def test_other_content_under_the_name_of_a_file_is_warned_about(sample, work_fol
     )
 
 
+def test_another_checkpoint_under_the_same_name_is_warned_about(sample, checkpoint, work_folder, capsys):
+    file, again = load_model_file(checkpoint), ("--from_png", "a/image-0.png", "--output_path", "b")
+    weights = {name: tensor.clone() for name, tensor in file.tensors.items()}
+    about = {"config": file.config, "image_shape": file.image_shape, "step": 0}
+    save_model(Path("base.safetensors"), weights, **about)
+    assert sample("a", "--prompt", "a fox", "--checkpoint", "base.safetensors") == 0
+    assert run_script(SAMPLE, *again, "--mixed_precision", "bf16") == 0
+    assert capsys.readouterr().err == ""
+    weights["network.conv_out.weight"] *= 1.01
+    save_model(Path("base.safetensors"), weights, **about)
+    assert run_script(SAMPLE, *again) == 0
+    assert capsys.readouterr().err.startswith("warning: --checkpoint: other content than what drew the picture")
+
+
 def test_a_start_image_of_one_pixel_is_a_plain_colour(sample, work_folder):
     Image.new("RGB", (1, 1), (200, 0, 0)).save("dot.png")
     assert sample("a", "--prompt", "a fox", "--init_image", "dot.png", "--strength", 0.5) == 0

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from xdiffusion.checkpoints.files import existing_weights, file_hash
 from xdiffusion.checkpoints.learned_tokens import parse_tokens_spec
 from xdiffusion.cli import Parser
+from xdiffusion.lora.base_identity import sample_of
 from xdiffusion.lora.weights import parse_lora_spec
 from xdiffusion.pictures import read_metadata
 
@@ -23,7 +26,7 @@ LISTS = ("prompt", "lora_path", "learned_tokens")  # flags that may be repeated
 class Recipe:
     """What a PNG says of how it was drawn.
 
-    words: of the command line. hashes: of the files that a flag names, by flag.
+    words: of the command line. hashes: of the files that a flag names, by flag; of the checkpoint its `fingerprint`.
     """
 
     words: list[str]
@@ -96,6 +99,11 @@ def read_recipe(picture: Path) -> Recipe:
 def without_flags(words: Sequence[str], flags: Iterable[str]) -> list[str]:
     """The words of a command line without some flags and their values."""
     return _finder(flags).parse_known_args(list(words))[1]
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """A hash of some values of each weight: what tells one model from another without reading gigabytes for it."""
+    return hashlib.blake2b(json.dumps(sample_of(weights), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def file_hashes(args: argparse.Namespace) -> dict[str, list[str]]:

@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xdiffusion.model import HALF, best_device
     from xdiffusion.places import OUTPUT_ROOT
     from xdiffusion.prompts import expand_prompts
-    from xdiffusion.recipe import file_hashes, png_texts
+    from xdiffusion.recipe import file_hashes, fingerprint, png_texts
 
     checkpoint = weights_file(args.checkpoint)
     loras = [(weights_file(path), scale) for path, scale in map(parse_lora_spec, args.lora_path)]
@@ -141,12 +141,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = Path(args.config_path).stem if args.config_path else checkpoint.absolute().parent.name
     folder = Path(args.output_path) if args.output_path else OUTPUT_ROOT / config.data.kind / "sample" / name
 
-    base_hash = content_hash(load_model_file(checkpoint, args.ema).tensors, torch.float32)
-    hashes = {"checkpoint": [base_hash]} | file_hashes(args)
+    stored = load_model_file(checkpoint, args.ema).tensors  # mapped, and not in --mixed_precision
+    base_hash = content_hash(stored, torch.float32) if loras and not args.allow_other_base else None
+    hashes = {"checkpoint": [fingerprint(stored)]} | file_hashes(args)
     for flag in args.recipe.differing(hashes) if args.recipe else ():
         print(f"warning: --{flag}: other content than what drew the picture, so this is another one", file=sys.stderr)
     place(model, best_device(args.force_cpu), args)  # before the LoRAs, whose factors stay float32
-    strengths = load_loras(model, loras, None if args.allow_other_base else base_hash)
+    strengths = load_loras(model, loras, base_hash)
     ensure_writable(folder)
 
     film: Film = []
