@@ -32,7 +32,7 @@ from xdiffusion.evaluation.overlap import NEIGHBOURS, Overlap, overlap
 from xdiffusion.evaluation.shares import pairs_share_interval
 from xdiffusion.held_out import loss_curves
 from xdiffusion.lora.adapters import lora_disabled
-from xdiffusion.model import DiffusionModel, at_a_time, generate, generators_for, of_captions
+from xdiffusion.model import DiffusionModel, generate, generators_for, of_captions
 from xdiffusion.scoring import Depth, Evaluation, finished, mean_scores, suspects_of
 
 SIDE = 64
@@ -102,7 +102,7 @@ def score_captioned(
         model: in evaluation mode, with its LoRA on if it has one.
         given: the pictures to compare with, each scaled and cut to the model's size.
         training: those that the model was trained on; None where they are not known.
-        sampling: keyword arguments of `generate`; captions are taken as they stand.
+        sampling: keyword arguments of `generate`, batch_size among them; captions are taken as they stand.
         num_samples: at least 2.
         seed: of the noise, the choice of captions and pictures, and the intervals.
         has_lora: whether loss curves are to be had without it too.
@@ -115,15 +115,14 @@ def score_captioned(
         raise ValueError(f"--num_samples {num_samples}: a distance between samples needs at least 2")
     if model.image_shape[0] != given.channels:
         raise ValueError(f"{given.name} has pictures in colour, the model makes images {model.image_shape}")
-    at_once = sampling.get("batch_size", at_a_time(model))
-    given_cut, training_cut = (p and Cut(p, model.image_shape[1:], at_once) for p in (given, training))
+    given_cut, training_cut = (p and Cut(p, model.image_shape[1:], sampling["batch_size"]) for p in (given, training))
     compared, shared = training_cut or given_cut, trained_on(given, training)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(given), generator=generator)
     asked = order.repeat(-(-num_samples // len(order)))[:num_samples]
     prompts = given.captions_of(asked.tolist(), torch.rand(num_samples, generator=generator))
     clock = [0.0]
-    samples = seen(drawn(model, prompts, seed, sampling, at_once, clock), depth.clip)
+    samples = seen(drawn(model, prompts, seed, sampling, clock), depth.clip)
     real = seen(given_cut.batches(order[:num_samples]), depth.clip)
 
     scores: dict[str, Any] = dict.fromkeys(REASONS) | {"seconds_per_image": clock[0] / num_samples}
@@ -243,10 +242,10 @@ def curves_of(model: DiffusionModel, given: Cut, resamples: int, has_lora: bool)
 
 
 def drawn(
-    model: DiffusionModel, prompts: Sequence[str], seed: int, sampling: Mapping[str, Any], size: int, clock: list[float]
+    model: DiffusionModel, prompts: Sequence[str], seed: int, sampling: Mapping[str, Any], clock: list[float]
 ) -> Iterator[tuple[Tensor, Sequence[str]]]:
     """Samples as saved pictures would hold them, in batches with their prompts; the seconds are added to clock[0]."""
-    generators, captions = generators_for(seed, len(prompts)), of_captions(sampling)
+    generators, captions, size = generators_for(seed, len(prompts)), of_captions(sampling), sampling["batch_size"]
     for i in tqdm(range(0, len(prompts), size), desc="samples", unit="batch", leave=False, disable=None):
         block, started = slice(i, i + size), time.perf_counter()
         images = generate(model, prompts[block], generators[block], **captions)
