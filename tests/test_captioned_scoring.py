@@ -112,6 +112,7 @@ def test_what_is_missing_is_said_and_shown(config, work_folder, capsys):
         assert "The model was trained on them: none is held out" in text
     assert any(line.startswith("prompt_accuracy") and "the pictures have no classes" in line for line in lines)
     assert any(line.startswith("clip_score") and "--clip MODEL/TAG" in line for line in lines)
+    assert "<dt>frechet floor</dt>" in page and "<dt>CLIP score</dt>" in page
     assert "Not measured" in page and "closest to the training pictures" in page and "a red disc" in page
 
 

@@ -124,7 +124,8 @@ def write_report(path: Path, evaluation: Evaluation, config: str, provenance: Ma
     ]
     if evaluation.reasons:
         labels = {key: label for key, label, *_ in SCORES}
-        rows = "".join(f"<dt>{_text(labels.get(k, k))}</dt><dd>{_text(v)}</dd>" for k, v in evaluation.reasons.items())
+        names = {key: labels.get(key, key.replace("_", " ")) for key in evaluation.reasons}
+        rows = "".join(f"<dt>{_text(names[k])}</dt><dd>{_text(v)}</dd>" for k, v in evaluation.reasons.items())
         sections += [f"<h2>Not measured</h2><dl>{rows}</dl>"]
     if evaluation.curves:
         sections += ["<h2>Loss by noise level</h2>", _curve_figure(evaluation.curves)]
