@@ -217,6 +217,7 @@ def test_copies_of_training_pictures_are_told_from_new_ones(scored, config, work
     assert scores["pictures_trained_on"] == 0
     assert scores["data_copying"] == 0.5  # samples that are the held-out pictures are as near as these
     assert scores["nearest_distance"] == scores["nearest_distance_real"] > 0.1
+    assert scored(work_folder / "few", other).scores["frechet_floor"] > 0.01  # of the training pictures
 
 
 def test_pictures_are_known_by_their_bytes(config, work_folder):

@@ -101,6 +101,7 @@ def test_a_truncated_picture_is_replaced_as_it_is_without_a_cache(folder, capsys
     truncate(folder / "set/picture_2.png")
     cached = LatentCacheOf(folder)
     assert cached.batch(2)[0] == [0] and torch.equal(cached.mean(2), cached.mean(0))
+    assert cached.cache.computed == 3  # what stands for it is encoded once
     assert "picture_2.png is replaced" in capsys.readouterr().err
 
 

@@ -40,6 +40,10 @@ def test_missing_class_images_are_drawn_by_the_base(config_of, tmp_path, capsys)
     assert read_metadata(drawn[0])["prompt"] == "a photo of a dog"
 
 
+def test_a_bracket_in_their_prompt_is_no_weight(config_of):
+    assert prepare(config_of("prior.prompt='a photo of a (dog'")).captions[0] == ("a photo of a (dog",)
+
+
 def test_class_images_that_are_there_are_left_alone(config_of, tmp_path):
     paths = write_pictures(tmp_path / "class", [(16, 16)] * 7)
     before = [path.read_bytes() for path in paths]

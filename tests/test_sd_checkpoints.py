@@ -18,7 +18,7 @@ from xdiffusion.checkpoints.stable_diffusion_files import MODELSPEC
 from xdiffusion.checkpoints.streaming import StoredTensors
 from xdiffusion.checkpoints.weight_index import read_indexed
 from xdiffusion.config_files import ConfigError
-from xdiffusion.loading import STABLE_DIFFUSION, load_model
+from xdiffusion.loading import STABLE_DIFFUSION, choices_of_run, load_model
 
 PREDICTS = f"{MODELSPEC}prediction_type"
 EXTRA = {  # what original files hold beside the model
@@ -163,8 +163,10 @@ def test_what_a_2x_file_predicts_is_in_its_header_or_assumed_by_its_name(
     err = capsys.readouterr().err
     assert (f"taken to predict {prediction}, by its name; if not, --config_path" in err) == noted
     other = {"v": "sd21_base_tiny", "eps": "sd21_v_tiny"}[prediction]
-    named, _ = load_model(path, STABLE_DIFFUSION / f"{other}.yaml")
+    named, config = load_model(path, STABLE_DIFFUSION / f"{other}.yaml")
     assert named.prediction != prediction
+    differing = [line for line in choices_of_run(config, load_model_file(path)) if "diffusion.prediction" in line]
+    assert len(differing) == (not noted)  # a guess is nothing that a run could differ from
 
 
 @pytest.fixture
