@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from xdiffusion.pictures import MARGIN, PAPER, SHORT_SIDE, _fit, grid, labelled_rows, save_gif, save_png
+from xdiffusion.pictures import MARGIN, PAPER, SHORT_SIDE, _fit, _lines, grid, labelled_rows, save_gif, save_png
 
 SIDE = 72  # of a tile: 8 pixels, 9 times
 
@@ -68,7 +68,7 @@ def test_captions_and_titles_add_room_and_ink_and_leave_the_images():
 
 
 def test_long_captions_are_shortened_to_their_tile():
-    font = ImageFont.load_default(11)
+    font = ImageFont.load_default(10)
     assert _fit("zero", SIDE, font) == "zero"
     short = _fit("a handwritten zero with a long tail", SIDE, font)
     assert short.startswith("a hand")
@@ -78,6 +78,22 @@ def test_long_captions_are_shortened_to_their_tile():
     page = grid(images, ["a very long caption " * 5], columns=1)
     outside = [page.crop((0, 0, MARGIN, page.height)), page.crop((MARGIN + SIDE + 1, 0, *page.size))]
     assert all(set(strip.getdata()) == {PAPER} for strip in outside)
+
+
+def test_a_caption_wider_than_its_tile_goes_on_in_more_lines():
+    font = ImageFont.load_default(10)
+    assert _lines("zero", SIDE, font) == ["zero"]
+    assert _lines("", SIDE, font) == [""]
+    assert _lines("an image of\nthree", SIDE, font) == ["an image of", "three"]
+    *lines, last = _lines("an image of three and of some more digits", SIDE, font)
+    assert lines == ["an image of", "three and of"]
+    assert last.startswith("some more") and last.endswith("…")
+    images = random_images(4)
+    page = grid(images, ["0", "an image of three", "2", "3"], columns=2)
+    assert page.height == grid(images, columns=2).height + 4 * 15  # every row has the room that the longest needs
+    second = np.asarray(page.crop((2 * MARGIN + SIDE, MARGIN + SIDE + 15, 2 * (MARGIN + SIDE), MARGIN + SIDE + 30)))
+    assert second.min() < 100
+    assert np.array_equal(pixels(page, MARGIN, 2 * MARGIN + SIDE + 30), enlarged(images[2], 9))
 
 
 def test_rows_are_labelled_and_hold_their_batches():

@@ -19,6 +19,7 @@ from xdiffusion.data.image_set import to_uint8
 
 SHORT_SIDE = 72  # small images are enlarged by a whole factor to at least this
 MARGIN = 6
+LINES, LINE = 3, 15  # of a caption at most, and the height of one
 FIRST, LAST = 800, 2000  # milliseconds of a film's ends
 PAPER, INK = (246, 246, 244), (40, 40, 40)
 
@@ -29,21 +30,22 @@ def grid(
     """Images in rows of `columns`, each above its caption."""
     tiles = [_tile(image) for image in images]
     width, height = tiles[0].size
-    font = ImageFont.load_default(11)
-    line = 15 if captions else 0
+    font = ImageFont.load_default(10)
+    texts = [_lines(caption, width, font) for caption in captions or []]
+    foot = LINE * max((len(lines) for lines in texts), default=0)
     head = 20 if title else 0
     rows = -(-len(tiles) // columns)
-    size = (MARGIN + columns * (width + MARGIN), head + MARGIN + rows * (height + line + MARGIN))
+    size = (MARGIN + columns * (width + MARGIN), head + MARGIN + rows * (height + foot + MARGIN))
     page = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(page)
     if title:
         draw.text((MARGIN, 4), title, fill=INK, font=ImageFont.load_default(13))
     for i, tile in enumerate(tiles):
         x = MARGIN + i % columns * (width + MARGIN)
-        y = head + MARGIN + i // columns * (height + line + MARGIN)
+        y = head + MARGIN + i // columns * (height + foot + MARGIN)
         page.paste(tile, (x, y))
-        if captions:
-            draw.text((x + width // 2, y + height + 1), _fit(captions[i], width, font), INK, font, anchor="ma")
+        for j, text in enumerate(texts[i] if texts else []):
+            draw.text((x + width // 2, y + height + 1 + LINE * j), text, INK, font, anchor="ma")
     return page
 
 
@@ -133,8 +135,20 @@ def _tile(image: Float[Tensor, "C H W"]) -> Image.Image:
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
+def _lines(caption: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+    """The words in lines of at most `width` pixels; the last line ends where the room does."""
+    lines = [""]
+    for word in caption[: LINES * width].split():  # a caption may have any length, and each look at it takes as long
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and len(lines) < LINES and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [_fit(line, width, font) for line in lines]
+
+
 def _fit(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    text = text[:width]  # a caption may have any length, and each look at it takes as long
+    text = text[:width]  # a letter has a pixel at least
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
