@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "xdiffusion"
+PAPER_KEY = re.compile(r"\[([A-Za-z]*[A-Z]\w*\+*)\]")  # a capital somewhere, as in [iDDPM]
 # part -> the other parts it may import; the table of docs/architecture.md
 MAY_IMPORT = {
     "diffusion": set(),
@@ -119,6 +120,11 @@ def test_files_functions_and_constructors_stay_small(path):
             assert count <= 15, f"{node.name} has {count} fields"
 
 
+def test_paper_keys_are_told_from_other_brackets():
+    text = "([iDDPM] eq. 1), [rsLoRA], [LoRA+] section 4, [DDPM]; x in [0, 1), in [min] of [a, b], FILE[:SCALE], [i]"
+    assert PAPER_KEY.findall(text) == ["iDDPM", "rsLoRA", "LoRA+", "DDPM"]
+
+
 @pytest.mark.parametrize("path", package_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_every_paper_key_is_in_the_references(path):
     known = set(re.findall(r"^- \*\*\[([\w+]+)\]\*\*", (ROOT / "docs/references.md").read_text(), re.MULTILINE))
@@ -126,7 +132,7 @@ def test_every_paper_key_is_in_the_references(path):
     docstrings = [
         ast.get_docstring(n) or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, documented)
     ]
-    assert set(re.findall(r"\[([A-Z]\w+\+*)\]", "\n".join(docstrings))) <= known
+    assert set(PAPER_KEY.findall("\n".join(docstrings))) <= known
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda p: p.name)

@@ -33,7 +33,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of base and LoRA each, for a trial run (default: the config's)",
     )
     add("--num_samples", type=positive_int, default=1000, metavar="N", help="samples that are scored (1000)")
-    add("--seed", type=int, default=0, metavar="N", help="of everything")
+    add("--seed", type=int, default=0, metavar="N", help="of the trainings; scores and pictures are of the same noise")
     return parser.parse_args(argv)
 
 
