@@ -302,6 +302,18 @@ def test_checking_a_config_loads_no_torch(write):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_config_that_is_refused_has_loaded_no_torch(write):
+    words = ["--config_path", str(write(config=WITH_LORA)), "--set", "optimizer.learning_rat=1"]
+    code = (
+        f"import sys, runpy; main = runpy.run_path('training/image/train.py')['main']\n"
+        f"try: main({words!r})\n"
+        "except ValueError as error: assert 'learning_rat is unknown' in str(error), error\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("section", ["data", "model", "diffusion", "training", "sampling", "lora"])
 def test_a_section_that_is_a_list_is_named(write, section):
     others = [line for line in SMALLEST.splitlines(keepends=True) if not line.startswith(section)]

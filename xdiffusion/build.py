@@ -264,6 +264,9 @@ def set_process(model: DiffusionModel, config: DictConfig) -> None:
 
 def build_sampling(config: DictConfig, schedule: Schedule) -> dict[str, Any]:
     """The keyword arguments of `model.generate` that `sampling:` decides: sampler, times and settings."""
+    from torch.nn import Identity
+
+    from xdiffusion.diffusion.denoiser import Denoiser
     from xdiffusion.model import SamplingSettings
 
     sampling = config.sampling
@@ -271,8 +274,12 @@ def build_sampling(config: DictConfig, schedule: Schedule) -> dict[str, Any]:
     grid = _target(TIME_GRIDS[sampling.times.kind])
     with _named("sampling.times"):
         times = grid(schedule, sampling.steps, **_keywords(sampling.times))
-    settings = {k: v for k, v in _keywords(sampling).items() if k not in ("sampler", "times")}
-    return {"sampler": sampler, "times": times, "settings": SamplingSettings(**settings)}
+    with _named("sampling.sampler"):
+        denoiser = Denoiser(Identity(), schedule, config.diffusion.prediction)
+        sampler(denoiser, times.new_empty(0, 1, 1, 1), times[:1])  # it takes no step, and looks at its arguments
+    with _named("sampling"):
+        settings = SamplingSettings(**{k: v for k, v in _keywords(sampling).items() if k not in ("sampler", "times")})
+    return {"sampler": sampler, "times": times, "settings": settings}
 
 
 def _construct(target: str, slot: DictConfig, where: str, **injected: Any) -> Any:

@@ -5,6 +5,7 @@ images = autoencoder.decode(sampler(denoiser(network, schedule, prediction), noi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ class SamplingSettings:
     """The `sampling:` section of a config, beside its sampler and its time grid; `generate` takes all but the steps from it.
 
     steps: of the time grid.
-    cfg_scale: strength of classifier-free guidance; 1 is none.
+    cfg_scale: strength of classifier-free guidance, a finite number; 1 is none.
     clip_x0: clamp each estimate of x0 to [-1, 1]; for pixel-space models.
     negative_prompt: what guidance leads away from.
     prompt_syntax: "plain", or "weighted" for (word:1.2) and prompts of any length, see `CLIPTextEncoder.encode`.
@@ -48,6 +49,10 @@ class SamplingSettings:
     prompt_syntax: Literal["plain", "weighted"] = "plain"
     whole_steps: bool = False
     start_noise: Literal["unit", "sigma"] = "unit"
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.cfg_scale):
+            raise ValueError(f"cfg_scale={self.cfg_scale} must be a finite number")
 
 
 @dataclass(frozen=True)

@@ -82,11 +82,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    from xdiffusion.build import build_data, build_model, load_config
+    from xdiffusion.build import build_data, build_model, build_sampling, build_schedule, load_config, override
     from xdiffusion.training.checks import check_captions, check_together
     from xdiffusion.training.settings import check_settings
 
-    with naming_flags(args, FLAG_KEYS):
+    with naming_flags(args, FLAG_KEYS):  # first what needs no torch, whose import takes seconds
         config = load_config(args.config_path, overrides_from_flags(args, FLAG_KEYS), args.use_lora_training)
         check_settings(config)
         check_together(config, lora=args.use_lora_training)
@@ -100,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xdiffusion.training.processes import LostProcess, leaving_together, noticing_lost_processes
     from xdiffusion.training.trainable import describe_model, make_trainable
 
+    unguided = [] if args.sample_with_guidance else ["sampling.cfg_scale=1.0"]
+    sampling = build_sampling(override(config, unguided, "--no-sample_with_guidance"), build_schedule(config))
     torch.manual_seed(config.training.seed)
     if args.dry_run or "prior" in config:  # else what cannot be trained is said after hours of drawing class images
         outline = build_model(config, without_weights=True)
@@ -113,17 +115,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         with leaving_together(), noticing_lost_processes():
-            return set_up_and_train(args, config, adapts, sys.argv[1:] if argv is None else argv)
+            return set_up_and_train(args, config, sampling, adapts, sys.argv[1:] if argv is None else argv)
     except LostProcess as error:
         print(f"error: before the first step, {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 
 
-def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool, words: Sequence[str]) -> int:
+def set_up_and_train(
+    args: argparse.Namespace, config: DictConfig, sampling: dict[str, Any], adapts: bool, words: Sequence[str]
+) -> int:
     """Make model, data, trainer and folder, and take the steps. Returns the exit status."""
     from accelerate import PartialState
 
-    from xdiffusion.build import build_data, build_model, build_sampling, override
+    from xdiffusion.build import build_data, build_model
     from xdiffusion.checkpoints.files import content_hash
     from xdiffusion.loading import load_weights
     from xdiffusion.model import HALF
@@ -145,8 +149,6 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
     if not process.is_main_process:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
     folder = run_folder(config, args.config_path, args.output_path, lora=args.use_lora_training)
-    unguided = [] if args.sample_with_guidance else ["sampling.cfg_scale=1.0"]
-    sampling = build_sampling(override(config, unguided, "--no-sample_with_guidance"), model.schedule)
     with first_ones_first(process):  # the others find what the first has downloaded
         data = build_data(config)
     check_captions(data, config, model.text_encoder.context_length)

@@ -1,15 +1,17 @@
-"""What is seen at the start of a run of a diffusion model, before anything is loaded, drawn or cached."""
+"""What is seen at the start of a run of a diffusion model, before anything is loaded, drawn or cached.
+
+torch is imported only with the pictures, so that a config's mistake is said at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from xdiffusion.data.captioned_images import CaptionedImages
-from xdiffusion.data.shards import Shards
-from xdiffusion.text_encoders.tokenizer import token_ids
-from xdiffusion.training.batches import Data
+if TYPE_CHECKING:
+    from xdiffusion.training.batches import Data
 
 OF_FILES = ("image/folder", "image/hugging_face")
 
@@ -48,6 +50,10 @@ def check_captions(data: Data, config: DictConfig, context_length: int) -> None:
     Raises:
         ValueError: if none names the word of `textual_inversion:`.
     """
+    from xdiffusion.data.captioned_images import CaptionedImages
+    from xdiffusion.data.shards import Shards
+    from xdiffusion.text_encoders.tokenizer import token_ids
+
     if isinstance(data, Shards):
         return
     tables = data.captions if isinstance(data, CaptionedImages) else data.prompts.captions
