@@ -1,6 +1,7 @@
 """rsLoRA, DoRA, PiSSA and orthogonal beginnings, in every kind of layer, against their formulas."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from xdiffusion.lora import (
     LoRAError,
+    LoRALinear,
     apply_lora_to_model,
     get_lora_parameters,
     lora_disabled,
@@ -179,6 +181,12 @@ def test_beginnings_that_cannot_be(variant, message):
     with pytest.raises(LoRAError, match=message):
         apply_lora_to_model(model, target_modules="all", **variant)
     assert type(model["layer"]) is nn.Linear
+
+
+@pytest.mark.parametrize("alpha", [0, math.nan, -math.inf])
+def test_a_layer_of_its_own_refuses_an_alpha_that_turns_it_off(alpha):
+    with pytest.raises(LoRAError, match=f"lora_alpha={alpha} must be a number above 0"):
+        LoRALinear(4, 4, rank=2, alpha=alpha)
 
 
 @every_layer

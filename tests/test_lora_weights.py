@@ -101,6 +101,14 @@ def test_the_report_counts_and_measures(tmp_path):
     assert str(report).startswith("2 modules matched, none missing, none unexpected; alpha/rank 0.5, 8, scale 0.5, ")
 
 
+def test_the_report_names_adapted_layers_that_the_file_has_nothing_for(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    save_lora_weights(adapted({"0": MIXED["0"]}), path)
+    report = load_lora_weights(apply_lora_to_model(model(), rank=1, target_modules=["0", "2"]), path)
+    assert (report.matched, report.missing) == (["0"], ["2"])
+    assert str(report).startswith("1 modules matched, 1 missing (such as 2), none unexpected; ")
+
+
 def test_scale_at_load_is_the_strength_at_run_time(tmp_path):
     source = adapted(MIXED)
     save_lora_weights(source, tmp_path / "lora.safetensors")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -68,10 +67,7 @@ def apply_lora_to_model(
     ranks = _by_pattern(names, rank, rank_pattern, "rank_pattern")
     alphas = _by_pattern(names, alpha, alpha_pattern, "alpha_pattern")
     for name in names:
-        check_adapter(model, [name], ranks[name], dropout, adapter_name, init)
-    for name, lora_alpha in alphas.items():
-        if not math.isfinite(lora_alpha) or lora_alpha == 0 or (init == "pissa" and lora_alpha < 0):
-            raise LoRAError(f"lora_alpha={lora_alpha} of {name} must be a number above 0")
+        check_adapter(model, [name], ranks[name], dropout, adapter_name, init, alphas[name])
     model.requires_grad_(False)
     variant = {"use_rslora": use_rslora, "use_dora": use_dora, "init": init}
     for name, layer in lora_layers_at(model, names).items():
@@ -150,18 +146,24 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
 
 
 def check_adapter(
-    model: nn.Module, names: Sequence[str], rank: int, dropout: float, adapter_name: str, init: Init = "zero_b"
+    model: nn.Module,
+    names: Sequence[str],
+    rank: int,
+    dropout: float,
+    adapter_name: str,
+    init: Init = "zero_b",
+    lora_alpha: float = 1.0,
 ) -> None:
     """Complain before anything is changed.
 
     Raises:
-        LoRAError: if an adapter of this rank, dropout, name and beginning cannot be given to one of the named layers.
+        LoRAError: if an adapter of these settings and this name cannot be given to one of the named layers.
     """
     if "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):
         raise LoRAError(f"adapter_name={adapter_name!r} must hold no dot and be no method of nn.ParameterDict")
     for name in names:
         layer = model.get_submodule(name)
-        check_settings(rank, dropout, init, layer.weight.shape, name)
+        check_settings(rank, dropout, init, layer.weight.shape, name, lora_alpha)
         if hasattr(layer, "merged_from"):
             raise LoRAError(f"{name} is merged: call unmerge_lora_weights before adding an adapter")
         if adapter_name in getattr(layer, "adapters", ()):

@@ -103,7 +103,7 @@ class LoRALayer(nn.Module):
         Raises:
             LoRAError: for settings that this weight cannot have, or a name that is taken.
         """
-        check_settings(rank, dropout, init, self.weight.shape)
+        check_settings(rank, dropout, init, self.weight.shape, lora_alpha=alpha)
         if name in self.adapters:
             raise LoRAError(f"this layer has an adapter named {name!r} already")
         settings = AdapterSettings(rank, alpha, dropout, use_rslora, use_dora)

@@ -45,14 +45,23 @@ class AdapterSettings:
         return self.scale * self.scaling if self.enabled else 0.0
 
 
-def check_settings(rank: int, dropout: float, init: Init, weight_shape: Sequence[int], layer: str = "") -> None:
+def check_settings(
+    rank: int,
+    dropout: float,
+    init: Init,
+    weight_shape: Sequence[int],
+    layer: str = "",
+    lora_alpha: float = 1.0,
+) -> None:
     """Complain of an adapter that a weight (out, in, *kernel) cannot have; `layer` is its name, where it is known.
 
     Raises:
-        LoRAError: for a dropout outside [0, 1), a rank outside 1..the larger side of the flattened weight, an odd rank
-            with orthogonal factors, or a rank too large for PiSSA, which needs as many singular vectors and is saved
-            with twice the rank.
+        LoRAError: for a lora_alpha of 0, NaN or infinity, or of PiSSA, which takes its root, below 0; a dropout outside
+            [0, 1), a rank outside 1..the larger side of the flattened weight, an odd rank with orthogonal factors, or a
+            rank too large for PiSSA, which needs as many singular vectors and is saved with twice the rank.
     """
+    if not math.isfinite(lora_alpha) or lora_alpha == 0 or (init == "pissa" and lora_alpha < 0):
+        raise LoRAError(f"lora_alpha={lora_alpha}{f' of {layer}' if layer else ''} must be a number above 0")
     if not 0 <= dropout < 1:
         raise LoRAError(f"LoRA dropout={dropout} must be in [0, 1)")
     sides = sorted((weight_shape[0], math.prod(weight_shape[1:])))

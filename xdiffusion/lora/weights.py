@@ -27,6 +27,7 @@ class LoadReport:
     """What a load did.
 
     matched: module names that took factors.
+    missing: those that have an adapter of that name and are not in the file; it changes nothing there.
     scale: run-time strength the adapter was loaded with.
     scalings: lora_alpha / rank, of rsLoRA lora_alpha / sqrt(rank), that occur.
     relative_delta: |scaling B A| / |W| over all matched modules (Frobenius norms).
@@ -36,6 +37,7 @@ class LoadReport:
     """
 
     matched: list[str]
+    missing: list[str]
     scale: float
     scalings: list[float]
     relative_delta: float
@@ -45,8 +47,9 @@ class LoadReport:
 
     def __str__(self) -> str:
         scalings = ", ".join(f"{s:g}" for s in self.scalings)
+        missing = f"{len(self.missing)} missing (such as {self.missing[0]})" if self.missing else "none missing"
         line = (
-            f"{len(self.matched)} modules matched, none missing, none unexpected; "
+            f"{len(self.matched)} modules matched, {missing}, none unexpected; "
             f"alpha/rank {scalings}, scale {self.scale:g}, |delta|/|W| {self.relative_delta:.3f}"
         )
         return "; ".join([line, *(f"left out: {what}" for what in self.left_out), *self.repairs])
@@ -205,6 +208,9 @@ def _report(
     deltas = torch.stack([layer.delta(adapter_name).square().sum() for layer in layers])
     weights = torch.stack([layer.weight.float().square().sum() for layer in layers])
     settings = [layer.adapters[adapter_name] for layer in layers]
+    missing = [n for n, layer in lora_layers(model) if adapter_name in layer.adapters and n not in modules]
     scalings = sorted({s.scaling for s in settings})
     relative_delta = float((deltas.sum() / weights.sum()).sqrt())
-    return LoadReport(modules, settings[0].scale, scalings, relative_delta, lora.format, left_out, lora.repairs)
+    return LoadReport(
+        modules, missing, settings[0].scale, scalings, relative_delta, lora.format, left_out, lora.repairs
+    )
