@@ -192,6 +192,14 @@ def test_a_patch_must_divide_the_image():
         ContrastiveModel(text, image_size=12, channels=1, patch_size=5)
 
 
+@pytest.mark.parametrize(("image_size", "tokens"), [(24, 16), (8, 16), (26, 4), (23, 1)])
+def test_images_of_any_size_are_cut_into_at_most_16_patches(image_size, tokens):
+    text = CLIPTextEncoder(width=8, layers=1, heads=2, context_length=4)
+    model = ContrastiveModel(text, image_size=image_size, channels=1, width=8, layers=1, heads=1)
+    assert model.visual.positional_embedding.shape[0] == tokens + 1
+    assert model.image_features(torch.zeros(2, 1, image_size, image_size)).shape == (2, 8)
+
+
 def test_three_channels_and_one():
     text = CLIPTextEncoder(width=8, layers=1, heads=2, context_length=4)
     model = ContrastiveModel(text, image_size=12, channels=1, width=16, layers=1).eval()

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.datasets
-from fake_sets import write_idx
+from fake_sets import write_idx, write_mnist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -297,6 +297,15 @@ def test_damaged_files_are_named(content, tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
     with pytest.raises(DatasetUnavailable, match="image/mnist cannot be read from --data_dir"):
+        load_mnist(28, str(tmp_path))
+
+
+def test_pictures_of_other_classes_are_refused(tmp_path):
+    raw = write_mnist(tmp_path) / "MNIST/raw"
+    write_idx(raw / "t10k-labels-idx1-ubyte", np.arange(40) % 13)
+    with pytest.raises(
+        DatasetUnavailable, match=r"image/mnist of --data_dir .* has labels 0 to 12; .* 10 classes are 0 to 9"
+    ):
         load_mnist(28, str(tmp_path))
 
 

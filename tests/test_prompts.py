@@ -34,6 +34,13 @@ def test_another_slot_is_refused_with_the_one_that_is_allowed(prompt):
     assert repr(prompt) in str(error.value)
 
 
+@pytest.mark.parametrize("prompt", ["a {class", "class}", "{class} on {", "}{"])
+def test_a_brace_without_its_other_one_is_refused(prompt):
+    with pytest.raises(ValueError, match=r"a brace without its other one; allowed: \{class\}"):
+        expand_prompts([prompt], TABLE, None)
+    assert expand_prompts(["a fox {"], None, 1) == ["a fox {"]  # a text like any other where there are no slots
+
+
 def test_without_classes_prompts_are_needed_and_have_no_slots():
     assert expand_prompts(["a fox", "a cat"], None, 3) == ["a fox", "a cat", "a fox"]
     with pytest.raises(ValueError, match=r"no classes to draw: .*--prompt"):

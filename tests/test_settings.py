@@ -36,7 +36,7 @@ NAN, INF = float("nan"), float("inf")
         (CheckpointSettings(keep_last=1, keep_every=0), "checkpoints.keep_every=0 must be at least 1, or null"),
         (CheckpointSettings(keep_every=5), "checkpoints.keep_every=5 needs checkpoints.keep_last"),
         (OptimizerSettings(learning_rate=-1.0), "optimizer.learning_rate=-1.0 must be above 0"),
-        (OptimizerSettings(learning_rate=INF), "optimizer.learning_rate=inf must be above 0"),
+        (OptimizerSettings(learning_rate=INF), "optimizer.learning_rate=inf must be finite, above 0"),
         (OptimizerSettings(max_grad_norm=0), "optimizer.max_grad_norm=0 must be above 0"),
         (OptimizerSettings(lora_plus_ratio=0), "optimizer.lora_plus_ratio=0 must be above 0, or null"),
         (OptimizerSettings(warmup_steps=-5), "optimizer.warmup_steps=-5 must be at least 0"),

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import runpy
 import shlex
@@ -128,7 +129,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--config_path", metavar="YAML", help=agree)
     add_ema_flag(parser)
-    add("--guidance", type=float, metavar="SCALE", help="classifier-free guidance, 1 = none (default: the config's)")
+    add("--guidance", type=finite, metavar="SCALE", help="classifier-free guidance, 1 = none (default: the config's)")
     add("--sampling_steps", type=positive_int, metavar="N", help="steps of the sampler (default: the config's)")
     add(
         "--sampler",
@@ -189,8 +190,11 @@ def naming_flags(args: argparse.Namespace, keys: dict[str, str]) -> Iterator[Non
         raise type(error)(f"--{flags[0]} {getattr(args, flags[0])}: {error}") from error
 
 
-def sampling_overrides(args: argparse.Namespace, keys: dict[str, str]) -> list[str]:
+@contextlib.contextmanager
+def sampling_overrides(args: argparse.Namespace, keys: dict[str, str]) -> Iterator[list[str]]:
     """`overrides_from_flags` for a finished model, of which `--set` can change nothing but the section sampling:.
+
+    Within the block `naming_flags` holds.
 
     Raises:
         ValueError: for a `--set` of another section, which would have no effect.
@@ -198,7 +202,19 @@ def sampling_overrides(args: argparse.Namespace, keys: dict[str, str]) -> list[s
     for assignment in args.set:
         if not assignment.startswith("sampling."):
             raise ValueError(f"--set {assignment!r}: only keys of the section sampling: can be set here")
-    return overrides_from_flags(args, keys)
+    with naming_flags(args, keys):
+        yield overrides_from_flags(args, keys)
+
+
+def finite(text: str) -> float:
+    """An argparse type: a number that is neither NaN nor infinite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a finite number")
+    return value
 
 
 def positive_int(text: str) -> int:

@@ -19,7 +19,7 @@ def expand_prompts(given: Sequence[str], table: PromptTable | None, count: int |
         count: images; None means one per prompt.
 
     Raises:
-        ValueError: for a slot other than {class}; without classes for any slot and for no prompt.
+        ValueError: for a slot other than {class}, or one that is not closed; without classes for any slot and for no prompt.
     """
     if table is None and not given:
         raise ValueError('this model has no classes to draw: say what to draw with --prompt "TEXT"')
@@ -27,8 +27,10 @@ def expand_prompts(given: Sequence[str], table: PromptTable | None, count: int |
     expanded = []
     for prompt in given or ["{class}"]:
         unknown = set(re.findall(r"\{(.*?)\}", prompt)) - allowed
+        known = f"allowed: {{{SLOT}}}" if table else "this model has no classes, so there are no slots"
+        if table and re.search(r"[{}]", re.sub(r"\{.*?\}", "", prompt)):
+            raise ValueError(f"--prompt {prompt!r} has a brace without its other one; {known}")
         if unknown:
-            known = f"allowed: {{{SLOT}}}" if table else "this model has no classes, so there are no slots"
             raise ValueError(f"--prompt {prompt!r} has the unknown slot {{{unknown.pop()}}}; {known}")
         classes = [names[0] for names in table.names] if f"{{{SLOT}}}" in prompt else [""]
         expanded += [prompt.replace(f"{{{SLOT}}}", name) for name in classes]

@@ -131,7 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = trained_config(path)
         trained = stored_config(said, path) if said else config
     config = OmegaConf.create(OmegaConf.to_container(config) | {"data": OmegaConf.to_container(trained.data)})
-    config = override(config, sampling_overrides(args, FLAG_KEYS), "command line")
+    with sampling_overrides(args, FLAG_KEYS) as overrides:
+        config = override(config, overrides, "command line")
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         data, training = pictures_of(config, trained, args)
     towers = clip_towers(args.clip, text_encoder, data) if args.clip else None
@@ -190,6 +191,10 @@ def pictures_of(
         config = override(config, ["data.data_dir=null"], "command line")
     data = build_data(config)
     if isinstance(data, ImageSet):
+        if args.training_data_dir is not None:
+            raise ValueError(
+                f"--training_data_dir {args.training_data_dir} is for captioned pictures; {data.name} has a training split"
+            )
         return data, None
     if not isinstance(data, CaptionedImages):
         raise ValueError(f"{data.name} has no end to compare with: save some of its pictures and use image/folder")

@@ -68,7 +68,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
     )
     add("--learned_tokens", "FILE[=NAME]", "words of textual inversion, for use in prompts; repeatable", **several)
-    add("--num_samples", "N", "images; prompts take turns (default: one per prompt, or 8)", type=positive_int)
+    add("--num_samples", "N", "images; prompts take turns (default: one per prompt)", type=positive_int)
     add("--batch_size", "N", "images drawn at a time (100; 4 for models without classes)", type=positive_int)
     add("--prompt", "TEXT", "what to draw, {class}: every class in turn; repeatable (default: the classes)", **several)
     add("--clip_skip", "N", "text encoder's layer from the end: 1 = last (default: the config's)", type=positive_int)
@@ -130,8 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     loras = [(weights_file(path), scale) for path, scale in map(parse_lora_spec, args.lora_path)]
     model, base_config = load_model(checkpoint, args.config_path, dtype=HALF.get(args.mixed_precision), ema=args.ema)
     config = as_trained(base_config, [path for path, _ in loras])
-    overrides = sampling_overrides(args, FLAG_KEYS)
-    base_config, config = (override(one, overrides, "command line") for one in (base_config, config))
+    with sampling_overrides(args, FLAG_KEYS) as overrides:
+        base_config, config = (override(one, overrides, "command line") for one in (base_config, config))
     set_up(model, args)
     table = PROMPT_TABLES.get(config.data.kind.removesuffix("_inverted"))
     prompts = expand_prompts(args.prompt, table, args.num_samples)

@@ -34,7 +34,7 @@ def load_mnist(image_size: int, data_dir: str | None = None) -> ImageSet:
         data_dir: an existing torchvision root (`data_dir/MNIST/raw/...`); None downloads.
 
     Raises:
-        DatasetUnavailable: within seconds, if the files are not there and cannot be downloaded.
+        DatasetUnavailable: within seconds, if the files are not there and cannot be downloaded, or are of other classes.
     """
     return _load("image/mnist", "MNIST", image_size, data_dir)
 
@@ -69,7 +69,14 @@ def _load(name: str, torchvision_name: str, image_size: int, data_dir: str | Non
             f"torchvision.datasets.{torchvision_name}(root=FOLDER) reads, or use --dataset_name image/digits, "
             "which needs no download"
         ) from error
-    return ImageSet(name, _split(train, image_size), _split(test, image_size), PROMPT_TABLES[name])
+    splits, classes = [_split(dataset, image_size) for dataset in (train, test)], PROMPT_TABLES[name].num_classes
+    for split in splits:
+        low, high = int(split.labels.min()), int(split.labels.max())
+        if low < 0 or high >= classes:
+            raise DatasetUnavailable(
+                f"{name} of --data_dir {root} has labels {low} to {high}; its {classes} classes are 0 to {classes - 1}"
+            )
+    return ImageSet(name, *splits, PROMPT_TABLES[name])
 
 
 def _remove_empty(folder: Path) -> None:

@@ -30,7 +30,8 @@ class ContrastiveModel(nn.Module):
     Args:
         text: our text encoder.
         image_size, channels: of the images.
-        patch_size: of the vision transformer; must divide image_size. None cuts the image into 4x4 patches.
+        patch_size: of the vision transformer; must divide image_size. None cuts the image into 4x4 patches, or into fewer
+            where 4 does not divide it.
         width, layers, heads: of the vision transformer.
     """
 
@@ -48,7 +49,8 @@ class ContrastiveModel(nn.Module):
         from open_clip.transformer import VisionTransformer
 
         super().__init__()
-        patch_size = patch_size or image_size // 4
+        if patch_size is None:
+            patch_size = next(side for side in range(max(1, image_size // 4), image_size + 1) if image_size % side == 0)
         if image_size % patch_size:
             raise ValueError(f"patch_size={patch_size} does not divide image_size={image_size}")
         self.channels = channels

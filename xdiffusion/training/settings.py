@@ -233,5 +233,6 @@ def check_ranges(
         if value is not None and not (at_least <= value <= at_most and above < value < below):
             bounds = {"at least": at_least, "at most": at_most, "above": above, "below": below}
             allowed = " and ".join(f"{name} {bound}" for name, bound in bounds.items() if math.isfinite(bound))
+            allowed = f"finite, {allowed}" if math.isinf(value) else allowed
             or_null = ", or null" if type(None) in get_args(get_type_hints(type(settings))[key]) else ""
             raise ValueError(f"{section}.{key}={value} must be {allowed}{or_null}")
