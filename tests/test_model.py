@@ -55,6 +55,19 @@ def test_long_weighted_prompts_and_short_ones_go_together(model):
     assert not torch.allclose(images[:1], draw(model, [long]), atol=1e-4)  # plain prompts are cut
 
 
+def test_an_image_does_not_depend_on_longer_prompts_beside_its_own(model):
+    syntax, long = "sampling.prompt_syntax=weighted", "one two three four five six seven eight nine"
+    prompts, taken = ["1", "2", long, "1", long], []
+    together = draw(model, prompts, syntax, batch_size=2, on_start=lambda x_T: taken.append(len(x_T)))
+    assert taken == [2, 1, 1, 1]
+    for same in (["1", "2", "1", "1", "1"], [long] * 5):
+        alone = draw(model, same, syntax)
+        rows = [i for i, prompt in enumerate(prompts) if prompt == same[i]]
+        torch.testing.assert_close(together[rows], alone[rows], atol=1e-5, rtol=0)
+    negative = draw(model, ["1", long], syntax, f"sampling.negative_prompt='{long}'")  # both as long as the negative one
+    assert not torch.allclose(negative[:1], together[:1], atol=1e-4)
+
+
 def test_half_precision_is_for_the_call_or_the_caller_s(model):
     exact, half = draw(model), draw(model, autocast=torch.bfloat16)
     assert half.dtype == torch.float32 and 0 < (half - exact).abs().mean() < 0.1

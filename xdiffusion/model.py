@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -225,7 +226,9 @@ def generate(
     on_start: Callable[[Tensor], None] | None = None,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "B C H W"]:
-    """Images in [-1, 1] for the prompts, on the CPU, in blocks of batch_size.
+    """Images in [-1, 1] for the prompts, on the CPU, in blocks of at most batch_size.
+
+    An image depends on its own prompt and noise alone, beyond rounding: prompts of other lengths are in other blocks.
 
     Args:
         model: in evaluation mode.
@@ -249,12 +252,13 @@ def generate(
         times = times_from(times, start_image.strength)
     in_half = partial(torch.autocast, model.device.type, autocast) if autocast else nullcontext
     with in_half():
-        context, null_context = _embedded(model, prompts, settings)
+        chunks, contexts = _embedded(model, prompts, settings)
     denoiser = Denoiser(model.network, model.schedule, model.prediction, settings.whole_steps)
     images = []
-    for start in range(0, len(prompts), batch_size):
-        block = slice(start, start + batch_size)
-        guided = GuidedDenoiser(denoiser, context[block], null_context, settings.cfg_scale, settings.clip_x0)
+    for block in _blocks(chunks, batch_size):
+        of = contexts[chunks[block.start]]
+        context, null_context = torch.stack([of[p] for p in prompts[block]]), of[settings.negative_prompt][None]
+        guided = GuidedDenoiser(denoiser, context, null_context, settings.cfg_scale, settings.clip_x0)
         if start_image is None:
             x_T = _start_noise(model, generators[block], times[0], settings.start_noise)
         else:
@@ -265,7 +269,7 @@ def generate(
             x0 = sampler(guided, x_T, times, generator=generators[block], on_step=on_step)
         if isinstance(guided, MaskedDenoiser):
             x0 = guided.kept(x0)  # a grid may end with a trace of noise
-        images.append(_decoded(model, x0, drawn=start))
+        images.append(_decoded(model, x0, drawn=block.start))
     return torch.cat(images)
 
 
@@ -283,17 +287,31 @@ def _decoded(model: DiffusionModel, x0: Float[Tensor, "B C H W"], drawn: int) ->
 
 def _embedded(
     model: DiffusionModel, prompts: Sequence[str], settings: SamplingSettings
-) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "1 L D"]]:
-    """The contexts of the prompts and of the negative prompt, of one length, in the network's precision."""
-    negative = settings.negative_prompt
-    different = list(dict.fromkeys([*prompts, negative]))
-    with model.at_work(model.text_encoder):
-        embedded = model.text_encoder.encode(different, settings.prompt_syntax).to(
-            next(model.network.parameters()).dtype
-        )
-    embedded = embedded.to(model.device)
-    row = {prompt: i for i, prompt in enumerate(different)}
-    return embedded[[row[prompt] for prompt in prompts]], embedded[[row[negative]]]
+) -> tuple[list[int], dict[int, dict[str, Float[Tensor, "L D"]]]]:
+    """How many chunks each image's context has, and by that number the contexts of its prompts and of the negative one.
+
+    A prompt and the negative one beside it are of one length; the others do not make them longer. Contexts are in the
+    network's precision.
+    """
+    encoder, negative, dtype = model.text_encoder, settings.negative_prompt, next(model.network.parameters()).dtype
+    count = {prompt: encoder.chunks(prompt, settings.prompt_syntax) for prompt in {*prompts, negative}}
+    chunks = [max(count[prompt], count[negative]) for prompt in prompts]
+    contexts = {}
+    with model.at_work(encoder):
+        for number in dict.fromkeys(chunks):
+            different = list(dict.fromkeys([*(p for p, n in zip(prompts, chunks) if n == number), negative]))
+            embedded = encoder.encode(different, settings.prompt_syntax).to(dtype)
+            contexts[number] = dict(zip(different, embedded.to(model.device)))
+    return chunks, contexts
+
+
+def _blocks(chunks: Sequence[int], batch_size: int) -> Iterator[slice]:
+    """The images in order, in blocks of at most batch_size whose contexts have as many chunks."""
+    start = 0
+    for _, run in groupby(chunks):
+        end = start + len(list(run))
+        yield from (slice(i, min(i + batch_size, end)) for i in range(start, end, batch_size))
+        start = end
 
 
 def _start_noise(

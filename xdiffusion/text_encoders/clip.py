@@ -130,13 +130,21 @@ class CLIPTextEncoder(nn.Module):
             return self(self.tokenize(prompts))
         if syntax != "weighted":
             raise ValueError(f"prompt_syntax={syntax!r} is unknown; allowed: plain, weighted")
-        rows = [
-            [(token, weight) for text, weight in parse_weights(prompt) for token in self._token_ids(text)]
-            for prompt in prompts
-        ]
-        size = self.context_length - 2
+        rows, size = [self._weighted_ids(prompt) for prompt in prompts], self.context_length - 2
         starts = range(0, max(1, *map(len, rows)), size)
         return torch.cat([self._encode_chunk([row[i : i + size] for row in rows]) for i in starts], dim=1)
+
+    def chunks(self, prompt: str, syntax: PromptSyntax = "plain") -> int:
+        """How many context lengths `encode` gives a prompt alone.
+
+        Raises:
+            ValueError: for unbalanced brackets.
+        """
+        tokens = len(self._weighted_ids(prompt)) if syntax == "weighted" else 0
+        return max(1, math.ceil(tokens / (self.context_length - 2)))
+
+    def _weighted_ids(self, prompt: str) -> list[tuple[int, float]]:
+        return [(token, weight) for text, weight in parse_weights(prompt) for token in self._token_ids(text)]
 
     def _encode_chunk(self, rows: list[list[tuple[int, float]]]) -> Tensor:
         tokens = self._framed([[token for token, _ in row] for row in rows])
