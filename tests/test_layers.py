@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "text_encoders": {"downloads", "layers"},
     "autoencoders": {"layers"},
     "prompts": {"data"},
-    "recipe": {"checkpoints", "cli", "lora", "pictures"},
+    "recipe": {"checkpoints", "cli", "config_files", "lora", "pictures"},
     "model": {"diffusion", "layers", "samplers"},
     "build": {"config", "config_files", "signatures", "model", "checkpoints", "data", "diffusion", "text_encoders"},
     "held_out": {"model", "data", "diffusion", "evaluation", "lora"},

@@ -64,7 +64,9 @@ def test_an_image_does_not_depend_on_longer_prompts_beside_its_own(model):
         alone = draw(model, same, syntax)
         rows = [i for i, prompt in enumerate(prompts) if prompt == same[i]]
         torch.testing.assert_close(together[rows], alone[rows], atol=1e-5, rtol=0)
-    negative = draw(model, ["1", long], syntax, f"sampling.negative_prompt='{long}'")  # both as long as the negative one
+    negative = draw(
+        model, ["1", long], syntax, f"sampling.negative_prompt='{long}'"
+    )  # both as long as the negative one
     assert not torch.allclose(negative[:1], together[:1], atol=1e-4)
 
 

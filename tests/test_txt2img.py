@@ -146,6 +146,20 @@ def test_another_checkpoint_under_the_same_name_is_warned_about(sample, checkpoi
     assert capsys.readouterr().err.startswith("warning: --checkpoint: other content than what drew the picture")
 
 
+def test_another_config_under_the_same_name_is_warned_about(sample, checkpoint, work_folder, capsys):
+    config = OmegaConf.create(load_model_file(checkpoint).config)
+    Path("base.yaml").write_text(OmegaConf.to_yaml(config))
+    Path("mine.yaml").write_text("base: base.yaml")
+    assert sample("a", "--prompt", "a fox", "--config_path", "mine.yaml") == 0
+    Path("mine.yaml").write_text("# one more\nbase: base.yaml\n")
+    assert run_script(SAMPLE, "--from_png", "a/image-0.png", "--output_path", "b") == 0
+    assert capsys.readouterr().err == ""
+    config.sampling.cfg_scale += 1
+    Path("base.yaml").write_text(OmegaConf.to_yaml(config))
+    assert run_script(SAMPLE, "--from_png", "a/image-0.png", "--output_path", "b") == 0
+    assert capsys.readouterr().err.startswith("warning: --config_path: other content than what drew the picture")
+
+
 def test_a_start_image_of_one_pixel_is_a_plain_colour(sample, work_folder):
     Image.new("RGB", (1, 1), (200, 0, 0)).save("dot.png")
     assert sample("a", "--prompt", "a fox", "--init_image", "dot.png", "--strength", 0.5) == 0

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from xdiffusion.checkpoints.files import existing_weights, file_hash
 from xdiffusion.checkpoints.learned_tokens import parse_tokens_spec
 from xdiffusion.cli import Parser
+from xdiffusion.config_files import load_yaml
 from xdiffusion.lora.base_identity import sample_of
 from xdiffusion.lora.weights import parse_lora_spec
 from xdiffusion.pictures import read_metadata
@@ -103,11 +105,13 @@ def without_flags(words: Sequence[str], flags: Iterable[str]) -> list[str]:
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
     """A hash of some values of each weight: what tells one model from another without reading gigabytes for it."""
-    return hashlib.blake2b(json.dumps(sample_of(weights), sort_keys=True).encode(), digest_size=16).hexdigest()
+    return _digest(json.dumps(sample_of(weights), sort_keys=True))
 
 
 def file_hashes(args: argparse.Namespace) -> dict[str, list[str]]:
-    """Hashes of the bytes of all files that the flags of the sampling command name beside the checkpoint, by flag.
+    """Hashes of all files that the flags of the sampling command name beside the checkpoint, by flag.
+
+    Of their bytes; of a config of what it says, with its bases.
 
     Raises:
         CheckpointError: if one cannot be read.
@@ -118,14 +122,21 @@ def file_hashes(args: argparse.Namespace) -> dict[str, list[str]]:
         "init_image": [Path(args.init_image)] if args.init_image else [],
         "mask_image": [Path(args.mask_image)] if args.mask_image else [],
     }
-    return {flag: [_hash(path) for path in named] for flag, named in paths.items() if named}
+    hashes = {flag: [_hash(path) for path in named] for flag, named in paths.items() if named}
+    if args.config_path:
+        hashes["config_path"] = [_digest(OmegaConf.to_yaml(load_yaml(args.config_path), sort_keys=True))]
+    return hashes
 
 
 def _hash(path: Path) -> str:
     if not path.is_dir():
         return file_hash(path)
     hashes = [file_hash(file) for file in sorted(path.rglob("*")) if file.is_file()]  # of an adapter of peft
-    return hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()
+    return _digest("".join(hashes))
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _finder(flags: Iterable[str]) -> argparse.ArgumentParser:
