@@ -75,7 +75,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=True,
         help="guidance in the sample grids (sampling.cfg_scale)",
     )
-    add("--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile the network")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="torch.compile the network; its first step takes minutes",
+    )
     add("--dry_run", action="store_true", help="print the resolved config and the parameter counts, and stop")
     return parser.parse_args(argv)
 
