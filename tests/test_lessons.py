@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from commands import set_words
 from lora_cases import factors
 from picture_folders import write_discs
 from sd_files import write_native
@@ -19,36 +20,20 @@ from xdiffusion.cli import run
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs/lessons").glob("*.md"))]
 FEW_STEPS = "2"
+FEW = f"--num_training_steps {FEW_STEPS} --batch_size 2 --set sampling.steps=1 --set clip.training.num_training_steps=2"
+ONE = f"--num_training_steps {FEW_STEPS} --num_samples 10 --ranks 8 --targets config --set training.batch_size=2"
 SHORT = {
-    "training/image/train.py": [
-        "--num_training_steps",
-        FEW_STEPS,
-        "--batch_size",
-        "2",
-        "--set",
-        "clip.training.num_training_steps=2",
-        "--set",
-        "sampling.steps=1",
-    ],
+    "training/image/train.py": FEW.split(),
     "sampling/image/sample.py": ["--sampling_steps", "2", "--num_samples", "2"],
     "sampling/image/mnist/sample.py": ["--sampling_steps", "2", "--num_samples", "2"],
     "sampling/image/evaluate.py": ["--sampling_steps", "2", "--num_samples", "10"],
-    "training/image/ablate_lora.py": [
-        "--num_training_steps",
-        FEW_STEPS,
-        "--num_samples",
-        "10",
-        "--ranks",
-        "8",
-        "--targets",
-        "config",
-        "--set",
-        "training.batch_size=2",
-    ],
+    "training/image/ablate_lora.py": ONE.split(),
     "xdiffusion.commands.lora": [],
     "xdiffusion.commands.lora_add": [],
     "xdiffusion.commands.sd": [],
 }
+# of the digits' network, which tests/test_configs.py trains as it is
+SMALL = ["model.network.channels=[16,16]", "model.network.transformer_depth=[1,1]", "model.network.head_dim=8"]
 INSTALLED = ("lora", "lora_add", "sd")
 STABLE_DIFFUSION = "v1-5-pruned-emaonly.safetensors"
 
@@ -62,7 +47,7 @@ def commands(document: Path) -> list[str]:
 
 
 def shortened(command: str) -> tuple[str, list[str]]:
-    """(script or module, arguments) of a documented command, with few steps, tiny twins and without a download."""
+    """(script or module, arguments) of a documented command, with few steps, small networks and without a download."""
     command = re.sub(r"diffusion-\d+", f"diffusion-{FEW_STEPS}", command)
     words = shlex.split(re.sub(r"(configs/image/sd/|image/folder/)(sd\w+)", r"\1\2_tiny", command))
     python, script, *arguments = [word for word in words if word != "-m"]
@@ -70,6 +55,8 @@ def shortened(command: str) -> tuple[str, list[str]]:
         return f"xdiffusion.commands.{python}", [script, *arguments]
     assert python == "python"
     arguments += SHORT[script]
+    if script == "training/image/ablate_lora.py" or "configs/image/digits/" in command:
+        arguments += set_words(SMALL)
     if "mnist" in command and script == "training/image/train.py":
         arguments += ["--set", "model.text_encoder.pretrained=null", "--data_dir", "mnist"]
     if "mnist" in command:
@@ -85,6 +72,12 @@ def main_of(script: str):
 def link_repository(folder: Path) -> None:
     for name in ("training", "sampling", "configs"):
         (folder / name).symlink_to(ROOT / name)
+
+
+@pytest.fixture(scope="session")
+def judges(tmp_path_factory) -> Path:
+    """Where the classifiers of evaluate.py lie, which are trained once for all documents."""
+    return tmp_path_factory.mktemp("judges")
 
 
 def write_loras(folder: Path) -> None:
@@ -109,8 +102,10 @@ def write_stable_diffusion(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.stem)
-def test_every_command_of_a_document_runs(document, tmp_path, monkeypatch, fake_mnist):
+def test_every_command_of_a_document_runs(document, tmp_path, monkeypatch, fake_mnist, judges):
     link_repository(tmp_path)
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output/judge").symlink_to(judges)
     (tmp_path / "mnist").symlink_to(fake_mnist)
     monkeypatch.chdir(tmp_path)
     if STABLE_DIFFUSION in document.read_text():
