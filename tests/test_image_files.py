@@ -151,6 +151,17 @@ def test_transparency_is_white_and_every_mode_is_rgb():
         assert stored.pixels().mode == "RGB", mode
 
 
+def test_a_transparent_picture_can_be_laid_on_another_colour():
+    paint = Image.new("RGBA", (2, 1), (255, 255, 255, 0))
+    paint.putpixel((0, 0), (255, 255, 255, 255))
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 255, 255] * 2)
+    palette.putpixel((0, 0), 1)
+    for stored in (of_image(paint), of_image(paint.convert("LA")), of_image(palette, transparency=0)):
+        shown = stored.pixels(background="black")
+        assert [shown.getpixel((x, 0)) for x in (0, 1)] == [(255,) * 3, (0,) * 3]
+
+
 def test_sixteen_bits_are_scaled_rather_than_clipped():
     deep = Image.new("I;16", (2, 1))
     deep.putpixel((0, 0), 65535)

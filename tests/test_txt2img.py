@@ -166,6 +166,19 @@ def test_start_image_and_mask(sample, work_folder):
     assert np.abs(none - masked)[:, : SIZE // 2].mean() > np.abs(none - masked)[:, -3:].mean()
 
 
+def test_a_mask_may_be_white_paint_on_nothing(sample, work_folder):
+    save_picture("start.png")
+    grey = Image.new("L", (SIZE, SIZE))
+    grey.paste(255, (0, 0, SIZE // 2, SIZE))
+    grey.save("grey.png")
+    paint = Image.new("RGBA", grey.size, (255, 255, 255, 0))
+    paint.paste((255,) * 4, (0, 0, SIZE // 2, SIZE))
+    paint.save("paint.png")
+    for name in ("grey", "paint"):
+        assert sample(name, "--prompt", "a fox", "--init_image", "start.png", "--mask_image", f"{name}.png") == 0
+    assert np.array_equal(pixels("grey/image-0.png"), pixels("paint/image-0.png"))
+
+
 @pytest.mark.parametrize(
     "words", ["--mixed_precision bf16", "--offload", "--clip_skip 2", "--times karras", "--tile_size 12"]
 )

@@ -76,7 +76,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--width", "N", "of the images, in pixels (default: the config's)", type=positive_int)
     add("--init_image", "FILE", "a picture to start from instead of noise, scaled and cut to the size")
     add("--strength", "S", "how much of it is drawn anew: 0 = nothing, 1 = all (0.8)", type=float)
-    add("--mask_image", "FILE", "of the same size: bright where the picture is drawn anew, dark where it stays")
+    add("--mask_image", "FILE", "of the same size: bright where it is drawn anew, dark or transparent where it stays")
     add("--seed", "N", "image i is drawn from the noise of seed + i", type=seed_number, default=0)
     add("--output_path", "DIR", "default: output/<dataset>/sample/<config name>")
     add("--save_trajectory", help="also write a film of the denoising (GIF)", **switch)
@@ -198,17 +198,17 @@ def start_image(model: DiffusionModel, args: argparse.Namespace, steps: int) -> 
     from xdiffusion.pictures import image_tensor, mask_tensor
     from xdiffusion.samplers.image_to_image import steps_left
 
-    def read(path: str):
+    def read(path: str, background: str):
         try:
-            return Picture(path, None, partial(open_file, Path(path))).pixels()
+            return Picture(path, None, partial(open_file, Path(path))).pixels(background=background)
         except DamagedImage as error:
             raise ValueError(f"{path}: {error}") from error
 
     strength = 0.8 if args.strength is None else args.strength
     steps_left(steps, strength)
-    picture, mask = read(args.init_image), None
+    picture, mask = read(args.init_image, "white"), None
     if args.mask_image:
-        painted = read(args.mask_image)
+        painted = read(args.mask_image, "black")  # most editors save white paint on nothing
         if painted.size != picture.size:
             sizes = "{}x{}, {}x{}".format(*painted.size, *picture.size)
             raise ValueError(f"the mask {args.mask_image} must be of the size of {args.init_image}, not {sizes}")

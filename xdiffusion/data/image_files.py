@@ -76,12 +76,15 @@ class Picture:
                 )
             return (height, width) if _orientation(image) in _QUARTERS else (width, height)
 
-    def pixels(self, size: Size | None = None, top: float = 0.5, left: float = 0.5) -> Image.Image:
-        """The picture as shown: turned as its camera was, in RGB, on white where it is transparent.
+    def pixels(
+        self, size: Size | None = None, top: float = 0.5, left: float = 0.5, *, background: str = "white"
+    ) -> Image.Image:
+        """The picture as shown: turned as its camera was, in RGB.
 
         Args:
             size: (height, width) to which it is scaled and cropped; None leaves it as it is.
             top, left: see `buckets.crop`.
+            background: the colour that is seen where it is transparent.
 
         Raises:
             DamagedImage: if it cannot be decoded to its end, or is too large (see `size`).
@@ -91,7 +94,7 @@ class Picture:
             _orientation(image)  # Pillow remembers it as the header says it
             image.load()
             orientation = _orientation(image)  # of a TIFF, which Pillow has turned by now, it is 1
-            shown = _in_rgb(image)
+            shown = _in_rgb(image, background)
             if size is not None:  # before it is turned, which takes as much memory again
                 shown = cover(shown, size[::-1] if orientation in _QUARTERS else size)
             if orientation in _TURNS:
@@ -188,8 +191,8 @@ def _is_rgb(image: Image.Image) -> bool:
     return image.mode == "RGB" and "transparency" not in image.info
 
 
-def _in_rgb(image: Image.Image) -> Image.Image:
-    """The picture itself, or a copy on white that is made strip by strip: nothing else is held of it."""
+def _in_rgb(image: Image.Image, background: str) -> Image.Image:
+    """The picture itself, or a copy on a background that is made strip by strip: nothing else is held of it."""
     if _is_rgb(image):
         return image
     copy = Image.new("RGB", image.size)
@@ -198,15 +201,15 @@ def _in_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _DEEP_MODES:
         highest = max(highest, *(image.crop(strip).convert("F").getextrema()[1] for strip in strips))
     for strip in strips:
-        copy.paste(_on_white(image.crop(strip), highest), strip)
+        copy.paste(_laid_on(background, image.crop(strip), highest), strip)
     return copy
 
 
-def _on_white(image: Image.Image, highest: float) -> Image.Image:
+def _laid_on(background: str, image: Image.Image, highest: float) -> Image.Image:
     """A picture in RGB; one of deep grey scaled so that its `highest` is 255, where Pillow would clip it."""
     if image.mode in _DEEP_MODES:
         image = image.convert("F").point(lambda value: value * (255 / highest))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
