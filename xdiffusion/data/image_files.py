@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from xdiffusion.data.buckets import Size, cover, crop
@@ -87,7 +88,7 @@ class Picture:
             background: the colour that is seen where it is transparent.
 
         Raises:
-            DamagedImage: if it cannot be decoded to its end, or is too large (see `size`).
+            DamagedImage: if it cannot be decoded to its end, is too large (see `size`), or is deep grey of unknown brightness.
         """
         self.size()
         with _opened(self) as file, _decoder(file) as image:
@@ -195,20 +196,39 @@ def _in_rgb(image: Image.Image, background: str) -> Image.Image:
     """The picture itself, or a copy on a background that is made strip by strip: nothing else is held of it."""
     if _is_rgb(image):
         return image
-    copy = Image.new("RGB", image.size)
-    strips = [(0, top, image.width, min(top + _STRIP, image.height)) for top in range(0, image.height, _STRIP)]
-    highest = 255.0
-    if image.mode in _DEEP_MODES:
-        highest = max(highest, *(image.crop(strip).convert("F").getextrema()[1] for strip in strips))
-    for strip in strips:
-        copy.paste(_laid_on(background, image.crop(strip), highest), strip)
+    copy, white = Image.new("RGB", image.size), _white(image)
+    for top in range(0, image.height, _STRIP):
+        strip = (0, top, image.width, min(top + _STRIP, image.height))
+        part = image.crop(strip)
+        copy.paste(_laid_on(background, _in_8_bits(part, white) if image.mode in _DEEP_MODES else part), strip)
     return copy
 
 
-def _laid_on(background: str, image: Image.Image, highest: float) -> Image.Image:
-    """A picture in RGB; one of deep grey scaled so that its `highest` is 255, where Pillow would clip it."""
-    if image.mode in _DEEP_MODES:
-        image = image.convert("F").point(lambda value: value * (255 / highest))
+def _white(image: Image.Image) -> int:
+    """What a picture of deep grey means by white."""
+    if image.mode == "F":
+        return 1
+    bits = image.tag_v2.get(258, (16,))[0] if image.format == "TIFF" else 16
+    return 2 ** min(bits, 16) - 1  # in 32 bits some programs keep 16
+
+
+def _in_8_bits(image: Image.Image, white: int) -> Image.Image:
+    """Deep grey, which Pillow would clip at 255.
+
+    Raises:
+        DamagedImage: if its values are not from black to white.
+    """
+    values = np.asarray(image, dtype=np.float32)
+    low, high = values.min(), values.max()  # NaN if there is one
+    if not (low >= 0 and high <= white):
+        kind = "float" if image.mode == "F" else "16 bits"
+        raise DamagedImage(
+            f"its values are from {low:g} to {high:g}, those of {kind} from 0 to {white}; convert it to 8 bits"
+        )
+    return Image.fromarray((values * (255 / white) + 0.5).astype(np.uint8))
+
+
+def _laid_on(background: str, image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
