@@ -196,6 +196,11 @@ def _csv_rows(lines: BoundedLines) -> Iterator[tuple[int, Mapping[str, object]]]
         raise ValueError(f"{lines.path} must have the columns file_name and text (or caption), not {named}")
     for row in reader:
         lines.room = MAX_ROW
+        if more := [value for value in row.pop(None, ()) if value.strip()]:
+            raise ValueError(
+                f"{lines.path}, line {lines.number} has more values than the {len(reader.fieldnames)} columns, the last "
+                f'{more[-1]!r:.80}: a caption with commas must be in double quotes, as in picture.png,"a red fox, sitting"'
+            )
         yield lines.number, row
 
 
