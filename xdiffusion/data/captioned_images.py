@@ -209,7 +209,7 @@ def _usable_size(picture: Picture, sizes: Sequence[Size], needs_caption: bool) -
         DamagedImage: if it cannot be used.
     """
     if needs_caption and not (picture.caption or "").strip():
-        raise DamagedImage("no caption")
+        raise DamagedImage(picture.uncaptioned)
     if needs_caption and len(picture.caption) > MAX_CAPTION:
         raise DamagedImage(f"its caption has more than {MAX_CAPTION:,} letters")
     width, height = picture.size()

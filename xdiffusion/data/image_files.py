@@ -54,12 +54,13 @@ class DamagedImage(ValueError):
 class Picture:
     """A picture before it is decoded.
 
-    name: for messages. caption: None where there is none. open: its bytes as stored.
+    name: for messages. caption: None where there is none. open: its bytes as stored. uncaptioned: why there is no caption.
     """
 
     name: str
     caption: str | None
     open: Callable[[], io.BufferedIOBase]
+    uncaptioned: str = "no caption"
 
     def size(self) -> tuple[int, int]:
         """(width, height) as shown, from the header alone.

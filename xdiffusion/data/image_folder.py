@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -76,7 +78,7 @@ def _captioned(folder: Path, files: Sequence[Path]) -> tuple[str, list[Picture],
     """Where the captions come from, the pictures, and how many more a list names."""
     names = [str(file.relative_to(folder)) for file in files]
     if any(file.with_suffix(".txt").is_file() for file in files):
-        return ".txt files", [_picture(folder, name, _sidecar(file)) for name, file in zip(names, files)], 0
+        return ".txt files", [_with_sidecar(folder, name) for name in names], 0
     metadata = _metadata_files(folder)
     if metadata:
         found, absent, present = {}, 0, set(names)
@@ -101,12 +103,29 @@ def _picture(folder: Path, name: str, caption: str | None) -> Picture:
     return Picture(name, caption, partial(open_file, folder / name))
 
 
+def _with_sidecar(folder: Path, name: str) -> Picture:
+    try:
+        return _picture(folder, name, _sidecar(folder / name))
+    except UnicodeError:
+        return replace(_picture(folder, name, None), uncaptioned="caption is not UTF-8")
+
+
 def _sidecar(file: Path) -> str | None:
+    """The caption beside a picture.
+
+    Raises:
+        UnicodeError: if it is not in UTF-8, nor in UTF-16 with its mark.
+    """
     beside = file.with_suffix(".txt")
     if not beside.is_file():
         return None
-    with beside.open(encoding="utf-8-sig", errors="replace") as stream:
-        return _caption(stream.read(MAX_CAPTION + 1))
+    with beside.open("rb") as stream:
+        marked = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    with beside.open(encoding="utf-16" if marked else "utf-8-sig") as stream:
+        text = stream.read(MAX_CAPTION + 1)
+    if "\0" in text:
+        raise UnicodeError(f"{beside} is in UTF-16 without its mark")
+    return _caption(text)
 
 
 def _caption(text: str) -> str:
