@@ -296,6 +296,9 @@ def test_labels_say_the_strengths_that_the_loras_have(share, scales, expected):
         ("--prompt x --num_samples 999999999999", "--num_samples 999999999999 is a grid of 256,000,000 megapixels, above 300"),
         ("--prompt x --init_image start.png --mask_image wide.png",
          "the mask wide.png must be of the size of start.png, not 32x16, 16x16"),
+        ("--prompt x --init_image start.png --mask_image thin.png",
+         "thin.png: the mask selects nothing of the latents (8x8), so nothing would be drawn anew: it must be bright over at "
+         "least 2x2 of the image's 16x16 pixels"),
         ("--prompt x --paired", "--paired compares the base with what --lora_path names"),
         ("--prompt x --strength 0.5", "--strength is that of --init_image, and there is none"),
         ("--prompt x --mask_image wide.png", "--mask_image says what to draw anew of --init_image"),
@@ -311,6 +314,9 @@ def test_labels_say_the_strengths_that_the_loras_have(share, scales, expected):
 def test_one_line_and_nothing_written(sample, words, message, work_folder, capsys):
     save_picture("start.png")
     save_picture("wide.png", (2 * SIZE, SIZE))
+    thin = Image.new("L", (SIZE, SIZE))
+    thin.paste(255, (5, 0, 6, SIZE))
+    thin.save("thin.png")
     Path("text.txt").write_text("no picture")
     save_file({"<a>": torch.ones(16)}, "wide.safetensors")
     before = files_in(work_folder)

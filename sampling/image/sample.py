@@ -17,7 +17,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -193,27 +192,26 @@ def start_image(model: DiffusionModel, args: argparse.Namespace, steps: int) -> 
     """The image to start from, as the flags say, where some of the sampler's `steps` are left to take."""
     if not args.init_image:
         return None
-    from xdiffusion.data.image_files import DamagedImage, Picture, open_file
+    from xdiffusion.data.image_files import read_picture
     from xdiffusion.model import StartImage
     from xdiffusion.pictures import image_tensor, mask_tensor
     from xdiffusion.samplers.image_to_image import steps_left
 
-    def read(path: str, background: str):
-        try:
-            return Picture(path, None, partial(open_file, Path(path))).pixels(background=background)
-        except DamagedImage as error:
-            raise ValueError(f"{path}: {error}") from error
-
     strength = 0.8 if args.strength is None else args.strength
     steps_left(steps, strength)
-    picture, mask = read(args.init_image, "white"), None
+    picture, mask = read_picture(args.init_image), None
     if args.mask_image:
-        painted = read(args.mask_image, "black")  # most editors save white paint on nothing
+        painted = read_picture(args.mask_image, background="black")  # most editors save white paint on nothing
         if painted.size != picture.size:
             sizes = "{}x{}, {}x{}".format(*painted.size, *picture.size)
             raise ValueError(f"the mask {args.mask_image} must be of the size of {args.init_image}, not {sizes}")
         mask = mask_tensor(painted, *model.image_shape[1:])
-    return StartImage(image_tensor(picture, model.image_shape), strength, mask)
+    start = StartImage(image_tensor(picture, model.image_shape), strength, mask)
+    try:
+        start.check(model.image_shape, model.latent_shape)
+    except ValueError as error:
+        raise ValueError(f"{args.mask_image}: {error}") from error
+    return start
 
 
 def place(model: DiffusionModel, device: torch.device, args: argparse.Namespace) -> None:

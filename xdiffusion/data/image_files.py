@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 
@@ -107,6 +108,21 @@ class Picture:
         """A hash of the stored bytes: 32 hex digits."""
         with _opened(self) as file:
             return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
+
+
+def read_picture(path: str | Path, *, background: str = "white") -> Image.Image:
+    """One file's picture as shown.
+
+    Args:
+        background: see `Picture.pixels`.
+
+    Raises:
+        DamagedImage: naming the file, see `Picture.pixels`.
+    """
+    try:
+        return Picture(str(path), None, partial(open_file, Path(path))).pixels(background=background)
+    except DamagedImage as error:
+        raise DamagedImage(f"{path}: {error}") from error
 
 
 def open_file(path: Path) -> io.BufferedIOBase:
