@@ -2,6 +2,7 @@
 
 import pytest
 from picture_folders import write_pictures
+from PIL import Image
 from test_image_folder import captions, load
 
 # --- captions ---
@@ -41,3 +42,27 @@ def test_a_caption_that_is_no_utf_8_is_skipped_and_named(tmp_path, content):
     assert captions(images) == {"picture_0.png": "words"}
     assert images.skipped == {"picture_1.png": "caption is not UTF-8"}
     assert len(load(tmp_path, captions=["of the config"])) == 2
+
+
+# --- endings ---
+
+
+def test_every_ending_of_a_jpeg_is_read(tmp_path):
+    for name in ("a.jpg", "b.JPEG", "c.jfif", "d.jpe"):
+        Image.new("RGB", (16, 16)).save(tmp_path / name, "JPEG")
+    assert set(captions(load(tmp_path))) == {"a.jpg", "b.JPEG", "c.jfif", "d.jpe"}
+
+
+@pytest.mark.parametrize("source", ["txt", "metadata", "names", "config"])
+def test_pictures_of_formats_that_are_not_read_are_counted_and_named(tmp_path, source):
+    names = ["a.HEIC", "b.heif", "c.avif", "d.jxl", "e.dng"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"a picture of a phone")
+    said = "this format is not read; convert to PNG or JPEG"
+    with pytest.raises(ValueError, match=rf"no usable picture: .*skipped 5: a.HEIC \({said}\)"):
+        load(tmp_path)
+    write_pictures(tmp_path, [(16, 16)], ["words"] if source == "txt" else None)
+    if source == "metadata":
+        (tmp_path / "metadata.csv").write_text("file_name,text\npicture_0.png,words\na.HEIC,words\n")
+    images = load(tmp_path, captions=["of the config"] if source == "config" else None)
+    assert len(images) == 1 and images.skipped == dict.fromkeys(names, said)

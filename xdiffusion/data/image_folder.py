@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from xdiffusion.data.captioned_images import CaptionedImages
-from xdiffusion.data.image_files import MAX_CAPTION, Picture, open_file
+from xdiffusion.data.image_files import MAX_CAPTION, DamagedImage, Picture, open_file
 from xdiffusion.data.lines import MAX_ROW, BoundedLines
 
 MAX_ABSENT = 1000  # pictures that a list names, are not there, and are remembered by name
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw")
+NOT_READ = "this format is not read; convert to PNG or JPEG"
 METADATA = ("metadata.jsonl", "metadata.csv")
 
 
@@ -49,7 +52,7 @@ def load_image_folder(
     folder = Path(data_dir)
     if not folder.is_dir():
         raise ValueError(f"--data_dir {folder} is no folder")
-    files = picture_files(folder)
+    files = picture_files(folder, SUFFIXES + UNREAD)
     if not files:
         raise ValueError(f"--data_dir {folder} holds no picture; the endings looked for are {', '.join(SUFFIXES)}")
     captions_from, pictures, absent = _captioned(folder, files)
@@ -69,9 +72,9 @@ def load_image_folder(
     return images
 
 
-def picture_files(folder: Path) -> list[Path]:
-    """The files of a folder and of the folders in it that have a picture's ending, without hidden ones."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not _hidden(p, folder))
+def picture_files(folder: Path, endings: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The files of a folder and of the folders in it that have one of the endings, without hidden ones."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and not _hidden(p, folder))
 
 
 def _captioned(folder: Path, files: Sequence[Path]) -> tuple[str, list[Picture], int]:
@@ -100,7 +103,13 @@ def _metadata_files(folder: Path) -> list[Path]:
 
 
 def _picture(folder: Path, name: str, caption: str | None) -> Picture:
+    if Path(name).suffix.lower() in UNREAD:
+        return Picture(name, None, _open_unread, uncaptioned=NOT_READ)
     return Picture(name, caption, partial(open_file, folder / name))
+
+
+def _open_unread() -> NoReturn:
+    raise DamagedImage(NOT_READ)
 
 
 def _with_sidecar(folder: Path, name: str) -> Picture:
