@@ -176,11 +176,11 @@ def test_a_picture_with_a_caption_without_end_is_skipped(source, tmp_path):
     assert images.skipped == {"picture_1.png": "its caption has more than 16,384 letters"}
 
 
-def test_metadata_cannot_reach_out_through_a_link(tmp_path):
+def test_metadata_cannot_reach_out_through_a_link_that_is_not_followed(tmp_path):
     write_pictures(tmp_path / "set", [(16, 16)])
     write_pictures(tmp_path / "other", [(16, 16)])
-    (tmp_path / "set" / "link").symlink_to(tmp_path / "other")
-    row = {"file_name": "link/picture_0.png", "text": "x"}
+    (tmp_path / "set" / ".link").symlink_to(tmp_path / "other")
+    row = {"file_name": ".link/picture_0.png", "text": "x"}
     (tmp_path / "set" / "metadata.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match="leads out of the folder"):
         load(tmp_path / "set")

@@ -5,6 +5,8 @@ from picture_folders import write_pictures
 from PIL import Image
 from test_image_folder import captions, load
 
+from xdiffusion.data.image_folder import picture_files
+
 # --- captions ---
 
 
@@ -66,3 +68,47 @@ def test_pictures_of_formats_that_are_not_read_are_counted_and_named(tmp_path, s
         (tmp_path / "metadata.csv").write_text("file_name,text\npicture_0.png,words\na.HEIC,words\n")
     images = load(tmp_path, captions=["of the config"] if source == "config" else None)
     assert len(images) == 1 and images.skipped == dict.fromkeys(names, said)
+
+
+# --- links ---
+
+
+def test_links_to_folders_are_entered(tmp_path):
+    write_pictures(tmp_path / "else/below", [(16, 16)] * 2)
+    write_pictures(tmp_path / "set/own", [(16, 16)])
+    (tmp_path / "set/linked").symlink_to(tmp_path / "else")
+    rows = "file_name,text\nbelow/picture_0.png,words\nbelow/gone.png,words\n"
+    (tmp_path / "else/metadata.csv").write_text(rows)
+    images = load(tmp_path / "set")
+    assert captions(images) == {"linked/below/picture_0.png": "words"}
+    assert images.skipped == {
+        "own/picture_0.png": "no caption",
+        "linked/below/picture_1.png": "no caption",
+        "linked/below/gone.png": "cannot be read (No such file or directory)",
+    }
+
+
+def test_no_folder_is_entered_twice(tmp_path):
+    """Nor is one of the folder's own seen through a link, whichever name comes first."""
+    write_pictures(tmp_path / "else", [(16, 16)])
+    write_pictures(tmp_path / "set/own", [(16, 16)])
+    links = {
+        "a": "own",
+        "b": "../else",
+        "c": "../else",
+        "own/loop": "..",
+        "d": "..",
+        ".hidden": "../else",
+        "self": "self",
+    }
+    for name, target in links.items():
+        (tmp_path / "set" / name).symlink_to(target)
+    (tmp_path / "else/back").symlink_to(tmp_path / "set/own")
+    found = [str(path.relative_to(tmp_path / "set")) for path in picture_files(tmp_path / "set")]
+    assert found == ["b/picture_0.png", "own/picture_0.png"]
+
+
+def test_the_order_is_that_of_the_names(tmp_path):
+    for name in ("b", "a/c", "B", "a", "é"):
+        write_pictures(tmp_path / name, [(16, 16)] * 2)
+    assert picture_files(tmp_path) == sorted(tmp_path.rglob("*.png"))

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
@@ -74,7 +75,24 @@ def load_image_folder(
 
 def picture_files(folder: Path, endings: Sequence[str] = SUFFIXES) -> list[Path]:
     """The files of a folder and of the folders in it that have one of the endings, without hidden ones."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and not _hidden(p, folder))
+    return sorted(path for path in _entries(folder) if path.suffix.lower() in endings)
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """What is in a folder and in those below it, without hidden ones. Links to folders are followed after all others, so that
+    none is entered twice, and each first under its own name."""
+    entered, waiting = set(), deque([folder])
+    while waiting:
+        for place, folders, files in os.walk(waiting.popleft()):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if os.path.realpath(place) in entered:
+                folders.clear()
+                continue
+            entered.add(os.path.realpath(place))
+            paths = [Path(place, name) for name in folders]
+            waiting += [path for path in paths if path.is_symlink()]
+            yield from paths
+            yield from (Path(place, name) for name in files if not name.startswith("."))
 
 
 def _captioned(folder: Path, files: Sequence[Path]) -> tuple[str, list[Picture], int]:
@@ -85,8 +103,9 @@ def _captioned(folder: Path, files: Sequence[Path]) -> tuple[str, list[Picture],
     metadata = _metadata_files(folder)
     if metadata:
         found, absent, present = {}, 0, set(names)
+        entered = {place.resolve() for place in {folder, *(path.parent for path in (*files, *metadata))}}
         for path in metadata:
-            of_file, not_there = _read_metadata(path, folder, present)
+            of_file, not_there = _read_metadata(path, folder, present, entered)
             found |= {name: text for name, text in of_file.items() if text or name not in found}
             absent += not_there
         listed = [_picture(folder, name, text) for name, text in found.items()]
@@ -97,8 +116,8 @@ def _captioned(folder: Path, files: Sequence[Path]) -> tuple[str, list[Picture],
 
 def _metadata_files(folder: Path) -> list[Path]:
     """Of the folder and each one in it the first of METADATA, the outer ones first."""
-    files = (path for name in reversed(METADATA) for path in folder.rglob(name) if path.is_file())
-    found = {path.parent: path for path in files if not _hidden(path, folder)}
+    files = [path for path in _entries(folder) if path.name in METADATA and path.is_file()]
+    found = {path.parent: path for path in sorted(files, key=lambda path: METADATA.index(path.name), reverse=True)}
     return sorted(found.values(), key=lambda path: (len(path.parts), path))
 
 
@@ -148,12 +167,13 @@ def _words(file: Path) -> str:
     return re.sub(r"[\s-]*\(?\d+\)?$", "", words) or words
 
 
-def _read_metadata(path: Path, folder: Path, present: Set[str]) -> tuple[dict[str, str], int]:
+def _read_metadata(path: Path, folder: Path, present: Set[str], entered: Set[Path]) -> tuple[dict[str, str], int]:
     """file_name -> text, by paths below the folder, and how many more are named that are not there.
 
     Args:
         path: of the file, in which names are as seen from its own folder.
         present: names that are known to be in the folder.
+        entered: the folder and others that links in it led to, resolved.
 
     Raises:
         ValueError: naming the line that is wrong.
@@ -167,7 +187,7 @@ def _read_metadata(path: Path, folder: Path, present: Set[str]) -> tuple[dict[st
         name = os.path.normpath(path.parent.relative_to(folder) / name)
         if name not in present:
             try:
-                name = _inside(folder, name)
+                name = _inside(folder, name, entered)
                 there = (folder / name).exists()
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or error
@@ -179,14 +199,15 @@ def _read_metadata(path: Path, folder: Path, present: Set[str]) -> tuple[dict[st
     return found, max(absent - MAX_ABSENT, 0)
 
 
-def _inside(folder: Path, name: str) -> str:
+def _inside(folder: Path, name: str, entered: Set[Path]) -> str:
     """A name as seen from the folder.
 
     Raises:
-        ValueError: if it is not below the folder, links followed.
+        ValueError: if it is not below the folder or, links followed, below one that was entered.
     """
     path = folder / name
-    if not path.is_relative_to(folder) or not path.resolve().is_relative_to(folder.resolve()):
+    real = path.resolve()
+    if not path.is_relative_to(folder) or entered.isdisjoint((real, *real.parents)):
         raise ValueError("leads out of the folder")
     return str(path.relative_to(folder))
 
@@ -230,7 +251,3 @@ def _csv_rows(lines: BoundedLines) -> Iterator[tuple[int, Mapping[str, object]]]
                 f'{more[-1]!r:.80}: a caption with commas must be in double quotes, as in picture.png,"a red fox, sitting"'
             )
         yield lines.number, row
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
