@@ -108,6 +108,14 @@ def test_no_folder_is_entered_twice(tmp_path):
     assert found == ["b/picture_0.png", "own/picture_0.png"]
 
 
+def test_a_link_to_itself_that_a_list_names_is_no_picture(tmp_path):
+    write_pictures(tmp_path, [(16, 16)])
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "metadata.csv").write_text("file_name,text\npicture_0.png,words\nloop,words\nloop/a.png,words\n")
+    reason = "cannot be read (Too many levels of symbolic links)"
+    assert load(tmp_path).skipped == {"loop": reason, "loop/a.png": reason}
+
+
 def test_the_order_is_that_of_the_names(tmp_path):
     for name in ("b", "a/c", "B", "a", "é"):
         write_pictures(tmp_path / name, [(16, 16)] * 2)

@@ -206,7 +206,7 @@ def _inside(folder: Path, name: str, entered: Set[Path]) -> str:
         ValueError: if it is not below the folder or, links followed, below one that was entered.
     """
     path = folder / name
-    real = path.resolve()
+    real = Path(os.path.realpath(path))  # resolve() fails on a link to itself
     if not path.is_relative_to(folder) or entered.isdisjoint((real, *real.parents)):
         raise ValueError("leads out of the folder")
     return str(path.relative_to(folder))
