@@ -206,7 +206,7 @@ def test_unusable_pictures_are_counted_and_named(tmp_path):
     (tmp_path / "picture_2.txt").write_text(" \n")
     images = load(tmp_path)
     assert [p.name for p in images.pictures] == ["picture_0.png"]
-    assert images.skipped["picture_1.png"] == "1x1 would be enlarged more than 4 times"
+    assert images.skipped["picture_1.png"] == "1x1 would be enlarged more than 4 times to cover 16x16"
     assert images.skipped["picture_2.png"] == images.skipped["empty.webp"] == "no caption"
     assert "cannot be read" in images.skipped["noise.jpg"]
     assert "skipped 5: " in images.summary and "picture_1.png (1x1" in images.summary

@@ -146,12 +146,6 @@ def test_another_checkpoint_under_the_same_name_is_warned_about(sample, checkpoi
     assert capsys.readouterr().err.startswith("warning: --checkpoint: other content than what drew the picture")
 
 
-def test_a_start_image_of_one_pixel_is_a_plain_colour(sample, work_folder):
-    Image.new("RGB", (1, 1), (200, 0, 0)).save("dot.png")
-    assert sample("a", "--prompt", "a fox", "--init_image", "dot.png", "--strength", 0.5) == 0
-    assert pixels("a/image-0.png").shape == (SIZE, SIZE, 3)
-
-
 def test_start_image_and_mask(sample, work_folder):
     save_picture("start.png", (2 * SIZE, 2 * SIZE))
     mask = Image.new("L", (2 * SIZE, 2 * SIZE))
@@ -294,6 +288,7 @@ def test_labels_say_the_strengths_that_the_loras_have(share, scales, expected):
         ("--prompt x --seed -1", "argument --seed: '-1' must be a whole number from 0 to 2^63 - 1"),
         ("--prompt x --seed 99999999999999999999", "must be a whole number from 0 to 2^63 - 1"),
         ("--prompt x --num_samples 999999999999", "--num_samples 999999999999 is a grid of 256,000,000 megapixels, above 300"),
+        ("--prompt x --init_image dot.png", "dot.png: 30x3 would be enlarged more than 4 times to cover 16x16"),
         ("--prompt x --init_image start.png --mask_image wide.png",
          "the mask wide.png must be of the size of start.png, not 32x16, 16x16"),
         ("--prompt x --init_image start.png --mask_image thin.png",
@@ -314,6 +309,7 @@ def test_labels_say_the_strengths_that_the_loras_have(share, scales, expected):
 def test_one_line_and_nothing_written(sample, words, message, work_folder, capsys):
     save_picture("start.png")
     save_picture("wide.png", (2 * SIZE, SIZE))
+    save_picture("dot.png", (30, 3))
     thin = Image.new("L", (SIZE, SIZE))
     thin.paste(255, (5, 0, 6, SIZE))
     thin.save("thin.png")

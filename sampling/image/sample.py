@@ -199,7 +199,7 @@ def start_image(model: DiffusionModel, args: argparse.Namespace, steps: int) -> 
 
     strength = 0.8 if args.strength is None else args.strength
     steps_left(steps, strength)
-    picture, mask = read_picture(args.init_image), None
+    picture, mask = read_picture(args.init_image, to_cover=model.image_shape[1:]), None
     if args.mask_image:
         painted = read_picture(args.mask_image, background="black")  # most editors save white paint on nothing
         if painted.size != picture.size:

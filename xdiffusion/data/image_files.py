@@ -19,7 +19,7 @@ from textwrap import shorten
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from xdiffusion.data.buckets import Size, cover, crop
+from xdiffusion.data.buckets import MAX_ENLARGEMENT, Size, cover, crop, enlargement
 
 MAX_DECODED_BYTES = 256 * 2**20  # held at once while a picture is decoded, or twice its file
 MAX_CAPTION = 2**14  # letters; a text encoder sees some hundreds
@@ -110,19 +110,35 @@ class Picture:
             return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
 
 
-def read_picture(path: str | Path, *, background: str = "white") -> Image.Image:
+def read_picture(path: str | Path, *, to_cover: Size | None = None, background: str = "white") -> Image.Image:
     """One file's picture as shown.
 
     Args:
+        to_cover: see `check_enlargement`.
         background: see `Picture.pixels`.
 
     Raises:
-        DamagedImage: naming the file, see `Picture.pixels`.
+        DamagedImage: naming the file, see `Picture.pixels` and `check_enlargement`.
     """
+    picture = Picture(str(path), None, partial(open_file, Path(path)))
     try:
-        return Picture(str(path), None, partial(open_file, Path(path))).pixels(background=background)
+        if to_cover is not None:
+            check_enlargement(*picture.size(), to_cover)
+        return picture.pixels(background=background)
     except DamagedImage as error:
         raise DamagedImage(f"{path}: {error}") from error
+
+
+def check_enlargement(width: int, height: int, size: Size) -> None:
+    """See that a picture can be scaled to cover (height, width).
+
+    Raises:
+        DamagedImage: if it would be more than MAX_ENLARGEMENT times as large.
+    """
+    if enlargement(width, height, size) > MAX_ENLARGEMENT:
+        raise DamagedImage(
+            f"{width}x{height} would be enlarged more than {MAX_ENLARGEMENT} times to cover {size[1]}x{size[0]}"
+        )
 
 
 def open_file(path: Path) -> io.BufferedIOBase:
