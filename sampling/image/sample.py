@@ -77,7 +77,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--strength", "S", "how much of it is drawn anew: 0 = nothing, 1 = all (0.8)", type=float)
     add("--mask_image", "FILE", "of the same size: bright where it is drawn anew, dark or transparent where it stays")
     add("--seed", "N", "image i is drawn from the noise of seed + i", type=seed_number, default=0)
-    add("--output_path", "DIR", "default: output/<dataset>/sample/<config name>")
+    add(
+        "--output_path",
+        "DIR",
+        "default: output/<dataset>/sample/<name of the config, or of a file of Stable Diffusion>",
+    )
     add("--save_trajectory", help="also write a film of the denoising (GIF)", **switch)
     add(
         "--mixed_precision",
@@ -121,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xdiffusion.loading import as_trained, load_model
     from xdiffusion.lora.weights import parse_lora_spec
     from xdiffusion.model import HALF, best_device
-    from xdiffusion.places import OUTPUT_ROOT
+    from xdiffusion.places import sample_folder
     from xdiffusion.prompts import expand_prompts
     from xdiffusion.recipe import file_hashes, fingerprint, png_texts
 
@@ -137,12 +141,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_process(model, config)
     start = start_image(model, args, len(build_sampling(config, model.schedule)["times"]) - 1)
     blocks = {"start_image": start, "batch_size": args.batch_size or (100 if table else 4)}
-    name = Path(args.config_path).stem if args.config_path else checkpoint.absolute().parent.name
-    folder = Path(args.output_path) if args.output_path else OUTPUT_ROOT / config.data.kind / "sample" / name
+    stored = load_model_file(checkpoint, args.ema)  # mapped, and not in --mixed_precision
+    usual = sample_folder(config.data.kind, checkpoint, args.config_path, in_run=stored.stable_diffusion is None)
+    folder = Path(args.output_path) if args.output_path else usual
 
-    stored = load_model_file(checkpoint, args.ema).tensors  # mapped, and not in --mixed_precision
-    base_hash = content_hash(stored, torch.float32) if loras and not args.allow_other_base else None
-    hashes = {"checkpoint": [fingerprint(stored)]} | file_hashes(args)
+    base_hash = content_hash(stored.tensors, torch.float32) if loras and not args.allow_other_base else None
+    hashes = {"checkpoint": [fingerprint(stored.tensors)]} | file_hashes(args)
     for flag in args.recipe.differing(hashes) if args.recipe else ():
         print(f"warning: --{flag}: other content than what drew the picture, so this is another one", file=sys.stderr)
     place(model, best_device(args.force_cpu), args)  # before the LoRAs, whose factors stay float32
