@@ -151,11 +151,58 @@ def test_transparency_is_white_and_every_mode_is_rgb():
         assert stored.pixels().mode == "RGB", mode
 
 
-def test_sixteen_bits_are_scaled_rather_than_clipped():
-    deep = Image.new("I;16", (2, 1))
-    deep.putpixel((0, 0), 65535)
-    deep.putpixel((1, 0), 32768)
-    assert [of_image(deep).pixels().getpixel((x, 0))[0] for x in (0, 1)] == [255, 127]
+def test_a_transparent_picture_can_be_laid_on_another_colour():
+    paint = Image.new("RGBA", (2, 1), (255, 255, 255, 0))
+    paint.putpixel((0, 0), (255, 255, 255, 255))
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 255, 255] * 2)
+    palette.putpixel((0, 0), 1)
+    for stored in (of_image(paint), of_image(paint.convert("LA")), of_image(palette, transparency=0)):
+        shown = stored.pixels(background="black")
+        assert [shown.getpixel((x, 0)) for x in (0, 1)] == [(255,) * 3, (0,) * 3]
+
+
+def deep(levels, dtype, format="TIFF", **options) -> Picture:
+    return of_image(Image.fromarray(np.array([levels], dtype=dtype)), format, **options)
+
+
+@pytest.mark.parametrize(
+    ("levels", "dtype", "format"),
+    [
+        ([0, 257, 1000, 32768, 65535], "<u2", "PNG"),
+        ([0, 257, 1000, 32768, 65535], "<u2", "TIFF"),
+        ([0, 257, 1000, 32768, 65535], ">u2", "TIFF"),
+        ([0, 257, 1000, 32768, 65535], "<i4", "TIFF"),  # as older versions of Pillow open 16 bits
+        ([0, 1 / 255, 4 / 255, 128 / 255, 1], "<f4", "TIFF"),
+    ],
+)
+def test_deep_grey_is_as_bright_as_it_says(levels, dtype, format):
+    for shown in (levels, levels[:3]):  # whatever its own maximum is
+        pixels = deep(shown, dtype, format).pixels()
+        assert [pixels.getpixel((x, 0))[0] for x in range(len(shown))] == [0, 1, 4, 128, 255][: len(shown)]
+
+
+def test_twelve_bits_are_scaled_by_their_own_white():
+    entries = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 200, 277: 1, 278: 1, 279: 3}
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    content = b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory
+    pixels = picture(content.ljust(200, b"\0") + b"\xff\xf8\x00").pixels()
+    assert [pixels.getpixel((x, 0))[0] for x in (0, 1)] == [255, 128]
+
+
+@pytest.mark.parametrize(
+    ("levels", "dtype", "said"),
+    [
+        ([0, 70000], "<i4", r"its values are from 0 to 70000, those of 16 bits from 0 to 65535; convert it to 8 bits"),
+        ([-1, 7], "<i4", "from -1 to 7"),
+        ([-0.5, 1], "<f4", r"its values are from -0.5 to 1, those of float from 0 to 1; convert"),
+        ([0.5, 255], "<f4", "from 0.5 to 255"),
+        ([0.5, float("nan"), 0.7], "<f4", "from nan to nan"),
+    ],
+)
+def test_deep_grey_without_a_known_white_is_refused(levels, dtype, said):
+    with pytest.raises(DamagedImage, match=said):
+        deep(levels, dtype).pixels()
 
 
 def test_damage_is_named_whatever_it_is():

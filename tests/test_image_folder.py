@@ -176,11 +176,11 @@ def test_a_picture_with_a_caption_without_end_is_skipped(source, tmp_path):
     assert images.skipped == {"picture_1.png": "its caption has more than 16,384 letters"}
 
 
-def test_metadata_cannot_reach_out_through_a_link(tmp_path):
+def test_metadata_cannot_reach_out_through_a_link_that_is_not_followed(tmp_path):
     write_pictures(tmp_path / "set", [(16, 16)])
     write_pictures(tmp_path / "other", [(16, 16)])
-    (tmp_path / "set" / "link").symlink_to(tmp_path / "other")
-    row = {"file_name": "link/picture_0.png", "text": "x"}
+    (tmp_path / "set" / ".link").symlink_to(tmp_path / "other")
+    row = {"file_name": ".link/picture_0.png", "text": "x"}
     (tmp_path / "set" / "metadata.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match="leads out of the folder"):
         load(tmp_path / "set")
@@ -206,7 +206,7 @@ def test_unusable_pictures_are_counted_and_named(tmp_path):
     (tmp_path / "picture_2.txt").write_text(" \n")
     images = load(tmp_path)
     assert [p.name for p in images.pictures] == ["picture_0.png"]
-    assert images.skipped["picture_1.png"] == "1x1 would be enlarged more than 4 times"
+    assert images.skipped["picture_1.png"] == "1x1 would be enlarged more than 4 times to cover 16x16"
     assert images.skipped["picture_2.png"] == images.skipped["empty.webp"] == "no caption"
     assert "cannot be read" in images.skipped["noise.jpg"]
     assert "skipped 5: " in images.summary and "picture_1.png (1x1" in images.summary

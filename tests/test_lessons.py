@@ -96,8 +96,9 @@ def write_stable_diffusion(folder: Path) -> None:
     (folder / "native.safetensors").unlink()
     for name, size in (("photos", 64), ("kept", 60)):
         write_discs(folder / name, 4, size, {"red": (230, 20, 20), "blue": (20, 20, 230)})
-    for name in ("sketch.png", "mask.png"):
-        (folder / name).write_bytes((folder / "photos/disc_0.png").read_bytes())
+    write_discs(folder / "white", 1, 64, {"white": (255, 255, 255)})
+    for name, source in (("sketch.png", "photos"), ("mask.png", "white")):
+        (folder / name).write_bytes((folder / source / "disc_0.png").read_bytes())
 
 
 @pytest.mark.slow

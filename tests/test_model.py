@@ -139,6 +139,10 @@ def test_a_mask_keeps_what_is_dark(model):
         (StartImage(picture(), 1.5), r"strength=1.5 must be in \[0, 1\]"),
         (StartImage(torch.zeros(1, 1, 8, 8)), r"the start image has shape \(1, 8, 8\), the model \(1, 12, 12\)"),
         (StartImage(picture(), 0.5, torch.ones(1, 1, 8, 12)), r"the mask is \(8, 12\) pixels, the image \(12, 12\)"),
+        (
+            StartImage(picture(3), 0.5, torch.ones(3, 1, 12, 12) * torch.tensor([1, 0, 1]).view(3, 1, 1, 1)),
+            r"the mask selects nothing of the latents \(12x12\), .* at least 1x1 of the image's 12x12 pixels",
+        ),
     ],
 )
 def test_start_images_that_do_not_fit(model, start_image, message):

@@ -51,6 +51,12 @@ def test_class_images_that_are_there_are_left_alone(config_of, tmp_path):
     assert [path.read_bytes() for path in paths] == before
 
 
+def test_what_no_picture_is_read_of_is_no_class_image(config_of, tmp_path):
+    write_pictures(tmp_path / "class", [(16, 16)])
+    (tmp_path / "class/phone.heic").touch()
+    assert len(prepare(config_of())) == 6
+
+
 def test_a_gap_is_filled_and_nothing_is_overwritten(config_of, tmp_path):
     prepare(config_of())
     before = {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from commands import SAMPLE, files_in, run_script
+from commands import ROOT, SAMPLE, files_in, run_script
 from lora_cases import factors
 from PIL import Image
 from sd_files import random_sd, write_native
@@ -58,3 +58,21 @@ def test_original_file_folder_and_kohya_lora_draw_pictures_that_repeat(files, wo
     assert np.array_equal(pixels("again"), pixels("styled"))
     assert run_script(SAMPLE, "--from_png", "styled/samples.png", "--lora_merge", "--output_path", "merged") == 0
     assert np.abs(pixels("merged") - pixels("styled")).max() <= 1
+
+
+def test_each_checkpoint_of_a_folder_has_an_output_folder_of_its_own(files, work_folder):
+    """Named by the file, also where a config is named beside it; of ours, which lie in a run's folder, by that."""
+    (work_folder / "v1.5-other").symlink_to(work_folder / "pipeline")
+    sd.main(["convert", "pipeline", "run/diffusion-0.safetensors", "--to", "native"])
+    config = ["--config_path", ROOT / "configs/image/sd/sd15_tiny.yaml"]
+    drawn = {
+        ("v1-5-pruned-emaonly.safetensors",): "v1-5-pruned-emaonly",
+        ("pipeline", *config): "pipeline",
+        ("v1.5-other",): "v1.5-other",
+        ("run/diffusion-0.safetensors",): "run",
+        ("./run/../run/diffusion-0.safetensors", *config): "sd15_tiny",
+    }
+    for checkpoint, _ in drawn.items():
+        assert run_script(SAMPLE, "--checkpoint", *checkpoint, *FEW, "--sampling_steps", 1) == 0
+    folders = {path.parent.name for path in (work_folder / "output").rglob("image-5.png")}
+    assert folders == set(drawn.values())

@@ -160,12 +160,6 @@ def test_another_config_under_the_same_name_is_warned_about(sample, checkpoint, 
     assert capsys.readouterr().err.startswith("warning: --config_path: other content than what drew the picture")
 
 
-def test_a_start_image_of_one_pixel_is_a_plain_colour(sample, work_folder):
-    Image.new("RGB", (1, 1), (200, 0, 0)).save("dot.png")
-    assert sample("a", "--prompt", "a fox", "--init_image", "dot.png", "--strength", 0.5) == 0
-    assert pixels("a/image-0.png").shape == (SIZE, SIZE, 3)
-
-
 def test_start_image_and_mask(sample, work_folder):
     save_picture("start.png", (2 * SIZE, 2 * SIZE))
     mask = Image.new("L", (2 * SIZE, 2 * SIZE))
@@ -178,6 +172,19 @@ def test_start_image_and_mask(sample, work_folder):
     none, some, masked = (pixels(f"{folder}/image-0.png") for folder in ("none", "some", "masked"))
     assert not np.array_equal(none, some)
     assert np.abs(none - masked)[:, : SIZE // 2].mean() > np.abs(none - masked)[:, -3:].mean()
+
+
+def test_a_mask_may_be_white_paint_on_nothing(sample, work_folder):
+    save_picture("start.png")
+    grey = Image.new("L", (SIZE, SIZE))
+    grey.paste(255, (0, 0, SIZE // 2, SIZE))
+    grey.save("grey.png")
+    paint = Image.new("RGBA", grey.size, (255, 255, 255, 0))
+    paint.paste((255,) * 4, (0, 0, SIZE // 2, SIZE))
+    paint.save("paint.png")
+    for name in ("grey", "paint"):
+        assert sample(name, "--prompt", "a fox", "--init_image", "start.png", "--mask_image", f"{name}.png") == 0
+    assert np.array_equal(pixels("grey/image-0.png"), pixels("paint/image-0.png"))
 
 
 @pytest.mark.parametrize(
@@ -295,8 +302,12 @@ def test_labels_say_the_strengths_that_the_loras_have(share, scales, expected):
         ("--prompt x --seed -1", "argument --seed: '-1' must be a whole number from 0 to 2^63 - 1"),
         ("--prompt x --seed 99999999999999999999", "must be a whole number from 0 to 2^63 - 1"),
         ("--prompt x --num_samples 999999999999", "--num_samples 999999999999 is a grid of 256,000,000 megapixels, above 300"),
+        ("--prompt x --init_image dot.png", "dot.png: 30x3 would be enlarged more than 4 times to cover 16x16"),
         ("--prompt x --init_image start.png --mask_image wide.png",
          "the mask wide.png must be of the size of start.png, not 32x16, 16x16"),
+        ("--prompt x --init_image start.png --mask_image thin.png",
+         "thin.png: the mask selects nothing of the latents (8x8), so nothing would be drawn anew: it must be bright over at "
+         "least 2x2 of the image's 16x16 pixels"),
         ("--prompt x --paired", "--paired compares the base with what --lora_path names"),
         ("--prompt x --strength 0.5", "--strength is that of --init_image, and there is none"),
         ("--prompt x --mask_image wide.png", "--mask_image says what to draw anew of --init_image"),
@@ -312,6 +323,10 @@ def test_labels_say_the_strengths_that_the_loras_have(share, scales, expected):
 def test_one_line_and_nothing_written(sample, words, message, work_folder, capsys):
     save_picture("start.png")
     save_picture("wide.png", (2 * SIZE, SIZE))
+    save_picture("dot.png", (30, 3))
+    thin = Image.new("L", (SIZE, SIZE))
+    thin.paste(255, (5, 0, 6, SIZE))
+    thin.save("thin.png")
     Path("text.txt").write_text("no picture")
     save_file({"<a>": torch.ones(16)}, "wide.safetensors")
     before = files_in(work_folder)

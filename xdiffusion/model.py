@@ -69,17 +69,26 @@ class StartImage:
     strength: float = 0.8
     mask: Float[Tensor, "N 1 H W"] | None = None
 
-    def check(self, image_shape: tuple[int, int, int]) -> None:
-        """See that the images and the mask are of a model's size.
+    def check(self, image_shape: tuple[int, int, int], latent_shape: tuple[int, int, int]) -> None:
+        """See that the images and the mask are of a model's size, and that the mask selects something of its latents.
 
         Raises:
-            ValueError: if they are not.
+            ValueError: if they are not, or it does not.
         """
-        channels, height, width = image_shape
+        (channels, height, width), (_, h, w) = image_shape, latent_shape
         if tuple(self.images.shape[1:]) != (channels, height, width):
             raise ValueError(f"the start image has shape {tuple(self.images.shape[1:])}, the model {image_shape}")
         if self.mask is not None and tuple(self.mask.shape[1:]) != (1, height, width):
             raise ValueError(f"the mask is {tuple(self.mask.shape[2:])} pixels, the image {(height, width)}")
+        if (mask := self.latent_mask(latent_shape)) is not None and not (mask > 0.5).flatten(1).any(1).all():
+            raise ValueError(
+                f"the mask selects nothing of the latents ({h}x{w}), so nothing would be drawn anew: it must be bright over "
+                f"at least {height // h}x{width // w} of the image's {height}x{width} pixels"
+            )
+
+    def latent_mask(self, latent_shape: tuple[int, int, int]) -> Float[Tensor, "N 1 h w"] | None:
+        """The mask at the size of what the network denoises, by nearest pixels."""
+        return None if self.mask is None else F.interpolate(self.mask.float(), size=latent_shape[1:])
 
     def rows(self, block: slice, count: int) -> StartImage:
         """What belongs to a block of the `count` images that are drawn."""
@@ -248,7 +257,7 @@ def generate(
     if not prompts or len(generators) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts, {len(generators)} generators: must be as many, at least one")
     if start_image is not None:
-        start_image.check(model.image_shape)
+        start_image.check(model.image_shape, model.latent_shape)
         times = times_from(times, start_image.strength)
     in_half = partial(torch.autocast, model.device.type, autocast) if autocast else nullcontext
     with in_half():
@@ -334,7 +343,6 @@ def _started(
         pairs = zip(start_image.images.to(model.device), generators)
         x0 = torch.cat([model.autoencoder.encode(image[None], generator) for image, generator in pairs]).float()
     eps = initial_noise(model.latent_shape, generators).to(model.device)
-    if start_image.mask is not None:
-        mask = F.interpolate(start_image.mask.float(), size=model.latent_shape[1:]).to(model.device)
-        guided = MaskedDenoiser(guided, x0, mask)
+    if (mask := start_image.latent_mask(model.latent_shape)) is not None:
+        guided = MaskedDenoiser(guided, x0, mask.to(model.device))
     return guided, noised(x0, eps, model.schedule, times)

@@ -17,7 +17,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,9 +75,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--width", "N", "of the images, in pixels (default: the config's)", type=positive_int)
     add("--init_image", "FILE", "a picture to start from instead of noise, scaled and cut to the size")
     add("--strength", "S", "how much of it is drawn anew: 0 = nothing, 1 = all (0.8)", type=float)
-    add("--mask_image", "FILE", "of the same size: bright where the picture is drawn anew, dark where it stays")
+    add("--mask_image", "FILE", "of the same size: bright where it is drawn anew, dark or transparent where it stays")
     add("--seed", "N", "image i is drawn from the noise of seed + i", type=seed_number, default=0)
-    add("--output_path", "DIR", "default: output/<dataset>/sample/<config name>")
+    add(
+        "--output_path",
+        "DIR",
+        "default: output/<dataset>/sample/<name of the config, or of a file of Stable Diffusion>",
+    )
     add("--save_trajectory", help="also write a film of the denoising (GIF)", **switch)
     add(
         "--mixed_precision",
@@ -122,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xdiffusion.loading import as_trained, load_model
     from xdiffusion.lora.weights import parse_lora_spec
     from xdiffusion.model import HALF, best_device
-    from xdiffusion.places import OUTPUT_ROOT
+    from xdiffusion.places import sample_folder
     from xdiffusion.prompts import expand_prompts
     from xdiffusion.recipe import file_hashes, fingerprint, png_texts
 
@@ -138,12 +141,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_process(model, config)
     start = start_image(model, args, len(build_sampling(config, model.schedule)["times"]) - 1)
     blocks = {"start_image": start, "batch_size": args.batch_size or (100 if table else 4)}
-    name = Path(args.config_path).stem if args.config_path else checkpoint.absolute().parent.name
-    folder = Path(args.output_path) if args.output_path else OUTPUT_ROOT / config.data.kind / "sample" / name
+    stored = load_model_file(checkpoint, args.ema)  # mapped, and not in --mixed_precision
+    usual = sample_folder(config.data.kind, checkpoint, args.config_path, in_run=stored.stable_diffusion is None)
+    folder = Path(args.output_path) if args.output_path else usual
 
-    stored = load_model_file(checkpoint, args.ema).tensors  # mapped, and not in --mixed_precision
-    base_hash = content_hash(stored, torch.float32) if loras and not args.allow_other_base else None
-    hashes = {"checkpoint": [fingerprint(stored)]} | file_hashes(args)
+    base_hash = content_hash(stored.tensors, torch.float32) if loras and not args.allow_other_base else None
+    hashes = {"checkpoint": [fingerprint(stored.tensors)]} | file_hashes(args)
     for flag in args.recipe.differing(hashes) if args.recipe else ():
         print(f"warning: --{flag}: other content than what drew the picture, so this is another one", file=sys.stderr)
     place(model, best_device(args.force_cpu), args)  # before the LoRAs, whose factors stay float32
@@ -193,27 +196,26 @@ def start_image(model: DiffusionModel, args: argparse.Namespace, steps: int) -> 
     """The image to start from, as the flags say, where some of the sampler's `steps` are left to take."""
     if not args.init_image:
         return None
-    from xdiffusion.data.image_files import DamagedImage, Picture, open_file
+    from xdiffusion.data.image_files import read_picture
     from xdiffusion.model import StartImage
     from xdiffusion.pictures import image_tensor, mask_tensor
     from xdiffusion.samplers.image_to_image import steps_left
 
-    def read(path: str):
-        try:
-            return Picture(path, None, partial(open_file, Path(path))).pixels()
-        except DamagedImage as error:
-            raise ValueError(f"{path}: {error}") from error
-
     strength = 0.8 if args.strength is None else args.strength
     steps_left(steps, strength)
-    picture, mask = read(args.init_image), None
+    picture, mask = read_picture(args.init_image, to_cover=model.image_shape[1:]), None
     if args.mask_image:
-        painted = read(args.mask_image)
+        painted = read_picture(args.mask_image, background="black")  # most editors save white paint on nothing
         if painted.size != picture.size:
             sizes = "{}x{}, {}x{}".format(*painted.size, *picture.size)
             raise ValueError(f"the mask {args.mask_image} must be of the size of {args.init_image}, not {sizes}")
         mask = mask_tensor(painted, *model.image_shape[1:])
-    return StartImage(image_tensor(picture, model.image_shape), strength, mask)
+    start = StartImage(image_tensor(picture, model.image_shape), strength, mask)
+    try:
+        start.check(model.image_shape, model.latent_shape)
+    except ValueError as error:
+        raise ValueError(f"{args.mask_image}: {error}") from error
+    return start
 
 
 def place(model: DiffusionModel, device: torch.device, args: argparse.Namespace) -> None:

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from xdiffusion.data.buckets import MAX_ENLARGEMENT, Size, bucket_sizes, enlargement, nearest_bucket
+from xdiffusion.data.buckets import Size, bucket_sizes, nearest_bucket
 from xdiffusion.data.captions import PromptTable
-from xdiffusion.data.image_files import MAX_CAPTION, DamagedImage, Picture
+from xdiffusion.data.image_files import MAX_CAPTION, DamagedImage, Picture, check_enlargement
 from xdiffusion.data.image_set import Batch, to_unit_range
 
 LONGEST_NAME = 80  # letters that a message shows
@@ -209,11 +209,10 @@ def _usable_size(picture: Picture, sizes: Sequence[Size], needs_caption: bool) -
         DamagedImage: if it cannot be used.
     """
     if needs_caption and not (picture.caption or "").strip():
-        raise DamagedImage("no caption")
+        raise DamagedImage(picture.uncaptioned)
     if needs_caption and len(picture.caption) > MAX_CAPTION:
         raise DamagedImage(f"its caption has more than {MAX_CAPTION:,} letters")
     width, height = picture.size()
     size = nearest_bucket(width, height, sizes)
-    if enlargement(width, height, size) > MAX_ENLARGEMENT:
-        raise DamagedImage(f"{width}x{height} would be enlarged more than {MAX_ENLARGEMENT} times")
+    check_enlargement(width, height, size)
     return size

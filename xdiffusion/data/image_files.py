@@ -12,12 +12,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from xdiffusion.data.buckets import Size, cover, crop
+from xdiffusion.data.buckets import MAX_ENLARGEMENT, Size, cover, crop, enlargement
 
 MAX_DECODED_BYTES = 256 * 2**20  # held at once while a picture is decoded, or twice its file
 MAX_CAPTION = 2**14  # letters; a text encoder sees some hundreds
@@ -53,12 +55,13 @@ class DamagedImage(ValueError):
 class Picture:
     """A picture before it is decoded.
 
-    name: for messages. caption: None where there is none. open: its bytes as stored.
+    name: for messages. caption: None where there is none. open: its bytes as stored. uncaptioned: why there is no caption.
     """
 
     name: str
     caption: str | None
     open: Callable[[], io.BufferedIOBase]
+    uncaptioned: str = "no caption"
 
     def size(self) -> tuple[int, int]:
         """(width, height) as shown, from the header alone.
@@ -76,22 +79,25 @@ class Picture:
                 )
             return (height, width) if _orientation(image) in _QUARTERS else (width, height)
 
-    def pixels(self, size: Size | None = None, top: float = 0.5, left: float = 0.5) -> Image.Image:
-        """The picture as shown: turned as its camera was, in RGB, on white where it is transparent.
+    def pixels(
+        self, size: Size | None = None, top: float = 0.5, left: float = 0.5, *, background: str = "white"
+    ) -> Image.Image:
+        """The picture as shown: turned as its camera was, in RGB.
 
         Args:
             size: (height, width) to which it is scaled and cropped; None leaves it as it is.
             top, left: see `buckets.crop`.
+            background: the colour that is seen where it is transparent.
 
         Raises:
-            DamagedImage: if it cannot be decoded to its end, or is too large (see `size`).
+            DamagedImage: if it cannot be decoded to its end, is too large (see `size`), or is deep grey of unknown brightness.
         """
         self.size()
         with _opened(self) as file, _decoder(file) as image:
             _orientation(image)  # Pillow remembers it as the header says it
             image.load()
             orientation = _orientation(image)  # of a TIFF, which Pillow has turned by now, it is 1
-            shown = _in_rgb(image)
+            shown = _in_rgb(image, background)
             if size is not None:  # before it is turned, which takes as much memory again
                 shown = cover(shown, size[::-1] if orientation in _QUARTERS else size)
             if orientation in _TURNS:
@@ -102,6 +108,37 @@ class Picture:
         """A hash of the stored bytes: 32 hex digits."""
         with _opened(self) as file:
             return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
+
+
+def read_picture(path: str | Path, *, to_cover: Size | None = None, background: str = "white") -> Image.Image:
+    """One file's picture as shown.
+
+    Args:
+        to_cover: see `check_enlargement`.
+        background: see `Picture.pixels`.
+
+    Raises:
+        DamagedImage: naming the file, see `Picture.pixels` and `check_enlargement`.
+    """
+    picture = Picture(str(path), None, partial(open_file, Path(path)))
+    try:
+        if to_cover is not None:
+            check_enlargement(*picture.size(), to_cover)
+        return picture.pixels(background=background)
+    except DamagedImage as error:
+        raise DamagedImage(f"{path}: {error}") from error
+
+
+def check_enlargement(width: int, height: int, size: Size) -> None:
+    """See that a picture can be scaled to cover (height, width).
+
+    Raises:
+        DamagedImage: if it would be more than MAX_ENLARGEMENT times as large.
+    """
+    if enlargement(width, height, size) > MAX_ENLARGEMENT:
+        raise DamagedImage(
+            f"{width}x{height} would be enlarged more than {MAX_ENLARGEMENT} times to cover {size[1]}x{size[0]}"
+        )
 
 
 def open_file(path: Path) -> io.BufferedIOBase:
@@ -188,25 +225,44 @@ def _is_rgb(image: Image.Image) -> bool:
     return image.mode == "RGB" and "transparency" not in image.info
 
 
-def _in_rgb(image: Image.Image) -> Image.Image:
-    """The picture itself, or a copy on white that is made strip by strip: nothing else is held of it."""
+def _in_rgb(image: Image.Image, background: str) -> Image.Image:
+    """The picture itself, or a copy on a background that is made strip by strip: nothing else is held of it."""
     if _is_rgb(image):
         return image
-    copy = Image.new("RGB", image.size)
-    strips = [(0, top, image.width, min(top + _STRIP, image.height)) for top in range(0, image.height, _STRIP)]
-    highest = 255.0
-    if image.mode in _DEEP_MODES:
-        highest = max(highest, *(image.crop(strip).convert("F").getextrema()[1] for strip in strips))
-    for strip in strips:
-        copy.paste(_on_white(image.crop(strip), highest), strip)
+    copy, white = Image.new("RGB", image.size), _white(image)
+    for top in range(0, image.height, _STRIP):
+        strip = (0, top, image.width, min(top + _STRIP, image.height))
+        part = image.crop(strip)
+        copy.paste(_laid_on(background, _in_8_bits(part, white) if image.mode in _DEEP_MODES else part), strip)
     return copy
 
 
-def _on_white(image: Image.Image, highest: float) -> Image.Image:
-    """A picture in RGB; one of deep grey scaled so that its `highest` is 255, where Pillow would clip it."""
-    if image.mode in _DEEP_MODES:
-        image = image.convert("F").point(lambda value: value * (255 / highest))
+def _white(image: Image.Image) -> int:
+    """What a picture of deep grey means by white."""
+    if image.mode == "F":
+        return 1
+    bits = image.tag_v2.get(258, (16,))[0] if image.format == "TIFF" else 16
+    return 2 ** min(bits, 16) - 1  # in 32 bits some programs keep 16
+
+
+def _in_8_bits(image: Image.Image, white: int) -> Image.Image:
+    """Deep grey, which Pillow would clip at 255.
+
+    Raises:
+        DamagedImage: if its values are not from black to white.
+    """
+    values = np.asarray(image, dtype=np.float32)
+    low, high = values.min(), values.max()  # NaN if there is one
+    if not (low >= 0 and high <= white):
+        kind = "float" if image.mode == "F" else "16 bits"
+        raise DamagedImage(
+            f"its values are from {low:g} to {high:g}, those of {kind} from 0 to {white}; convert it to 8 bits"
+        )
+    return Image.fromarray((values * (255 / white) + 0.5).astype(np.uint8))
+
+
+def _laid_on(background: str, image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")

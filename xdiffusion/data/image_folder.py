@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from xdiffusion.data.captioned_images import CaptionedImages
-from xdiffusion.data.image_files import MAX_CAPTION, Picture, open_file
+from xdiffusion.data.image_files import MAX_CAPTION, DamagedImage, Picture, open_file
 from xdiffusion.data.lines import MAX_ROW, BoundedLines
 
 MAX_ABSENT = 1000  # pictures that a list names, are not there, and are remembered by name
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw")
+NOT_READ = "this format is not read; convert to PNG or JPEG"
 METADATA = ("metadata.jsonl", "metadata.csv")
 
 
@@ -47,7 +53,7 @@ def load_image_folder(
     folder = Path(data_dir)
     if not folder.is_dir():
         raise ValueError(f"--data_dir {folder} is no folder")
-    files = picture_files(folder)
+    files = picture_files(folder, SUFFIXES + UNREAD)
     if not files:
         raise ValueError(f"--data_dir {folder} holds no picture; the endings looked for are {', '.join(SUFFIXES)}")
     captions_from, pictures, absent = _captioned(folder, files)
@@ -67,21 +73,39 @@ def load_image_folder(
     return images
 
 
-def picture_files(folder: Path) -> list[Path]:
-    """The files of a folder and of the folders in it that have a picture's ending, without hidden ones."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not _hidden(p, folder))
+def picture_files(folder: Path, endings: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The files of a folder and of the folders in it that have one of the endings, without hidden ones."""
+    return sorted(path for path in _entries(folder) if path.suffix.lower() in endings)
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """What is in a folder and in those below it, without hidden ones. Links to folders are followed after all others, so that
+    none is entered twice, and each first under its own name."""
+    entered, waiting = set(), deque([folder])
+    while waiting:
+        for place, folders, files in os.walk(waiting.popleft()):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if os.path.realpath(place) in entered:
+                folders.clear()
+                continue
+            entered.add(os.path.realpath(place))
+            paths = [Path(place, name) for name in folders]
+            waiting += [path for path in paths if path.is_symlink()]
+            yield from paths
+            yield from (Path(place, name) for name in files if not name.startswith("."))
 
 
 def _captioned(folder: Path, files: Sequence[Path]) -> tuple[str, list[Picture], int]:
     """Where the captions come from, the pictures, and how many more a list names."""
     names = [str(file.relative_to(folder)) for file in files]
     if any(file.with_suffix(".txt").is_file() for file in files):
-        return ".txt files", [_picture(folder, name, _sidecar(file)) for name, file in zip(names, files)], 0
+        return ".txt files", [_with_sidecar(folder, name) for name in names], 0
     metadata = _metadata_files(folder)
     if metadata:
         found, absent, present = {}, 0, set(names)
+        entered = {place.resolve() for place in {folder, *(path.parent for path in (*files, *metadata))}}
         for path in metadata:
-            of_file, not_there = _read_metadata(path, folder, present)
+            of_file, not_there = _read_metadata(path, folder, present, entered)
             found |= {name: text for name, text in of_file.items() if text or name not in found}
             absent += not_there
         listed = [_picture(folder, name, text) for name, text in found.items()]
@@ -92,21 +116,44 @@ def _captioned(folder: Path, files: Sequence[Path]) -> tuple[str, list[Picture],
 
 def _metadata_files(folder: Path) -> list[Path]:
     """Of the folder and each one in it the first of METADATA, the outer ones first."""
-    files = (path for name in reversed(METADATA) for path in folder.rglob(name) if path.is_file())
-    found = {path.parent: path for path in files if not _hidden(path, folder)}
+    files = [path for path in _entries(folder) if path.name in METADATA and path.is_file()]
+    found = {path.parent: path for path in sorted(files, key=lambda path: METADATA.index(path.name), reverse=True)}
     return sorted(found.values(), key=lambda path: (len(path.parts), path))
 
 
 def _picture(folder: Path, name: str, caption: str | None) -> Picture:
+    if Path(name).suffix.lower() in UNREAD:
+        return Picture(name, None, _open_unread, uncaptioned=NOT_READ)
     return Picture(name, caption, partial(open_file, folder / name))
 
 
+def _open_unread() -> NoReturn:
+    raise DamagedImage(NOT_READ)
+
+
+def _with_sidecar(folder: Path, name: str) -> Picture:
+    try:
+        return _picture(folder, name, _sidecar(folder / name))
+    except UnicodeError:
+        return replace(_picture(folder, name, None), uncaptioned="caption is not UTF-8")
+
+
 def _sidecar(file: Path) -> str | None:
+    """The caption beside a picture.
+
+    Raises:
+        UnicodeError: if it is not in UTF-8, nor in UTF-16 with its mark.
+    """
     beside = file.with_suffix(".txt")
     if not beside.is_file():
         return None
-    with beside.open(encoding="utf-8-sig", errors="replace") as stream:
-        return _caption(stream.read(MAX_CAPTION + 1))
+    with beside.open("rb") as stream:
+        marked = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    with beside.open(encoding="utf-16" if marked else "utf-8-sig") as stream:
+        text = stream.read(MAX_CAPTION + 1)
+    if "\0" in text:
+        raise UnicodeError(f"{beside} is in UTF-16 without its mark")
+    return _caption(text)
 
 
 def _caption(text: str) -> str:
@@ -120,12 +167,13 @@ def _words(file: Path) -> str:
     return re.sub(r"[\s-]*\(?\d+\)?$", "", words) or words
 
 
-def _read_metadata(path: Path, folder: Path, present: Set[str]) -> tuple[dict[str, str], int]:
+def _read_metadata(path: Path, folder: Path, present: Set[str], entered: Set[Path]) -> tuple[dict[str, str], int]:
     """file_name -> text, by paths below the folder, and how many more are named that are not there.
 
     Args:
         path: of the file, in which names are as seen from its own folder.
         present: names that are known to be in the folder.
+        entered: the folder and others that links in it led to, resolved.
 
     Raises:
         ValueError: naming the line that is wrong.
@@ -139,7 +187,7 @@ def _read_metadata(path: Path, folder: Path, present: Set[str]) -> tuple[dict[st
         name = os.path.normpath(path.parent.relative_to(folder) / name)
         if name not in present:
             try:
-                name = _inside(folder, name)
+                name = _inside(folder, name, entered)
                 there = (folder / name).exists()
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or error
@@ -151,14 +199,15 @@ def _read_metadata(path: Path, folder: Path, present: Set[str]) -> tuple[dict[st
     return found, max(absent - MAX_ABSENT, 0)
 
 
-def _inside(folder: Path, name: str) -> str:
+def _inside(folder: Path, name: str, entered: Set[Path]) -> str:
     """A name as seen from the folder.
 
     Raises:
-        ValueError: if it is not below the folder, links followed.
+        ValueError: if it is not below the folder or, links followed, below one that was entered.
     """
     path = folder / name
-    if not path.is_relative_to(folder) or not path.resolve().is_relative_to(folder.resolve()):
+    real = Path(os.path.realpath(path))  # resolve() fails on a link to itself
+    if not path.is_relative_to(folder) or entered.isdisjoint((real, *real.parents)):
         raise ValueError("leads out of the folder")
     return str(path.relative_to(folder))
 
@@ -196,8 +245,9 @@ def _csv_rows(lines: BoundedLines) -> Iterator[tuple[int, Mapping[str, object]]]
         raise ValueError(f"{lines.path} must have the columns file_name and text (or caption), not {named}")
     for row in reader:
         lines.room = MAX_ROW
+        if more := [value for value in row.pop(None, ()) if value.strip()]:
+            raise ValueError(
+                f"{lines.path}, line {lines.number} has more values than the {len(reader.fieldnames)} columns, the last "
+                f'{more[-1]!r:.80}: a caption with commas must be in double quotes, as in picture.png,"a red fox, sitting"'
+            )
         yield lines.number, row
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
