@@ -20,7 +20,8 @@ from xdiffusion.checkpoints.weight_index import read_indexed
 from xdiffusion.config_files import ConfigError
 from xdiffusion.loading import STABLE_DIFFUSION, choices_of_run, load_model
 
-PREDICTS = f"{MODELSPEC}prediction_type"
+PREDICTS, COMFY_PREDICTS = f"{MODELSPEC}prediction_type", f"{MODELSPEC}predict_key"
+ARCHITECTURE = f"{MODELSPEC}architecture"
 EXTRA = {  # what original files hold beside the model
     "betas": torch.zeros(3),
     "first_stage_model.loss.logvar": torch.zeros(()),
@@ -152,6 +153,12 @@ def test_a_single_file_is_recognised_and_half_precision_becomes_whole(suffix, tm
         ("tuned_v2", {}, "eps", True),
         ("tuned_v", {PREDICTS: "epsilon"}, "eps", False),
         ("tuned", {PREDICTS: "v"}, "v", False),
+        ("tuned", {PREDICTS: "v_prediction"}, "v", False),
+        ("tuned", {COMFY_PREDICTS: "v"}, "v", False),
+        ("tuned_v", {COMFY_PREDICTS: "epsilon"}, "eps", False),
+        ("tuned", {ARCHITECTURE: "stable-diffusion-v2-768-v"}, "v", False),
+        ("tuned_v", {ARCHITECTURE: "stable-diffusion-v2-768-v", PREDICTS: "epsilon"}, "eps", False),
+        ("tuned", {PREDICTS: "flow"}, "eps", True),
     ],
 )
 def test_what_a_2x_file_predicts_is_in_its_header_or_assumed_by_its_name(

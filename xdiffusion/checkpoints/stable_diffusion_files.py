@@ -36,7 +36,7 @@ _SIZES = {  # (width of the UNet's first level, width of the text embedding)
 }
 _RELATIVES = {2048: "Stable Diffusion XL", 1280: "the refiner of Stable Diffusion XL"}  # by the width of their context
 _INPUTS = {9: "for inpainting", 8: "InstructPix2Pix", 7: "an upscaler", 5: "for depth maps"}  # by the UNet's channels
-_PREDICTIONS = {"epsilon": "eps", "v": "v"}
+_PREDICTIONS = {"epsilon": "eps", "v": "v", "v_prediction": "v"}
 _NAMES_OF_V = {
     "sd15": re.compile(r"v[-_]?pred", re.IGNORECASE),
     "sd21": re.compile(r"768|v[-_]?pred|v-ema|[_-]v(?=[_-]|$)", re.IGNORECASE),
@@ -111,7 +111,6 @@ def recognise_original(
     size = _size(path, tensors)
     if size is None:
         raise _other_model(path, tensors)
-    prediction = "v" if V_PRED in names else _PREDICTIONS.get(header.get(f"{MODELSPEC}prediction_type", ""))
     text = {"layers": _layers(tensors)}
     resolution = re.fullmatch(r"([1-9]\d{0,4})x\1", header.get(f"{MODELSPEC}resolution", ""))
     skip = re.fullmatch(r"[1-9]\d?", header.get(f"{MODELSPEC}encoder_layer", ""))
@@ -122,7 +121,19 @@ def recognise_original(
         "model": {"text_encoder": text},
         "diffusion": {"schedule": {"zero_terminal_snr": True}} if ZTSNR in names else {},
     }
-    return _with_prediction(path, StableDiffusionFile(tensors, size, said, unused=unused or {}), prediction)
+    return _with_prediction(
+        path, StableDiffusionFile(tensors, size, said, unused=unused or {}), _prediction(names, header)
+    )
+
+
+def _prediction(names: Any, header: Mapping[str, str]) -> str | None:
+    """What an original file says that it predicts; None if nothing."""
+    if V_PRED in names:
+        return "v"
+    for key in ("prediction_type", "predict_key"):  # ModelSpec's, and ComfyUI's
+        if said := _PREDICTIONS.get(header.get(f"{MODELSPEC}{key}", "")):
+            return said
+    return "v" if header.get(f"{MODELSPEC}architecture", "").endswith("-768-v") else None
 
 
 def header_of_original(config: Mapping[str, Any], title: str) -> tuple[dict[str, str], dict[str, Tensor]]:
