@@ -25,6 +25,8 @@ ARCHITECTURE = f"{MODELSPEC}architecture"
 EXTRA = {  # what original files hold beside the model
     "betas": torch.zeros(3),
     "first_stage_model.loss.logvar": torch.zeros(()),
+    "first_stage_model.model_ema.decay": torch.zeros(()),
+    "first_stage_model.model_ema.num_updates": torch.zeros(()),
     "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
     "model_ema.decay": torch.zeros(()),
 }

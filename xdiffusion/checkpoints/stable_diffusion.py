@@ -7,8 +7,8 @@
     model_ema.*                           the UNet's moving average, with names without dots
 
 All files of this layout have two residual blocks per level, no attention at the UNet's last level, and an autoencoder of
-four levels, so a name's place follows from the name alone. Everything else in a file (schedules, the discriminator of the
-autoencoder's training) is left out.
+four levels, so a name's place follows from the name alone. Everything else in a file (schedules, the discriminator
+and the moving average of the autoencoder's training) is left out.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def from_original(tensors: Mapping[str, Tensor], ema: bool = False) -> dict[str,
     text |= text_encoder_from_transformers(parts[TEXT_TRANSFORMERS])
     ours = {f"network.{unet_name_from_original(name)}": tensor for name, tensor in parts[UNET].items()}
     for name, tensor in parts[AUTOENCODER].items():
-        if not name.startswith("loss."):
+        if not name.startswith(("loss.", "model_ema.")):
             ours[f"autoencoder.{_swap(name, _FROM_AUTOENCODER)}"] = _as_linear(name, tensor)
     ours |= {f"text_encoder.{name}": t for name, t in text.items() if not name.startswith(_UNUSED_LAYER)}
     return ours
