@@ -109,6 +109,34 @@ def test_the_moving_average_is_a_choice(tmp_path):
         load_model_file(tmp_path / "one.safetensors", ema=True)
 
 
+def averaged(original):
+    """A file's tensors with the UNet as a moving average alone."""
+
+    def renamed(name):
+        return "model_ema." + name.removeprefix("model.").replace(".", "") if name.startswith("model.") else name
+
+    return {renamed(name): tensor for name, tensor in original.items()}
+
+
+@pytest.mark.parametrize("name", FULL_SD[:2])
+def test_every_name_of_a_moving_average_is_known_at_full_size(name):
+    with torch.device("meta"):
+        original = to_original(build_model(sd_config(name)).state_dict(), text_names(name))
+    assert from_original(averaged(original), ema=True).keys() == from_original(original).keys()
+
+
+def test_a_moving_average_alone_is_read_and_told(tmp_path, capsys):
+    exact = random_sd("sd15_tiny").state_dict()
+    path = tmp_path / "average.safetensors"
+    save(averaged(to_original(exact, "transformers")) | EXTRA, path)
+    for choice, told in ((None, True), (True, False)):
+        tensors = load_model(path, ema=choice)[0].state_dict()
+        assert all(torch.equal(tensors[n], exact[n]) for n in exact)
+        assert (f"{path} is read: with the moving average of its UNet" in capsys.readouterr().err) == told
+    with pytest.raises(CheckpointError, match=r"average.safetensors holds nothing of its UNet but a moving average"):
+        load_model_file(path, ema=False)
+
+
 def test_old_names_of_diffusers_autoencoder_are_read():
     ours = {n.removeprefix("autoencoder."): t for n, t in random_sd("sd15_tiny").state_dict().items() if "autoenc" in n}
     old = {}

@@ -23,7 +23,13 @@ from torch import Tensor
 from xdiffusion.checkpoints.diffusers_folder import folder_tensors, read_settings
 from xdiffusion.checkpoints.diffusers_settings import config_from
 from xdiffusion.checkpoints.files import CheckpointError, is_pipeline_folder
-from xdiffusion.checkpoints.stable_diffusion import UNET, from_original, unused_in_original, with_text_projection
+from xdiffusion.checkpoints.stable_diffusion import (
+    AVERAGED,
+    UNET,
+    from_original,
+    unused_in_original,
+    with_text_projection,
+)
 from xdiffusion.checkpoints.weight_index import open_weights
 
 MODELSPEC = "modelspec."  # of the keys of a file's header that describe a model, as Stability AI's ModelSpec names them
@@ -70,23 +76,28 @@ def read_stable_diffusion(path: Path, ema: bool | None = None) -> StableDiffusio
     Args:
         path: a file or a folder.
         ema: where the UNet's weights are there twice, take their moving average or not. None: of a file, which most programs
-            read so, not; of a folder, which is named so, the average.
+            read so, not, unless it is all there is; of a folder, which is named so, the average.
 
     Raises:
-        CheckpointError: if it is damaged, another model of that family (XL, inpainting), or has no moving average.
+        CheckpointError: if it is damaged, another model of that family (XL, inpainting), or not there as `ema` asks for.
     """
     if is_pipeline_folder(path):
         return _read_folder(path, ema)
     stored, header = open_weights(path)
-    if not any(name.startswith(UNET) for name in stored):
+    averaged = not any(name.startswith(UNET) for name in stored)
+    if averaged and not any(name.startswith(AVERAGED) for name in stored):
         return None
+    if averaged and ema is False:
+        raise CheckpointError(f"{path} holds nothing of its UNet but a moving average")
     try:
-        tensors = with_text_projection(from_original(stored, bool(ema)))
+        tensors = with_text_projection(from_original(stored, ema or averaged))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if any(name.startswith(("conditioner.", f"{UNET}label_emb.")) for name in stored):
         raise CheckpointError(f"{path} is no Stable Diffusion 1.x or 2.x, but {_RELATIVES[2048]}")
-    return recognise_original(path, tensors, stored.keys(), header, unused_in_original(stored))
+    found = recognise_original(path, tensors, stored.keys(), header, unused_in_original(stored))
+    note = f"{path} is read: with the moving average of its UNet, since there is no other"
+    return replace(found, notes=(note,)) if averaged and ema is None else found
 
 
 def recognise_original(
