@@ -24,6 +24,8 @@ def write(path, content):
         ("x.pt", {"string_to_token": {"*": 265}, "string_to_param": {"*": ROWS}, "name": "ink"}, {"ink": ROWS}),
         ("ink.pt", {"string_to_param": {"*": torch.nn.Parameter(ROWS)}, "step": 3}, {"ink": ROWS}),
         ("ink.safetensors", {"emb_params": ROWS}, {"ink": ROWS}),
+        ("ink.safetensors", {"clip_l": ROWS}, {"ink": ROWS}),
+        ("ink.safetensors", {"clip_h": ROWS}, {"ink": ROWS}),
     ],
 )
 def test_forms(name, content, expected, tmp_path):
@@ -49,6 +51,7 @@ def test_what_is_written_is_read_and_may_be_renamed(tmp_path):
         ("a.safetensors", {"<a>": torch.full((4,), torch.nan)}, "'<a>' is not finite"),
         ("a.safetensors", {"<a>": torch.zeros(4, dtype=torch.int64)}, "'<a>' is no learned token"),
         ("a.safetensors", {"clip_l": ROWS, "clip_g": ROWS + 1}, "Stable Diffusion XL"),
+        ("a.safetensors", {"clip_g": ROWS}, "Stable Diffusion XL"),
     ],
 )
 def test_other_files_are_refused(name, content, message, tmp_path):

@@ -343,7 +343,9 @@ def test_other_models_and_damaged_files_are_refused(tmp_path):
     refused({conv_in: torch.zeros(16, 9, 3, 3)}, "9 input channels; known are 320/768, 320/1024")
     refused({to_k: torch.zeros(16, 2048)}, "2.x, but Stable Diffusion XL: .* first width 16, text width 2048")
     label = "model.diffusion_model.label_emb.0.0.weight"
-    refused({label: torch.zeros(4)}, "no Stable Diffusion 1.x or 2.x, but Stable Diffusion XL")
+    refused({label: torch.zeros(4)}, "no Stable Diffusion 1.x or 2.x, but the unCLIP of 2.1")
+    refused({label: torch.zeros(4)}, "no Stable Diffusion 1.x or 2.x, but Stable Diffusion XL", without=[to_k])
+    refused({label: torch.zeros(4), "conditioner.x": torch.zeros(4)}, "but Stable Diffusion XL")
     refused({}, "its UNet has no network.down_blocks.0.attentions", without=[to_k])
     norm = "first_stage_model.encoder.norm_out.weight"
     refused(

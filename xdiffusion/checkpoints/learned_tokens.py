@@ -3,6 +3,7 @@
 diffusers   learned_embeds.safetensors / .bin     {"<cat>": (width,) or (n, width)}
 A1111       .pt                                   {"string_to_param": {"*": (n, width)}, "name": "cat", ...}
 A1111       .safetensors                          {"emb_params": (n, width)}, named by the file
+ComfyUI     .safetensors                          {"clip_l": (n, width)} of 1.x, {"clip_h": ...} of 2.x, named by the file
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from xdiffusion.checkpoints.files import PICKLED, CheckpointError, load_pickled, load_safetensors, save_safetensors
+
+_NAMELESS = {"emb_params", "clip_l", "clip_h"}
 
 
 def parse_tokens_spec(text: str) -> tuple[Path, str | None]:
@@ -57,12 +60,12 @@ def _named(content: Any, path: Path) -> dict[str, Tensor]:
     if isinstance(content.get("string_to_param"), Mapping):
         own = str(content.get("name") or path.stem)
         content = {own if token == "*" else str(token): rows for token, rows in content["string_to_param"].items()}
-    elif {"clip_l", "clip_g"} & set(content):
+    elif "clip_g" in content:
         raise CheckpointError(
             f"{path} holds tokens of Stable Diffusion XL, whose text encoders this model does not have"
         )
-    elif set(content) == {"emb_params"}:
-        content = {path.stem: content["emb_params"]}
+    elif len(content) == 1 and _NAMELESS & set(content):
+        content = dict(zip([path.stem], content.values()))
     if not content or not all(isinstance(rows, Tensor) for rows in content.values()):
         raise CheckpointError(f"{path} holds no learned tokens: neither embeddings by name nor A1111's string_to_param")
     return {str(token): rows for token, rows in content.items()}

@@ -41,6 +41,7 @@ _SIZES = {  # (width of the UNet's first level, width of the text embedding)
     (16, 24): "sd21_tiny",
 }
 _RELATIVES = {2048: "Stable Diffusion XL", 1280: "the refiner of Stable Diffusion XL"}  # by the width of their context
+_UNCLIP = "the unCLIP of 2.1, which draws variations of a picture"
 _INPUTS = {9: "for inpainting", 8: "InstructPix2Pix", 7: "an upscaler", 5: "for depth maps"}  # by the UNet's channels
 _PREDICTIONS = {"epsilon": "eps", "v": "v", "v_prediction": "v"}
 _NAMES_OF_V = {
@@ -93,8 +94,8 @@ def read_stable_diffusion(path: Path, ema: bool | None = None) -> StableDiffusio
         tensors = with_text_projection(from_original(stored, ema or averaged))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if any(name.startswith(("conditioner.", f"{UNET}label_emb.")) for name in stored):
-        raise CheckpointError(f"{path} is no Stable Diffusion 1.x or 2.x, but {_RELATIVES[2048]}")
+    if relative := _conditioned_otherwise(stored, tensors):
+        raise CheckpointError(f"{path} is no Stable Diffusion 1.x or 2.x, but {relative}")
     found = recognise_original(path, tensors, stored.keys(), header, unused_in_original(stored))
     note = f"{path} is read: with the moving average of its UNet, since there is no other"
     return replace(found, notes=(note,)) if averaged and ema is None else found
@@ -214,6 +215,15 @@ def _size(path: Path, tensors: Mapping[str, Tensor]) -> str | None:
 def _layers(tensors: Mapping[str, Tensor]) -> int:
     """Of the text encoder."""
     return len({name.split(".")[2] for name in tensors if name.startswith("text_encoder.layers.")})
+
+
+def _conditioned_otherwise(stored: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """What a model is that is conditioned on more than a text, by the names in its file and by ours; "" for others."""
+    if any(name.startswith("conditioner.") for name in stored):
+        return _RELATIVES[2048]
+    if any(name.startswith((f"{UNET}label_emb", f"{AVERAGED}label_emb")) for name in stored):
+        return _UNCLIP if _CONTEXT in tensors else _RELATIVES[2048]  # whose first level has no attention
+    return ""
 
 
 def _relative(tensors: Mapping[str, Tensor]) -> str:
