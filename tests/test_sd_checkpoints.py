@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -204,6 +205,17 @@ def test_what_a_2x_file_predicts_is_in_its_header_or_assumed_by_its_name(
     assert named.prediction != prediction
     differing = [line for line in choices_of_run(config, load_model_file(path)) if "diffusion.prediction" in line]
     assert len(differing) == (not noted)  # a guess is nothing that a run could differ from
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [("resolution", "500x500", "sides are multiples of 8"), ("encoder_layer", "12", "text encoder has 2 layers")],
+)
+def test_what_a_header_says_and_the_model_cannot_have_is_ignored_and_told(key, value, why, tmp_path, capsys):
+    path = tmp_path / "sd15.safetensors"
+    save(to_original(random_sd("sd15_tiny").state_dict(), "transformers"), path, {f"{MODELSPEC}{key}": value})
+    assert load_model(path)[1] == sd_config("sd15_tiny")
+    assert re.search(rf"{path}: ignored modelspec.{key}={value}: its .*{why}", capsys.readouterr().err)
 
 
 @pytest.fixture

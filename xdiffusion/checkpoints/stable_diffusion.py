@@ -31,6 +31,7 @@ TextNames = Literal["transformers", "open_clip"]
 UNET, AUTOENCODER, AVERAGED = "model.diffusion_model.", "first_stage_model.", "model_ema.diffusion_model"
 TEXT_TRANSFORMERS, TEXT_OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 _LEVELS, _RES_BLOCKS = 4, 2
+PIXELS_PER_LATENT = 2 ** (_LEVELS - 1)
 _UNUSED_LAYER = "layers.23."
 
 

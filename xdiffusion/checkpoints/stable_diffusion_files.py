@@ -25,6 +25,7 @@ from xdiffusion.checkpoints.diffusers_settings import config_from
 from xdiffusion.checkpoints.files import CheckpointError, is_pipeline_folder
 from xdiffusion.checkpoints.stable_diffusion import (
     AVERAGED,
+    PIXELS_PER_LATENT,
     UNET,
     from_original,
     unused_in_original,
@@ -98,7 +99,7 @@ def read_stable_diffusion(path: Path, ema: bool | None = None) -> StableDiffusio
         raise CheckpointError(f"{path} is no Stable Diffusion 1.x or 2.x, but {relative}")
     found = recognise_original(path, tensors, stored.keys(), header, unused_in_original(stored))
     note = f"{path} is read: with the moving average of its UNet, since there is no other"
-    return replace(found, notes=(note,)) if averaged and ema is None else found
+    return replace(found, notes=(*found.notes, note)) if averaged and ema is None else found
 
 
 def recognise_original(
@@ -123,19 +124,27 @@ def recognise_original(
     size = _size(path, tensors)
     if size is None:
         raise _other_model(path, tensors)
-    text = {"layers": _layers(tensors)}
+    data, text, notes = {}, {"layers": _layers(tensors)}, []
     resolution = re.fullmatch(r"([1-9]\d{0,4})x\1", header.get(f"{MODELSPEC}resolution", ""))
     skip = re.fullmatch(r"[1-9]\d?", header.get(f"{MODELSPEC}encoder_layer", ""))
+    if resolution and int(resolution[1]) % PIXELS_PER_LATENT:
+        notes.append(f"resolution={resolution[0]}: its images' sides are multiples of {PIXELS_PER_LATENT}")
+    elif resolution:
+        data["image_size"] = int(resolution[1])
     if skip and size.startswith("sd15"):  # of 2.x some count from OpenCLIP's last layer, some from the last one used
-        text["clip_skip"] = int(skip[0])
+        if int(skip[0]) <= text["layers"]:
+            text["clip_skip"] = int(skip[0])
+        else:
+            notes.append(f"encoder_layer={skip[0]}: its text encoder has {text['layers']} layers")
     said = {
-        "data": {"image_size": int(resolution[1])} if resolution else {},
+        "data": data,
         "model": {"text_encoder": text},
         "diffusion": {"schedule": {"zero_terminal_snr": True}} if ZTSNR in names else {},
     }
-    return _with_prediction(
-        path, StableDiffusionFile(tensors, size, said, unused=unused or {}), _prediction(names, header)
+    found = StableDiffusionFile(
+        tensors, size, said, unused=unused or {}, notes=tuple(f"{path}: ignored {MODELSPEC}{note}" for note in notes)
     )
+    return _with_prediction(path, found, _prediction(names, header))
 
 
 def _prediction(names: Any, header: Mapping[str, str]) -> str | None:
