@@ -21,9 +21,15 @@ def write(path, content):
         ("learned_embeds.safetensors", {"<cat>": ROWS[0].clone()}, {"<cat>": ROWS[:1]}),
         ("learned_embeds.safetensors", {"<cat>": ROWS, "<dog>": ROWS + 1}, {"<cat>": ROWS, "<dog>": ROWS + 1}),
         ("learned_embeds.bin", {"<cat>": ROWS[0]}, {"<cat>": ROWS[:1]}),
-        ("x.pt", {"string_to_token": {"*": 265}, "string_to_param": {"*": ROWS}, "name": "ink"}, {"ink": ROWS}),
+        (
+            "x.pt",
+            {"string_to_token": {"*": 265}, "string_to_param": {"*": ROWS}, "name": "ink"},
+            {"x": ROWS, "ink": ROWS},
+        ),
         ("ink.pt", {"string_to_param": {"*": torch.nn.Parameter(ROWS)}, "step": 3}, {"ink": ROWS}),
         ("ink.safetensors", {"emb_params": ROWS}, {"ink": ROWS}),
+        ("ink.safetensors", {"clip_l": ROWS}, {"ink": ROWS}),
+        ("ink.safetensors", {"clip_h": ROWS}, {"ink": ROWS}),
     ],
 )
 def test_forms(name, content, expected, tmp_path):
@@ -49,6 +55,7 @@ def test_what_is_written_is_read_and_may_be_renamed(tmp_path):
         ("a.safetensors", {"<a>": torch.full((4,), torch.nan)}, "'<a>' is not finite"),
         ("a.safetensors", {"<a>": torch.zeros(4, dtype=torch.int64)}, "'<a>' is no learned token"),
         ("a.safetensors", {"clip_l": ROWS, "clip_g": ROWS + 1}, "Stable Diffusion XL"),
+        ("a.safetensors", {"clip_g": ROWS}, "Stable Diffusion XL"),
     ],
 )
 def test_other_files_are_refused(name, content, message, tmp_path):
@@ -57,6 +64,8 @@ def test_other_files_are_refused(name, content, message, tmp_path):
 
 
 def test_a_name_is_for_a_file_of_one_token(tmp_path):
+    path = write(tmp_path / "x.pt", {"string_to_param": {"*": ROWS}, "name": "ink"})
+    assert list(read_learned_tokens(path, "<c>")) == ["<c>"]
     path = write(tmp_path / "a.safetensors", {"<a>": ROWS, "<b>": ROWS + 1})
     with pytest.raises(CheckpointError, match=r"holds 2 tokens .*cannot be named '<c>'"):
         read_learned_tokens(path, "<c>")

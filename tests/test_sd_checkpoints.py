@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -20,10 +21,13 @@ from xdiffusion.checkpoints.weight_index import read_indexed
 from xdiffusion.config_files import ConfigError
 from xdiffusion.loading import STABLE_DIFFUSION, choices_of_run, load_model
 
-PREDICTS = f"{MODELSPEC}prediction_type"
+PREDICTS, COMFY_PREDICTS = f"{MODELSPEC}prediction_type", f"{MODELSPEC}predict_key"
+ARCHITECTURE = f"{MODELSPEC}architecture"
 EXTRA = {  # what original files hold beside the model
     "betas": torch.zeros(3),
     "first_stage_model.loss.logvar": torch.zeros(()),
+    "first_stage_model.model_ema.decay": torch.zeros(()),
+    "first_stage_model.model_ema.num_updates": torch.zeros(()),
     "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
     "model_ema.decay": torch.zeros(()),
 }
@@ -106,6 +110,34 @@ def test_the_moving_average_is_a_choice(tmp_path):
         load_model_file(tmp_path / "one.safetensors", ema=True)
 
 
+def averaged(original):
+    """A file's tensors with the UNet as a moving average alone."""
+
+    def renamed(name):
+        return "model_ema." + name.removeprefix("model.").replace(".", "") if name.startswith("model.") else name
+
+    return {renamed(name): tensor for name, tensor in original.items()}
+
+
+@pytest.mark.parametrize("name", FULL_SD[:2])
+def test_every_name_of_a_moving_average_is_known_at_full_size(name):
+    with torch.device("meta"):
+        original = to_original(build_model(sd_config(name)).state_dict(), text_names(name))
+    assert from_original(averaged(original), ema=True).keys() == from_original(original).keys()
+
+
+def test_a_moving_average_alone_is_read_and_told(tmp_path, capsys):
+    exact = random_sd("sd15_tiny").state_dict()
+    path = tmp_path / "average.safetensors"
+    save(averaged(to_original(exact, "transformers")) | EXTRA, path)
+    for choice, told in ((None, True), (True, False)):
+        tensors = load_model(path, ema=choice)[0].state_dict()
+        assert all(torch.equal(tensors[n], exact[n]) for n in exact)
+        assert (f"{path} is read: with the moving average of its UNet" in capsys.readouterr().err) == told
+    with pytest.raises(CheckpointError, match=r"average.safetensors holds nothing of its UNet but a moving average"):
+        load_model_file(path, ema=False)
+
+
 def test_old_names_of_diffusers_autoencoder_are_read():
     ours = {n.removeprefix("autoencoder."): t for n, t in random_sd("sd15_tiny").state_dict().items() if "autoenc" in n}
     old = {}
@@ -152,6 +184,12 @@ def test_a_single_file_is_recognised_and_half_precision_becomes_whole(suffix, tm
         ("tuned_v2", {}, "eps", True),
         ("tuned_v", {PREDICTS: "epsilon"}, "eps", False),
         ("tuned", {PREDICTS: "v"}, "v", False),
+        ("tuned", {PREDICTS: "v_prediction"}, "v", False),
+        ("tuned", {COMFY_PREDICTS: "v"}, "v", False),
+        ("tuned_v", {COMFY_PREDICTS: "epsilon"}, "eps", False),
+        ("tuned", {ARCHITECTURE: "stable-diffusion-v2-768-v"}, "v", False),
+        ("tuned_v", {ARCHITECTURE: "stable-diffusion-v2-768-v", PREDICTS: "epsilon"}, "eps", False),
+        ("tuned", {PREDICTS: "flow"}, "eps", True),
     ],
 )
 def test_what_a_2x_file_predicts_is_in_its_header_or_assumed_by_its_name(
@@ -167,6 +205,17 @@ def test_what_a_2x_file_predicts_is_in_its_header_or_assumed_by_its_name(
     assert named.prediction != prediction
     differing = [line for line in choices_of_run(config, load_model_file(path)) if "diffusion.prediction" in line]
     assert len(differing) == (not noted)  # a guess is nothing that a run could differ from
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [("resolution", "500x500", "sides are multiples of 8"), ("encoder_layer", "12", "text encoder has 2 layers")],
+)
+def test_what_a_header_says_and_the_model_cannot_have_is_ignored_and_told(key, value, why, tmp_path, capsys):
+    path = tmp_path / "sd15.safetensors"
+    save(to_original(random_sd("sd15_tiny").state_dict(), "transformers"), path, {f"{MODELSPEC}{key}": value})
+    assert load_model(path)[1] == sd_config("sd15_tiny")
+    assert re.search(rf"{path}: ignored modelspec.{key}={value}: its .*{why}", capsys.readouterr().err)
 
 
 @pytest.fixture
@@ -306,7 +355,9 @@ def test_other_models_and_damaged_files_are_refused(tmp_path):
     refused({conv_in: torch.zeros(16, 9, 3, 3)}, "9 input channels; known are 320/768, 320/1024")
     refused({to_k: torch.zeros(16, 2048)}, "2.x, but Stable Diffusion XL: .* first width 16, text width 2048")
     label = "model.diffusion_model.label_emb.0.0.weight"
-    refused({label: torch.zeros(4)}, "no Stable Diffusion 1.x or 2.x, but Stable Diffusion XL")
+    refused({label: torch.zeros(4)}, "no Stable Diffusion 1.x or 2.x, but the unCLIP of 2.1")
+    refused({label: torch.zeros(4)}, "no Stable Diffusion 1.x or 2.x, but Stable Diffusion XL", without=[to_k])
+    refused({label: torch.zeros(4), "conditioner.x": torch.zeros(4)}, "but Stable Diffusion XL")
     refused({}, "its UNet has no network.down_blocks.0.attentions", without=[to_k])
     norm = "first_stage_model.encoder.norm_out.weight"
     refused(

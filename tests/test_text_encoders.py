@@ -166,6 +166,7 @@ def test_learned_words_stand_for_their_embeddings(learner):
     assert torch.equal(learner.encode(["A<CAT>"]), before)
     expected = [VOCAB_SIZE, *token_ids("twofold"), VOCAB_SIZE + 1, VOCAB_SIZE + 2, *token_ids(","), VOCAB_SIZE]
     assert learner.tokenize(["<cat> twofold Two, <cat>"])[0, 1 : len(expected) + 1].tolist() == expected
+    assert learner.learned_words_in("twofold (a <CAT>:1.2)") == {"<cat>"}
     assert set(learner.state_dict()) - set(plain) == {"learned_embedding"}
     assert all(torch.equal(learner.state_dict()[name], value) for name, value in plain.items())
     learned = learner.learned_tokens()

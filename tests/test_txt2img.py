@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,16 @@ def test_learned_words(sample, work_folder, generator, capsys):
     assert sample("fox", "--prompt", "a <fox>", "--learned_tokens", "learned_embeds.safetensors=<fox>") == 0
     assert not np.array_equal(pixels("plain/image-0.png"), pixels("cat/image-0.png"))
     assert np.array_equal(pixels("cat/image-0.png"), pixels("fox/image-0.png"))
+
+
+def test_a_learned_word_that_no_prompt_holds_is_told(sample, work_folder, generator, capsys):
+    """Of A1111's file, which has two words, one is enough; most of them are for the negative prompt."""
+    rows = 3 * torch.randn(2, 8, generator=generator)
+    torch.save({"string_to_param": {"*": rows}, "name": "bad"}, "BadHands.pt")
+    told_for = {"'a bad fox'": False, "fox --negative_prompt (badhands:1.2)": False, "'a badger'": True}
+    for i, (words, told) in enumerate(told_for.items()):
+        assert sample(str(i), "--prompt", *shlex.split(words), "--learned_tokens", "BadHands.pt") == 0
+        assert ("warning: BadHands.pt: no prompt holds bad or badhands" in capsys.readouterr().err) == told
 
 
 def test_words_in_a_lora_file_are_used(sample, work_folder, generator, capsys):

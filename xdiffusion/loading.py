@@ -134,7 +134,8 @@ def _remarks(path: Path, found: StableDiffusionFile, config: DictConfig) -> Iter
         names = ("sd21_v", "sd21_base") if found.architecture.startswith("sd21") else ("sd15", "sd15")
         other = STABLE_DIFFUSION / f"{names[prediction == 'v']}{'_tiny' * found.architecture.endswith('_tiny')}.yaml"
         yield f"{path} is taken to predict {prediction}, by its name; if not, --config_path {_shown(other)}"
-    keys = (*(key for key in DRAWN_BY if key != found.guessed), "model.autoencoder.scale_factor")
+    drawn_by = (*DRAWN_BY, "model.text_encoder.pad_with_end_token", "model.autoencoder.scale_factor")
+    keys = [key for key in drawn_by if key != found.guessed]
     built_in = load_config(STABLE_DIFFUSION / f"{found.architecture}.yaml")
     said = [f"{key}={theirs}" for key, _, theirs in differences(built_in, config, keys)]
     if said:

@@ -138,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up(model, args)
     table = PROMPT_TABLES.get(config.data.kind.removesuffix("_inverted"))
     prompts = expand_prompts(args.prompt, table, args.num_samples)
+    add_learned_tokens(model, args.learned_tokens, [*prompts, config.sampling.negative_prompt])
     set_process(model, config)
     start = start_image(model, args, len(build_sampling(config, model.schedule)["times"]) - 1)
     blocks = {"start_image": start, "batch_size": args.batch_size or (100 if table else 4)}
@@ -173,9 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def set_up(model: DiffusionModel, args: argparse.Namespace) -> None:
-    """Size and words of the model, as the flags say."""
-    from xdiffusion.checkpoints.learned_tokens import parse_tokens_spec, read_learned_tokens
-
+    """The size of the model's images, as the flags say."""
     _, height, width = model.image_shape
     model.resize(args.height or height, args.width or width)
     megapixels = (args.num_samples or 1) * model.image_shape[1] * model.image_shape[2] / 1e6
@@ -186,10 +185,21 @@ def set_up(model: DiffusionModel, args: argparse.Namespace) -> None:
         )
     if args.tile_size and model.autoencoder.pixels_per_latent == 1:
         raise ValueError(f"--tile_size {args.tile_size} is for models with an autoencoder; this one draws pixels")
-    for path, name in map(parse_tokens_spec, args.learned_tokens):
+
+
+def add_learned_tokens(model: DiffusionModel, specs: Sequence[str], prompts: Sequence[str]) -> None:
+    """Give the model the words of each FILE[=NAME], and tell of a file whose words stand in none of the prompts."""
+    from xdiffusion.checkpoints.learned_tokens import parse_tokens_spec, read_learned_tokens
+
+    files = []
+    for path, name in map(parse_tokens_spec, specs):
         tokens = read_learned_tokens(path, name)
         model.text_encoder.add_tokens(tokens)
+        files.append((path, {word.strip().lower() for word in tokens}))
         print(f"{path}: {', '.join(f'{token} ({len(rows)} vectors)' for token, rows in tokens.items())}")
+    for path, words in files:
+        if not any(words & model.text_encoder.learned_words_in(prompt) for prompt in prompts):
+            print(f"warning: {path}: no prompt holds {' or '.join(sorted(words))}", file=sys.stderr)
 
 
 def start_image(model: DiffusionModel, args: argparse.Namespace, steps: int) -> StartImage | None:

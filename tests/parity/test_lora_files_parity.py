@@ -1,6 +1,7 @@
 """LoRA files beside diffusers and peft: what we write they load to our outputs, and what they write we read."""
 
 import copy
+import re
 
 import diffusers
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from xdiffusion.checkpoints.diffusers import unet_from_diffusers
+from xdiffusion.checkpoints.files import load_safetensors, save_safetensors
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import LayerTable, read_lora, sd_layer_table, write_lora
 from xdiffusion.lora import load_lora_weights
@@ -74,10 +76,12 @@ def random_lora(table, targets, alphas=(1.0, 3.0, 0.5, 7.0), ranks=(2, 3, 4), **
     return LoRAFile(modules)
 
 
-def assert_diffusers_gives_our_outputs(lora, format, folder):
+def assert_diffusers_gives_our_outputs(lora, format, folder, respelled=str):
     pipe, ours = pipeline(), pipeline()
     base = outputs(pipe.unet, pipe.text_encoder)
     write_lora(lora, folder / "lora.safetensors", format, LayerTable.of(parts(pipe)))
+    tensors, header = load_safetensors(folder / "lora.safetensors")
+    save_safetensors(folder / "lora.safetensors", {respelled(key): tensor for key, tensor in tensors.items()}, header)
     pipe.load_lora_weights(str(folder), weight_name="lora.safetensors")
     load_lora_weights(parts(ours), folder / "lora.safetensors")
     expected = outputs(ours.unet, ours.text_encoder)
@@ -97,6 +101,18 @@ def test_diffusers_loads_our_files(format, rslora, tmp_path):
     everywhere = random_lora(TABLE.part("unet"), EVERYWHERE, ranks=ranks)
     assert_diffusers_gives_our_outputs(random_lora(TABLE, ATTENTION, ranks=ranks, use_rslora=rslora), format, tmp_path)
     assert_diffusers_gives_our_outputs(everywhere, format, tmp_path)
+
+
+def test_we_load_what_the_scripts_of_diffusers_0_18_to_0_21_wrote(tmp_path):
+    """`train_dreambooth_lora.py --train_text_encoder`: processors of the UNet, layers of the text encoder."""
+
+    def respelled(key):
+        return re.sub(r"^(unet\..+)\.(to_[qkv]|to_out)(?:\.0)?\.lora\.", r"\1.processor.\2_lora.", key)
+
+    lora = random_lora(TABLE, ATTENTION, ranks=(3,))
+    assert_diffusers_gives_our_outputs(lora, "diffusers-sd15", tmp_path, respelled)
+    read = read_lora(tmp_path / "lora.safetensors", TABLE)
+    assert (read.format, read.modules.keys(), read.repairs) == ("diffusers-processors", lora.modules.keys(), ())
 
 
 def test_diffusers_loads_our_kohya_files(tmp_path):

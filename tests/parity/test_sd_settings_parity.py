@@ -1,9 +1,12 @@
 """What shapes do not tell, above all the prediction and the schedule: through every layout, and as diffusers draws."""
 
+import json
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from sd_files import TINY_SD, random_sd, sd_config, write_native
+from transformers import CLIPTokenizer
 
 from xdiffusion.build import build_sampling, override
 from xdiffusion.checkpoints.files import CheckpointError, load_pickled
@@ -88,6 +91,25 @@ def test_all_other_settings_are_in_a_folder(name, tmp_path):
     exact = random_sd(name).state_dict()
     assert all(torch.equal(tensor, exact[n]) for n, tensor in model.state_dict().items())
     assert_drawn_as_by_diffusers(folder)
+
+
+@pytest.mark.parametrize("padding", ["!", {"content": "!", "lstrip": False}, "<|endoftext|>", None])
+@pytest.mark.parametrize("listed", [False, True])
+def test_prompts_are_padded_as_transformers_pads_them(listed, padding, tmp_path, capsys):
+    """Stability's own folders of 2.x name the end token in one file and the exclamation mark in the other."""
+    folder = written("sd21_base_tiny", sd_config("sd21_base_tiny"), tmp_path)
+    settings = folder / "tokenizer/tokenizer_config.json"
+    said = json.loads(settings.read_text()) | {"pad_token": "<|endoftext|>"}
+    said |= {"added_tokens_decoder": {"0": {"content": "!"}, "49407": {"content": "<|endoftext|>"}}} if listed else {}
+    settings.write_text(json.dumps(said))
+    special = {"bos_token": "<|startoftext|>"} | ({"pad_token": padding} if padding else {})
+    settings.with_name("special_tokens_map.json").write_text(json.dumps(special))
+    tokenizer = CLIPTokenizer.from_pretrained(settings.parent)
+    theirs = tokenizer(PROMPT, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    model, config = load_model(folder)
+    assert torch.equal(model.text_encoder.tokenize([PROMPT]), theirs)
+    told = f"{folder} says model.text_encoder.pad_with_end_token=True" in capsys.readouterr().err
+    assert told == config.model.text_encoder.pad_with_end_token
 
 
 @pytest.mark.parametrize("other", [*OTHERS[:4], "model.network.norm_groups=2"])

@@ -21,7 +21,7 @@ from xdiffusion.checkpoints.diffusers import (
     unet_from_diffusers,
     unet_to_diffusers,
 )
-from xdiffusion.checkpoints.diffusers_settings import FILES, VERSION, folder_settings
+from xdiffusion.checkpoints.diffusers_settings import FILES, SPECIAL_TOKENS, VERSION, folder_settings
 from xdiffusion.checkpoints.files import (
     SAFETENSORS,
     CheckpointError,
@@ -97,7 +97,7 @@ def read_settings(folder: Path) -> dict[str, dict[str, Any]]:
     Raises:
         CheckpointError: if one cannot be read.
     """
-    return {name: _read_mapping(folder / name) for name in FILES if (folder / name).is_file()}
+    return {name: _read_mapping(folder / name) for name in (*FILES, SPECIAL_TOKENS) if (folder / name).is_file()}
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ FILES = (
     "tokenizer/tokenizer_config.json",
     "scheduler/scheduler_config.json",
 )
+SPECIAL_TOKENS = "tokenizer/special_tokens_map.json"  # of transformers before 5; here only read
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 _SPACINGS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 _END, _EXCLAMATION = "<|endoftext|>", "!"  # token 0, with which 2.x pads, is the exclamation mark
@@ -58,6 +59,8 @@ def config_from(settings: Mapping[str, Mapping[str, Any]], text_layers: int) -> 
     unet, vae, clip, tokenizer, scheduler = FILES
     network, autoencoder = said(unet, network_from), said(vae, autoencoder_from)
     text = said(clip, partial(text_encoder_from, layers=text_layers)) | said(tokenizer, padding_from)
+    if "added_tokens_decoder" not in settings.get(tokenizer, {}):  # which transformers reads in the place of the map
+        text |= said(SPECIAL_TOKENS, padding_from)
     latent_size = settings.get(unet, {}).get("sample_size")
     sized = isinstance(latent_size, int) and "widths" in autoencoder
     data = {"image_size": latent_size * 2 ** (len(autoencoder["widths"]) - 1)} if sized else {}
@@ -220,7 +223,7 @@ def tokenizer_settings(text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def padding_from(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
-    """What a CLIPTokenizer's settings say of `model.text_encoder`: nothing where they leave the padding to other files."""
+    """What a CLIPTokenizer's settings, or its special tokens, say of `model.text_encoder`: maybe nothing."""
     pad = tokenizer.get("pad_token")
     pad = pad.get("content") if isinstance(pad, Mapping) else pad
     return {"pad_with_end_token": pad == _END} if pad in (_END, _EXCLAMATION) else {}

@@ -1,8 +1,9 @@
 """Learned tokens (textual inversion, [TI]): the files in which the field exchanges them, read into embeddings by name.
 
 diffusers   learned_embeds.safetensors / .bin     {"<cat>": (width,) or (n, width)}
-A1111       .pt                                   {"string_to_param": {"*": (n, width)}, "name": "cat", ...}
+A1111       .pt                                   {"string_to_param": {"*": (n, width)}, "name": "cat"}, named by the file too
 A1111       .safetensors                          {"emb_params": (n, width)}, named by the file
+ComfyUI     .safetensors                          {"clip_l": (n, width)} of 1.x, {"clip_h": ...} of 2.x, named by the file
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from xdiffusion.checkpoints.files import PICKLED, CheckpointError, load_pickled, load_safetensors, save_safetensors
 
+_NAMELESS = {"emb_params", "clip_l", "clip_h"}
+
 
 def parse_tokens_spec(text: str) -> tuple[Path, str | None]:
     """ "FILE" or "FILE=<name>" -> (path, name)."""
@@ -26,24 +29,23 @@ def parse_tokens_spec(text: str) -> tuple[Path, str | None]:
 
 
 def read_learned_tokens(path: Path, name: str | None = None) -> dict[str, Tensor]:
-    """The embeddings of a file by name, each (n, width).
+    """The embeddings of a file by name, each (n, width); one of two names is there under both.
 
     Args:
         path: of the file.
-        name: what to call its token instead of the file's own name for it; for a file of one token.
+        name: what to call its token instead of the file's own names for it; for a file of one token.
 
     Raises:
         CheckpointError: if it is missing, damaged, holds no learned tokens, or several where a name is given.
     """
     content = load_pickled(path) if path.suffix in PICKLED else load_safetensors(path)[0]
-    tokens = {token: _rows(tensor, token, path) for token, tensor in _named(content, path).items()}
+    tokens = [(words, _rows(tensor, words[0], path)) for words, tensor in _named(content, path)]
     if name is not None:
         if len(tokens) != 1:
-            raise CheckpointError(
-                f"{path} holds {len(tokens)} tokens ({', '.join(tokens)}): it cannot be named {name!r}"
-            )
-        tokens = dict(zip([name], tokens.values()))
-    return tokens
+            held = ", ".join(words[0] for words, _ in tokens)
+            raise CheckpointError(f"{path} holds {len(tokens)} tokens ({held}): it cannot be named {name!r}")
+        tokens = [([name], rows) for _, rows in tokens]
+    return {word: rows for words, rows in tokens for word in words}
 
 
 def save_learned_tokens(path: Path, tokens: Mapping[str, Tensor]) -> None:
@@ -51,21 +53,24 @@ def save_learned_tokens(path: Path, tokens: Mapping[str, Tensor]) -> None:
     save_safetensors(path, tokens, {"format": "pt"})
 
 
-def _named(content: Any, path: Path) -> dict[str, Tensor]:
-    """The tensors by token name, whatever the file's form."""
+def _named(content: Any, path: Path) -> list[tuple[list[str], Tensor]]:
+    """(words, tensor) of each token, whatever the file's form."""
     content = content if isinstance(content, Mapping) else {}
     if isinstance(content.get("string_to_param"), Mapping):
-        own = str(content.get("name") or path.stem)
-        content = {own if token == "*" else str(token): rows for token, rows in content["string_to_param"].items()}
-    elif {"clip_l", "clip_g"} & set(content):
+        inner = str(content.get("name") or path.stem)  # as it was trained; A1111 goes by the file, which may be renamed
+        words = list(dict.fromkeys([path.stem, inner]))
+        tokens = [(words if t == "*" else [str(t)], rows) for t, rows in content["string_to_param"].items()]
+    elif "clip_g" in content:
         raise CheckpointError(
             f"{path} holds tokens of Stable Diffusion XL, whose text encoders this model does not have"
         )
-    elif set(content) == {"emb_params"}:
-        content = {path.stem: content["emb_params"]}
-    if not content or not all(isinstance(rows, Tensor) for rows in content.values()):
+    elif len(content) == 1 and _NAMELESS & set(content):
+        tokens = [([path.stem], rows) for rows in content.values()]
+    else:
+        tokens = [([str(token)], rows) for token, rows in content.items()]
+    if not tokens or not all(isinstance(rows, Tensor) for _, rows in tokens):
         raise CheckpointError(f"{path} holds no learned tokens: neither embeddings by name nor A1111's string_to_param")
-    return {str(token): rows for token, rows in content.items()}
+    return tokens
 
 
 def _rows(tensor: Tensor, token: str, path: Path) -> Tensor:

@@ -4,11 +4,11 @@
     first_stage_model.*                   autoencoder.*
     cond_stage_model.transformer.*        text_encoder.*    1.x: OpenAI's CLIP with transformers' names
     cond_stage_model.model.*                                2.x: OpenCLIP, whose 24th layer no picture depends on
-    model_ema.*                           the UNet's moving average, with names without dots
+    model_ema.diffusion_model*            the UNet's moving average, with names without dots
 
 All files of this layout have two residual blocks per level, no attention at the UNet's last level, and an autoencoder of
-four levels, so a name's place follows from the name alone. Everything else in a file (schedules, the discriminator of the
-autoencoder's training) is left out.
+four levels, so a name's place follows from the name alone. Everything else in a file (schedules, the discriminator and
+the moving average of the autoencoder's training) is left out.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from xdiffusion.checkpoints.diffusers import (
 from xdiffusion.checkpoints.open_clip import text_encoder_from_open_clip, text_encoder_to_open_clip
 
 TextNames = Literal["transformers", "open_clip"]
-UNET, AUTOENCODER, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
+UNET, AUTOENCODER, AVERAGED = "model.diffusion_model.", "first_stage_model.", "model_ema.diffusion_model"
 TEXT_TRANSFORMERS, TEXT_OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 _LEVELS, _RES_BLOCKS = 4, 2
+PIXELS_PER_LATENT = 2 ** (_LEVELS - 1)
 _UNUSED_LAYER = "layers.23."
 
 
@@ -42,7 +43,7 @@ def from_original(tensors: Mapping[str, Tensor], ema: bool = False) -> dict[str,
         ema: take the UNet's moving average in place of its weights.
 
     Raises:
-        ValueError: if `ema` and the file holds none.
+        ValueError: if `ema` and the average is not that of the UNet which the file holds.
     """
     parts = {prefix: _below(tensors, prefix) for prefix in (UNET, AUTOENCODER, TEXT_TRANSFORMERS, TEXT_OPEN_CLIP)}
     if ema:
@@ -51,7 +52,7 @@ def from_original(tensors: Mapping[str, Tensor], ema: bool = False) -> dict[str,
     text |= text_encoder_from_transformers(parts[TEXT_TRANSFORMERS])
     ours = {f"network.{unet_name_from_original(name)}": tensor for name, tensor in parts[UNET].items()}
     for name, tensor in parts[AUTOENCODER].items():
-        if not name.startswith("loss."):
+        if not name.startswith(("loss.", "model_ema.")):
             ours[f"autoencoder.{_swap(name, _FROM_AUTOENCODER)}"] = _as_linear(name, tensor)
     ours |= {f"text_encoder.{name}": t for name, t in text.items() if not name.startswith(_UNUSED_LAYER)}
     return ours
@@ -128,6 +129,18 @@ def _unet_places() -> Iterator[tuple[str, str]]:
         yield f"output_blocks.{first + _RES_BLOCKS}.{behind}.conv.", f"up_blocks.{level}.upsample.conv."
 
 
+def _averaged_names() -> Iterator[tuple[str, str]]:
+    """(name in a moving average, original name): out2weight is the average of out.2.weight."""
+    attentions = (f"attn{i}.to_{projection}." for i in (1, 2) for projection in ("q", "k", "v", "out.0"))
+    block = [f"transformer_blocks.0.{layer}" for layer in (*attentions, "ff.net.0.proj.", "ff.net.2.")]
+    block += [f"transformer_blocks.0.norm{i}." for i in (1, 2, 3)]
+    for theirs, ours in _UNET_PLACES:
+        for layer in ("norm.", "proj_in.", "proj_out.", *block) if ".attentions." in ours else ("",):
+            for kind in ("weight", "bias"):
+                name = f"{theirs}{layer}{kind}"
+                yield name.replace(".", ""), name
+
+
 def _resnet(theirs: str, ours: str) -> Iterator[tuple[str, str]]:
     yield f"{theirs}in_layers.0.", f"{ours}norm1."
     yield f"{theirs}in_layers.2.", f"{ours}conv1."
@@ -170,6 +183,7 @@ def _longest_first(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 _UNET_PLACES, _AUTOENCODER_PLACES = list(_unet_places()), list(_autoencoder_places())
+_FROM_AVERAGE = dict(_averaged_names())
 _FROM_UNET = _longest_first(_UNET_PLACES)
 _TO_UNET = _longest_first([(ours, theirs) for theirs, ours in _UNET_PLACES])
 _FROM_AUTOENCODER = _longest_first(_AUTOENCODER_PLACES)
@@ -189,13 +203,11 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _moving_average(tensors: Mapping[str, Tensor], unet: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """model_ema.diffusion_modelout2weight is the average of model.diffusion_model.out.2.weight."""
-    flat = {f"{EMA}{UNET.removeprefix('model.')}{name}".replace(".", ""): name for name in unet}
-    found = {
-        flat[n.replace(".", "")]: t for n, t in tensors.items() if n.replace(".", "") in flat and n.startswith(EMA)
-    }
-    if found.keys() != unet.keys():
-        raise ValueError(f"the file holds the moving average of {len(found)} of the UNet's {len(unet)} tensors")
+    """The average by the UNet's names; `unet`, if it is there too, must have the same ones."""
+    found = {_FROM_AVERAGE.get(name, name): tensor for name, tensor in _below(tensors, AVERAGED).items()}
+    if unet and found.keys() != unet.keys():
+        both = len(found.keys() & unet.keys())
+        raise ValueError(f"the file holds the moving average of {both} of the UNet's {len(unet)} tensors")
     return found
 
 

@@ -23,7 +23,14 @@ from torch import Tensor
 from xdiffusion.checkpoints.diffusers_folder import folder_tensors, read_settings
 from xdiffusion.checkpoints.diffusers_settings import config_from
 from xdiffusion.checkpoints.files import CheckpointError, is_pipeline_folder
-from xdiffusion.checkpoints.stable_diffusion import UNET, from_original, unused_in_original, with_text_projection
+from xdiffusion.checkpoints.stable_diffusion import (
+    AVERAGED,
+    PIXELS_PER_LATENT,
+    UNET,
+    from_original,
+    unused_in_original,
+    with_text_projection,
+)
 from xdiffusion.checkpoints.weight_index import open_weights
 
 MODELSPEC = "modelspec."  # of the keys of a file's header that describe a model, as Stability AI's ModelSpec names them
@@ -35,8 +42,9 @@ _SIZES = {  # (width of the UNet's first level, width of the text embedding)
     (16, 24): "sd21_tiny",
 }
 _RELATIVES = {2048: "Stable Diffusion XL", 1280: "the refiner of Stable Diffusion XL"}  # by the width of their context
+_UNCLIP = "the unCLIP of 2.1, which draws variations of a picture"
 _INPUTS = {9: "for inpainting", 8: "InstructPix2Pix", 7: "an upscaler", 5: "for depth maps"}  # by the UNet's channels
-_PREDICTIONS = {"epsilon": "eps", "v": "v"}
+_PREDICTIONS = {"epsilon": "eps", "v": "v", "v_prediction": "v"}
 _NAMES_OF_V = {
     "sd15": re.compile(r"v[-_]?pred", re.IGNORECASE),
     "sd21": re.compile(r"768|v[-_]?pred|v-ema|[_-]v(?=[_-]|$)", re.IGNORECASE),
@@ -70,23 +78,28 @@ def read_stable_diffusion(path: Path, ema: bool | None = None) -> StableDiffusio
     Args:
         path: a file or a folder.
         ema: where the UNet's weights are there twice, take their moving average or not. None: of a file, which most programs
-            read so, not; of a folder, which is named so, the average.
+            read so, not, unless it is all there is; of a folder, which is named so, the average.
 
     Raises:
-        CheckpointError: if it is damaged, another model of that family (XL, inpainting), or has no moving average.
+        CheckpointError: if it is damaged, another model of that family (XL, inpainting), or not there as `ema` asks for.
     """
     if is_pipeline_folder(path):
         return _read_folder(path, ema)
     stored, header = open_weights(path)
-    if not any(name.startswith(UNET) for name in stored):
+    averaged = not any(name.startswith(UNET) for name in stored)
+    if averaged and not any(name.startswith(AVERAGED) for name in stored):
         return None
+    if averaged and ema is False:
+        raise CheckpointError(f"{path} holds nothing of its UNet but a moving average")
     try:
-        tensors = with_text_projection(from_original(stored, bool(ema)))
+        tensors = with_text_projection(from_original(stored, ema or averaged))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if any(name.startswith(("conditioner.", f"{UNET}label_emb.")) for name in stored):
-        raise CheckpointError(f"{path} is no Stable Diffusion 1.x or 2.x, but {_RELATIVES[2048]}")
-    return recognise_original(path, tensors, stored.keys(), header, unused_in_original(stored))
+    if relative := _conditioned_otherwise(stored, tensors):
+        raise CheckpointError(f"{path} is no Stable Diffusion 1.x or 2.x, but {relative}")
+    found = recognise_original(path, tensors, stored.keys(), header, unused_in_original(stored))
+    note = f"{path} is read: with the moving average of its UNet, since there is no other"
+    return replace(found, notes=(*found.notes, note)) if averaged and ema is None else found
 
 
 def recognise_original(
@@ -111,18 +124,37 @@ def recognise_original(
     size = _size(path, tensors)
     if size is None:
         raise _other_model(path, tensors)
-    prediction = "v" if V_PRED in names else _PREDICTIONS.get(header.get(f"{MODELSPEC}prediction_type", ""))
-    text = {"layers": _layers(tensors)}
+    data, text, notes = {}, {"layers": _layers(tensors)}, []
     resolution = re.fullmatch(r"([1-9]\d{0,4})x\1", header.get(f"{MODELSPEC}resolution", ""))
     skip = re.fullmatch(r"[1-9]\d?", header.get(f"{MODELSPEC}encoder_layer", ""))
+    if resolution and int(resolution[1]) % PIXELS_PER_LATENT:
+        notes.append(f"resolution={resolution[0]}: its images' sides are multiples of {PIXELS_PER_LATENT}")
+    elif resolution:
+        data["image_size"] = int(resolution[1])
     if skip and size.startswith("sd15"):  # of 2.x some count from OpenCLIP's last layer, some from the last one used
-        text["clip_skip"] = int(skip[0])
+        if int(skip[0]) <= text["layers"]:
+            text["clip_skip"] = int(skip[0])
+        else:
+            notes.append(f"encoder_layer={skip[0]}: its text encoder has {text['layers']} layers")
     said = {
-        "data": {"image_size": int(resolution[1])} if resolution else {},
+        "data": data,
         "model": {"text_encoder": text},
         "diffusion": {"schedule": {"zero_terminal_snr": True}} if ZTSNR in names else {},
     }
-    return _with_prediction(path, StableDiffusionFile(tensors, size, said, unused=unused or {}), prediction)
+    found = StableDiffusionFile(
+        tensors, size, said, unused=unused or {}, notes=tuple(f"{path}: ignored {MODELSPEC}{note}" for note in notes)
+    )
+    return _with_prediction(path, found, _prediction(names, header))
+
+
+def _prediction(names: Any, header: Mapping[str, str]) -> str | None:
+    """What an original file says that it predicts; None if nothing."""
+    if V_PRED in names:
+        return "v"
+    for key in ("prediction_type", "predict_key"):  # ModelSpec's, and ComfyUI's
+        if said := _PREDICTIONS.get(header.get(f"{MODELSPEC}{key}", "")):
+            return said
+    return "v" if header.get(f"{MODELSPEC}architecture", "").endswith("-768-v") else None
 
 
 def header_of_original(config: Mapping[str, Any], title: str) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -192,6 +224,15 @@ def _size(path: Path, tensors: Mapping[str, Tensor]) -> str | None:
 def _layers(tensors: Mapping[str, Tensor]) -> int:
     """Of the text encoder."""
     return len({name.split(".")[2] for name in tensors if name.startswith("text_encoder.layers.")})
+
+
+def _conditioned_otherwise(stored: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """What a model is that is conditioned on more than a text, by the names in its file and by ours; "" for others."""
+    if any(name.startswith("conditioner.") for name in stored):
+        return _RELATIVES[2048]
+    if any(name.startswith((f"{UNET}label_emb", f"{AVERAGED}label_emb")) for name in stored):
+        return _UNCLIP if _CONTEXT in tensors else _RELATIVES[2048]  # whose first level has no attention
+    return ""
 
 
 def _relative(tensors: Mapping[str, Tensor]) -> str:

@@ -166,11 +166,19 @@ class CLIPTextEncoder(nn.Module):
         return framed(rows, self.context_length, self.pad_token).to(self.positional_embedding.device)
 
     def _token_ids(self, text: str, enough: float = math.inf) -> list[int]:
+        ids = self.learned_ids
+        return [t for piece in self._pieces(text) for t in ids.get(piece.lower()) or token_ids(piece, enough)]
+
+    def _pieces(self, text: str) -> list[str]:
+        """A text cut at its learned words."""
         if not self.learned_ids:
-            return token_ids(text, enough)
+            return [text]
         names = "|".join(_whole_word(name) for name in sorted(self.learned_ids, key=len, reverse=True))
-        pieces = re.split(f"({names})", text, flags=re.IGNORECASE)
-        return [token for piece in pieces for token in self.learned_ids.get(piece.lower()) or token_ids(piece, enough)]
+        return re.split(f"({names})", text, flags=re.IGNORECASE)
+
+    def learned_words_in(self, text: str) -> set[str]:
+        """Which of the learned words stand in a prompt, in lower case."""
+        return {piece.lower() for piece in self._pieces(text)} & self.learned_ids.keys()
 
     def add_tokens(self, tokens: Mapping[str, Float[Tensor, "..."]]) -> None:
         """Give the encoder new words with embeddings of their own ([TI]); each may then stand in any prompt.

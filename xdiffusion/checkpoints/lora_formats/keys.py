@@ -24,6 +24,10 @@ _KEYS = {
     "diffusers": rf"(?P<module>.+?){_PEFT_PART}",
     "diffusers-sd15": r"(?P<module>.+)\.(?:lora|lora_linear_layer)\.(?P<part>down|up)\.weight",
 }  # fmt: skip
+_PAIRS = {  # that diffusers' own scripts wrote into one file -> the dialect it is told by
+    frozenset({"diffusers", "diffusers-sd15"}): "diffusers-sd15",  # layers outside the attention in today's style
+    frozenset({"diffusers-processors", "diffusers-sd15"}): "diffusers-processors",  # 0.18-0.21: UNet, text encoder
+}
 KEYS = {dialect: re.compile(pattern) for dialect, pattern in _KEYS.items()}
 _PARTS = {
     "down": "lora_A",
@@ -68,7 +72,7 @@ def sorted_by_key(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pa
             raise CheckpointError(f"{path} is not a LoRA file that is known here: {key!r} is a key of no LoRA format")
     if not matches:
         raise CheckpointError(f"{path} is not a LoRA file: it holds no factors")
-    loose = Loose(*_dialect({dialect for dialect, _ in matches.values()}, path), tokens=tokens)
+    loose = Loose(_dialect({dialect for dialect, _ in matches.values()}, path), tokens=tokens)
     for key, (_, match) in matches.items():
         module, part = _module_and_part(match, loose.repairs)
         if part in loose.parts.setdefault(module, {}):
@@ -78,13 +82,13 @@ def sorted_by_key(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pa
     return loose
 
 
-def _dialect(found: set[str], path: Path) -> tuple[str]:
-    """The dialect that the file as a whole is in. SD 1.5 scripts write PEFT's keys beside their own."""
-    if found == {"diffusers", "diffusers-sd15"}:
-        return ("diffusers-sd15",)
-    if len(found) > 1:
-        raise CheckpointError(f"{path} mixes the keys of {' and '.join(sorted(found))}: it is no whole file of either")
-    return tuple(found)
+def _dialect(found: set[str], path: Path) -> str:
+    """The dialect that the file as a whole is in."""
+    if len(found) == 1:
+        return next(iter(found))
+    if pair := _PAIRS.get(frozenset(found)):
+        return pair
+    raise CheckpointError(f"{path} mixes the keys of {' and '.join(sorted(found))}: it is no whole file of either")
 
 
 def _token_of(key: str, metadata: Mapping[str, str]) -> str | None:
