@@ -16,6 +16,7 @@ from torch import Tensor
 from xdiffusion.build import SCHEMA, build_model, image_shape, load_config, resolved
 from xdiffusion.checkpoints.drawn_by import DRAWN_BY, value_at
 from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.learned_tokens import parse_tokens_spec, read_learned_tokens
 from xdiffusion.checkpoints.lora_formats.native import trained_config
 from xdiffusion.checkpoints.native import ModelFile, load_model_file
 from xdiffusion.checkpoints.stable_diffusion_files import StableDiffusionFile
@@ -285,3 +286,16 @@ def _differing(ours: Any, theirs: Any, key: str) -> Iterator[tuple[str, Any, Any
                 yield from _differing(ours.get(name), theirs.get(name), f"{key}.{name}")
     elif ours != theirs:
         yield key, ours, theirs
+
+
+def add_learned_tokens(model: DiffusionModel, specs: Sequence[str], prompts: Sequence[str]) -> None:
+    """Give the model the words of each FILE[=NAME], say which, and of which files no prompt holds one."""
+    files = []
+    for path, name in map(parse_tokens_spec, specs):
+        tokens = read_learned_tokens(path, name)
+        model.text_encoder.add_tokens(tokens)
+        files.append((path, {word.strip().lower() for word in tokens}))
+        print(f"{path}: {', '.join(f'{token} ({len(rows)} vectors)' for token, rows in tokens.items())}")
+    for path, words in files:
+        if not any(words & model.text_encoder.learned_words_in(prompt) for prompt in prompts):
+            print(f"warning: {path}: no prompt holds {' or '.join(sorted(words))}", file=sys.stderr)

@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xdiffusion.checkpoints.files import content_hash, ensure_writable, weights_file
     from xdiffusion.checkpoints.native import load_model_file
     from xdiffusion.data.captions import PROMPT_TABLES
-    from xdiffusion.loading import as_trained, load_model
+    from xdiffusion.loading import add_learned_tokens, as_trained, load_model
     from xdiffusion.lora.weights import parse_lora_spec
     from xdiffusion.model import HALF, best_device
     from xdiffusion.places import sample_folder
@@ -185,21 +185,6 @@ def set_up(model: DiffusionModel, args: argparse.Namespace) -> None:
         )
     if args.tile_size and model.autoencoder.pixels_per_latent == 1:
         raise ValueError(f"--tile_size {args.tile_size} is for models with an autoencoder; this one draws pixels")
-
-
-def add_learned_tokens(model: DiffusionModel, specs: Sequence[str], prompts: Sequence[str]) -> None:
-    """Give the model the words of each FILE[=NAME], and tell of a file whose words stand in none of the prompts."""
-    from xdiffusion.checkpoints.learned_tokens import parse_tokens_spec, read_learned_tokens
-
-    files = []
-    for path, name in map(parse_tokens_spec, specs):
-        tokens = read_learned_tokens(path, name)
-        model.text_encoder.add_tokens(tokens)
-        files.append((path, {word.strip().lower() for word in tokens}))
-        print(f"{path}: {', '.join(f'{token} ({len(rows)} vectors)' for token, rows in tokens.items())}")
-    for path, words in files:
-        if not any(words & model.text_encoder.learned_words_in(prompt) for prompt in prompts):
-            print(f"warning: {path}: no prompt holds {' or '.join(sorted(words))}", file=sys.stderr)
 
 
 def start_image(model: DiffusionModel, args: argparse.Namespace, steps: int) -> StartImage | None:
