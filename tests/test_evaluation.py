@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -212,6 +213,32 @@ def test_a_full_depth_adds_to_the_scores(good_judge, tmp_path):
     assert full["bits_per_dim"] is None
     assert full["loss_curve"].keys() == {"model"}
     json.dumps(full)
+
+
+def test_intervals_take_variants_of_a_held_out_image_as_one(good_judge, tmp_path, monkeypatch):
+    """Of 20 images four times each: the scores are the same, and what is of held-out images is less certain."""
+    data, twenty = tiny_images(), torch.arange(80) % 20
+    images = data.test.images[twenty] + torch.arange(80, dtype=torch.uint8).view(-1, 1, 1, 1) // 20
+    noise = 0.3 * torch.randn(80, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    drawn = (data.train.floats(twenty) + noise * torch.linspace(0, 1, 80).view(-1, 1, 1, 1)).clamp(-1, 1)
+    monkeypatch.setattr(scoring, "generate", lambda model, prompts, generators, **_: -drawn)
+    plain, grouped = (
+        scored(
+            lora_model(fill=True), invert(replace(data, test=Split(images, data.test.labels[twenty], variants))), tmp_path,
+            num_samples=80, has_lora=True, depth=Depth(resamples=100, full=True),
+        )
+        for variants in (1, 4)
+    )  # fmt: skip
+    of_held_out = {"frechet_distance", "recall", "coverage", "data_copying"}
+    names = [key.removesuffix("_interval") for key in plain if key.endswith("_interval")]
+    width = {n: [s[f"{n}_interval"][1] - s[f"{n}_interval"][0] for s in (plain, grouped)] for n in names}
+    assert {name for name, (of_rows, of_groups) in width.items() if of_groups > 1.2 * of_rows} == of_held_out
+    left_out = {"seconds_per_image", "loss_curve", *(f"{name}_interval" for name in of_held_out)}
+    assert {k: v for k, v in plain.items() if k not in left_out} == {
+        k: v for k, v in grouped.items() if k not in left_out
+    }
+    first, second = (scores["loss_curve"]["model"] for scores in (plain, grouped))
+    assert first["loss"] == second["loss"] and first["low"] != second["low"]
 
 
 def test_samples_that_are_training_images_are_found_out(good_judge, tmp_path, monkeypatch):

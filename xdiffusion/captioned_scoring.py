@@ -223,7 +223,7 @@ def copy_scores(samples: Seen, held_out: Seen | None, compared: Cut, resamples: 
         scores |= mean_scores({"copies": copied(of_samples.distance)}, resamples, seed=0)
     if held_out is not None:
         scores["nearest_distance_real"] = float(of_held_out.median())
-        scores["data_copying"] = data_copying(of_samples.distance[:, 0], of_held_out)
+        scores["data_copying"] = float(data_copying(of_samples.distance[:, 0], of_held_out).mean())
         if resamples:
             bounds = pairs_share_interval(scores["data_copying"], count, len(of_held_out))
             scores["data_copying_interval"] = bounds
@@ -235,7 +235,7 @@ def curves_of(model: DiffusionModel, given: Cut, resamples: int, has_lora: bool)
     count = len(given.pictures)
     draws = fixed_draws(max(count, PAIRS), model.latent_shape, PAIRS)
     draws = draws._replace(index=draws.index % count)
-    return loss_curves(model, given, draws, resamples, without_lora=lora_disabled if has_lora else None)
+    return loss_curves(model, given, draws, draws.index, resamples, without_lora=lora_disabled if has_lora else None)
 
 
 # --- pictures ---

@@ -14,7 +14,7 @@ from xdiffusion.data.image_set import ImageSet
 from xdiffusion.diffusion.denoiser import Denoiser, GuidedDenoiser
 from xdiffusion.diffusion.objective import squared_error
 from xdiffusion.diffusion.schedules import BetaSchedule, Schedule
-from xdiffusion.evaluation.bootstrap import mean_interval
+from xdiffusion.evaluation.bootstrap import Groups, mean_interval
 from xdiffusion.evaluation.gap import FixedDraws, fixed_draws, gap_closed
 from xdiffusion.evaluation.loss_curve import LOGSNR_MAX, LOGSNR_MIN, LossCurve, in_eps_space, logsnr_at, loss_curve
 from xdiffusion.evaluation.variational_bound import bits_per_dim
@@ -57,6 +57,7 @@ def loss_curves(
     model: DiffusionModel,
     pictures: Pictures,
     draws: FixedDraws,
+    groups: Groups,
     resamples: int,
     normal: Pictures | None = None,
     without_lora: WithoutLoRA | None = None,
@@ -66,6 +67,7 @@ def loss_curves(
     Args:
         pictures: held out, if the curve is to say how well the model knows what it has not seen.
         draws: which of them and which noise; their t only spreads the log-SNRs.
+        groups: of the draws; those of one picture, or of variants of one, depend on each other.
         resamples: of the intervals; 0 leaves them out.
         normal: the pictures that the base is made for, where a LoRA's are in another style: "base_on_normal" is its floor.
         without_lora: a block in which the LoRA is off; None where there is none.
@@ -79,7 +81,7 @@ def loss_curves(
 
     def curve(x0: Float[Tensor, "N C H W"], captions: Sequence[str]) -> LossCurve:
         errors = errors_of(model, x0, captions, draws._replace(t=t))
-        return loss_curve(in_eps_space(errors, model.prediction, alpha, sigma), draws.t, span, resamples)
+        return loss_curve(in_eps_space(errors, model.prediction, alpha, sigma), draws.t, groups, span, resamples)
 
     own = encoded(model, pictures, draws.index)
     curves = {"model": curve(*own)}
@@ -158,5 +160,5 @@ def bound_scores(model: DiffusionModel, data: ImageSet, resamples: int, seed: in
         raise ValueError("the variational bound of this model is not finite")
     scores: dict[str, Any] = {"bits_per_dim": float(rows.mean())}
     if resamples:
-        scores["bits_per_dim_interval"] = mean_interval(rows, resamples=resamples, seed=seed)
+        scores["bits_per_dim_interval"] = mean_interval(rows, data.test.groups[index], resamples=resamples, seed=seed)
     return scores

@@ -17,7 +17,7 @@ from torch import Tensor
 from xdiffusion.checkpoints.files import CheckpointError, content_hash, load_safetensors, save_safetensors
 from xdiffusion.data.image_set import ImageSet, invert, to_uint8, to_unit_range
 from xdiffusion.evaluation.background import background_brightness, background_mask
-from xdiffusion.evaluation.bootstrap import interval, mean_interval
+from xdiffusion.evaluation.bootstrap import Groups, interval, mean_interval
 from xdiffusion.evaluation.clip_score import clip_score
 from xdiffusion.evaluation.diversity import diversity
 from xdiffusion.evaluation.frechet import frechet_distance
@@ -26,7 +26,7 @@ from xdiffusion.evaluation.judge import Judge, accuracy, judge_features, train_j
 from xdiffusion.evaluation.loss_curve import LossCurve
 from xdiffusion.evaluation.memorisation import Nearest, copied, data_copying, nearest
 from xdiffusion.evaluation.overlap import NEIGHBOURS, Overlap, overlap
-from xdiffusion.evaluation.shares import pairs_share_interval, share_interval
+from xdiffusion.evaluation.shares import independent, pairs_share_interval, share_interval
 from xdiffusion.held_out import CURVE_PAIRS, WithoutLoRA, bound_scores, held_out_of, loss_curves, loss_gap
 from xdiffusion.lora.adapters import lora_disabled
 from xdiffusion.model import DiffusionModel, generate, generators_for
@@ -40,6 +40,7 @@ REASONS = {  # why a score of a set with classes may be None
     "bits_per_dim": "is for discrete steps in pixel space",
 }
 SHARES = ("prompt_accuracy", "precision", "recall", "coverage", "copies")  # means of rows that are 0 or 1
+OF_HELD_OUT = ("recall", "coverage")  # whose rows are of held-out images, not of samples
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,8 @@ def score(
         more, neighbours = full_scores(samples, data, normal, judge, depth, seed)
         draws = fixed_draws(len(data.test), model.latent_shape, CURVE_PAIRS)
         base = held_out_of(normal) if data.inverted else None, without_lora if has_lora else None
-        curves = loss_curves(model, held_out_of(data), draws, depth.resamples, *base)
+        groups = data.test.groups[draws.index]
+        curves = loss_curves(model, held_out_of(data), draws, groups, depth.resamples, *base)
         scores |= more | bound_scores(model, data, depth.resamples, seed)
         scores["loss_curve"] = {name: curve._asdict() for name, curve in curves.items()}
         seen = as_the_judge_sees(samples.images, data)
@@ -201,8 +203,9 @@ def image_scores(
     }
     if resamples:
         drawn = {"resamples": resamples, "seed": seed}
-        scores["frechet_distance_interval"] = interval(frechet_distance, features, held_out, centred=True, **drawn)
-        scores["resamples"] = resamples
+        groups = [None, normal.test.groups]
+        bounds = interval(frechet_distance, features, held_out, groups=groups, centred=True, **drawn)
+        scores |= {"frechet_distance_interval": bounds, "resamples": resamples}
     return scores
 
 
@@ -218,6 +221,7 @@ def full_scores(
     held_out = torch.randperm(len(normal.test), generator=samples.generator)[:count]
     seen, test = as_the_judge_sees(samples.images, data), normal.test.floats(held_out)
     features, real, known = (judge_features(judge, x) for x in (seen, test, normal.train.floats(samples.real)))
+    groups = normal.test.groups[held_out]
     labels, real_labels, known_labels = samples.labels, normal.test.labels[held_out], normal.train.labels[samples.real]
     train = (to_unit_range(block) for block in normal.train.images.split(NEAREST_BLOCK))
     found = nearest(torch.cat([seen, test]), train)
@@ -235,23 +239,26 @@ def full_scores(
         return diversity(features[index], labels[index], real, real_labels)
 
     of_samples, of_new = neighbours.distance[:, 0], new.distance[:, 0]
-    scores = mean_scores(rows, depth.resamples, seed)
+    nearer = data_copying(of_samples, of_new)
+    scores = mean_scores(rows, depth.resamples, seed, groups)
     scores |= {f"{name}_real": value for name, value in reference.items()}
     scores["diversity"] = diversity_of(torch.arange(count))
     scores["diversity_real"] = diversity(known, known_labels, real, real_labels)
-    scores["data_copying"] = data_copying(of_samples, of_new)
+    scores["data_copying"] = float(nearer.mean())
     scores |= {"nearest_distance": float(of_samples.median()), "nearest_distance_real": float(of_new.median())}
     if depth.resamples:
         scores["diversity_interval"] = interval(diversity_of, torch.arange(count), centred=True, **drawn)
-        scores["data_copying_interval"] = pairs_share_interval(scores["data_copying"], len(of_samples), len(of_new))
+        independent_new = independent(nearer, groups)
+        scores["data_copying_interval"] = pairs_share_interval(scores["data_copying"], len(of_samples), independent_new)
     return scores, neighbours
 
 
-def mean_scores(rows: Mapping[str, Float[Tensor, " N"]], resamples: int, seed: int) -> dict[str, Any]:
-    """The mean of each score's rows, and its interval where resamples are asked for."""
+def mean_scores(rows: Mapping[str, Tensor], resamples: int, seed: int, groups: Groups | None = None) -> dict[str, Any]:
+    """The mean of each score's rows (N,), and its interval where resamples are asked for; groups: of held-out images."""
     scores: dict[str, Any] = {name: float(r.mean()) for name, r in rows.items()}
     for name, r in rows.items() if resamples else ():
-        drawn = share_interval(r) if name in SHARES else mean_interval(r, resamples=resamples, seed=seed)
+        of = groups if name in OF_HELD_OUT else None
+        drawn = share_interval(r, of) if name in SHARES else mean_interval(r, of, resamples=resamples, seed=seed)
         scores[f"{name}_interval"] = drawn
     return scores
 
