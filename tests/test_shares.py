@@ -48,6 +48,12 @@ def test_rows_of_one_group_count_as_one_where_they_are_equal(generator):
     assert independent(torch.tensor([1.0, -1.0] * 15), torch.arange(30) // 2) == 30  # each group balances itself
 
 
+@pytest.mark.parametrize("trials", [7, 40, 999, 1000])
+def test_trials_of_groups_of_their_own_are_independent(trials, generator):
+    hits = (torch.rand(trials, generator=generator) < 0.3).float()
+    assert share_interval(hits, torch.arange(trials)) == share_interval(hits)
+
+
 def variants(generator, sources, level):
     """Of each source 1 to 8 values in shuffled order: 0 or 1, at a threshold that most variants of a source share."""
     sizes = torch.randint(1, 9, (sources,), generator=generator)

@@ -27,7 +27,7 @@ def share_interval(
     hits: Float[Tensor, " N"], groups: Groups | None = None, *, level: float = 0.95
 ) -> tuple[float, float]:
     """The interval of the mean of rows that are 0 or 1; without groups they are independent."""
-    trials = len(hits) if groups is None else math.floor(independent(hits, groups))
+    trials = len(hits) if groups is None else round(independent(hits, groups))
     count, tail = int(hits.sum()), (1 - level) / 2
     low, miss = (_lowest_share(k * trials // len(hits), trials, tail) for k in (count, len(hits) - count))
     return low, 1 - miss
