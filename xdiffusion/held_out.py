@@ -15,7 +15,7 @@ from xdiffusion.diffusion.denoiser import Denoiser, GuidedDenoiser
 from xdiffusion.diffusion.objective import squared_error
 from xdiffusion.diffusion.schedules import BetaSchedule, Schedule
 from xdiffusion.evaluation.bootstrap import Groups, mean_interval
-from xdiffusion.evaluation.gap import FixedDraws, fixed_draws, gap_closed
+from xdiffusion.evaluation.gap import FixedDraws, fixed_draws, gap_closed, gap_interval
 from xdiffusion.evaluation.loss_curve import LOGSNR_MAX, LOGSNR_MIN, LossCurve, in_eps_space, logsnr_at, loss_curve
 from xdiffusion.evaluation.variational_bound import bits_per_dim
 from xdiffusion.lora.adapters import lora_disabled
@@ -38,19 +38,29 @@ def held_out_of(images: ImageSet) -> Pictures:
     return pictures
 
 
-def loss_gap(
-    model: DiffusionModel, data: ImageSet, normal: ImageSet, without_lora: WithoutLoRA = lora_disabled
-) -> float:
+def gap_scores(
+    model: DiffusionModel,
+    data: ImageSet,
+    normal: ImageSet,
+    resamples: int,
+    seed: int,
+    without_lora: WithoutLoRA = lora_disabled,
+) -> dict[str, Any]:
     """`gap_closed` of the model's LoRA on the held-out images of an inverted set and of its normal twin."""
     draws = fixed_draws(len(data.test), model.latent_shape)
 
-    def mean_loss(images: ImageSet) -> float:
-        return float(errors_of(model, *encoded(model, held_out_of(images), draws.index), draws).mean())
+    def loss(images: ImageSet) -> Float[Tensor, " N"]:
+        return errors_of(model, *encoded(model, held_out_of(images), draws.index), draws)
 
-    lora_inverted = mean_loss(data)
+    lora_inverted = loss(data)
     with without_lora(model):
-        base_inverted, base = mean_loss(data), mean_loss(normal)
-    return gap_closed(base, base_inverted, lora_inverted)
+        base_inverted, base = loss(data), loss(normal)
+    losses = base, base_inverted, lora_inverted
+    scores: dict[str, Any] = {"gap_closed": gap_closed(*(float(of.mean()) for of in losses))}
+    if resamples:
+        drawn = {"resamples": resamples, "seed": seed}
+        scores["gap_closed_interval"] = gap_interval(torch.stack(losses), data.test.groups[draws.index], **drawn)
+    return scores
 
 
 def loss_curves(

@@ -24,10 +24,10 @@ from xdiffusion.evaluation.frechet import frechet_distance
 from xdiffusion.evaluation.gap import fixed_draws
 from xdiffusion.evaluation.judge import Judge, accuracy, judge_features, train_judge
 from xdiffusion.evaluation.loss_curve import LossCurve
-from xdiffusion.evaluation.memorisation import Nearest, copied, data_copying, nearest
+from xdiffusion.evaluation.memorisation import Nearest, copied, data_copying, median, nearest
 from xdiffusion.evaluation.overlap import NEIGHBOURS, Overlap, overlap
 from xdiffusion.evaluation.shares import independent, pairs_share_interval, share_interval
-from xdiffusion.held_out import CURVE_PAIRS, WithoutLoRA, bound_scores, held_out_of, loss_curves, loss_gap
+from xdiffusion.held_out import CURVE_PAIRS, WithoutLoRA, bound_scores, gap_scores, held_out_of, loss_curves
 from xdiffusion.lora.adapters import lora_disabled
 from xdiffusion.model import DiffusionModel, generate, generators_for
 
@@ -134,9 +134,9 @@ def score(
     judge, judge_accuracy = cached_judge(normal, judge_folder)
     samples = draw_samples(model, data, sampling, num_samples, seed)
     scores = image_scores(samples, data, normal, judge, depth.resamples, seed)
+    gap = gap_scores(model, data, normal, depth.resamples, seed, without_lora) if has_lora and data.inverted else {}
+    scores |= {"gap_closed": None} | gap
     scores |= {
-        "background": background_brightness(samples.images, background_mask(normal.train.images)),
-        "gap_closed": loss_gap(model, data, normal, without_lora) if has_lora and data.inverted else None,
         "seconds_per_image": samples.seconds / num_samples,
         "judge_accuracy": judge_accuracy,
         "dataset": data.name,
@@ -192,11 +192,14 @@ def draw_samples(
 def image_scores(
     samples: Samples, data: ImageSet, normal: ImageSet, judge: Judge, resamples: int, seed: int
 ) -> dict[str, Any]:
-    """Prompt accuracy and Frechet distance, with intervals where resamples are asked for."""
+    """Prompt accuracy, background and Frechet distance, with intervals where resamples are asked for."""
     features = judge_features(judge, as_the_judge_sees(samples.images, data))
     held_out = judge_features(judge, normal.test.floats())
-    hits = (judge.head(features).argmax(1) == samples.labels).float()
-    scores = mean_scores({"prompt_accuracy": hits}, resamples, seed)
+    rows = {"prompt_accuracy": (judge.head(features).argmax(1) == samples.labels).float()}
+    mask = background_mask(normal.train.images)
+    if mask.any():
+        rows["background"] = background_brightness(samples.images, mask)
+    scores = {"background": None} | mean_scores(rows, resamples, seed)
     scores |= {
         "frechet_distance": frechet_distance(features, held_out),
         "frechet_floor": frechet_distance(judge_features(judge, normal.train.floats(samples.real)), held_out),
@@ -245,10 +248,11 @@ def full_scores(
     scores["diversity"] = diversity_of(torch.arange(count))
     scores["diversity_real"] = diversity(known, known_labels, real, real_labels)
     scores["data_copying"] = float(nearer.mean())
-    scores |= {"nearest_distance": float(of_samples.median()), "nearest_distance_real": float(of_new.median())}
+    scores |= {"nearest_distance": median(of_samples), "nearest_distance_real": median(of_new)}
     if depth.resamples:
         scores["diversity_interval"] = interval(diversity_of, torch.arange(count), centred=True, **drawn)
         independent_new = independent(nearer, groups)
+        scores["nearest_distance_interval"] = interval(median, of_samples, **drawn)
         scores["data_copying_interval"] = pairs_share_interval(scores["data_copying"], len(of_samples), independent_new)
     return scores, neighbours
 
@@ -319,7 +323,8 @@ def cached_judge(images: ImageSet, folder: Path) -> tuple[Judge, float]:
 
 def finished(scores: Mapping[str, Any], reasons: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """The scores, rounded, with None for what is no finite number, and the reasons of those that are None."""
-    broken = {name for name, value in scores.items() if isinstance(value, float) and not math.isfinite(value)}
+    numbers = {name: value if isinstance(value, tuple) else (value,) for name, value in scores.items()}  # and intervals
+    broken = {n for n, values in numbers.items() if any(isinstance(v, float) and not math.isfinite(v) for v in values)}
     why = {name: "came out as no finite number" if name in broken else reasons[name] for name in [*reasons, *broken]}
     values = {name: None if name in broken else value for name, value in scores.items()}
     return _rounded(values), {name: why[name] for name, value in values.items() if value is None}

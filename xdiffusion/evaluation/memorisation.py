@@ -62,6 +62,11 @@ def _nearest_points(rows: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tenso
     return (rows[:, None] - points[index]).square().mean(2).sqrt() / 2, index
 
 
+def median(distance: Float[Tensor, " N"]) -> float:
+    """The lower one of the two in the middle where N is even."""
+    return float(distance.median())
+
+
 def data_copying(of_samples: Float[Tensor, " N"], of_held_out: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
     """For each held-out image the share of samples that are nearer to the training set, equally near ones as halves.
 
