@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -196,9 +196,9 @@ def folded_digits(size: Size) -> ImageSet:
     digits = load_digits(size.image_size)
 
     def fold(split: Split) -> Split:
-        return Split(F.pixel_unshuffle(split.images, size.patch_size), split.labels)
+        return replace(split, images=F.pixel_unshuffle(split.images, size.patch_size))
 
-    return ImageSet(digits.name, fold(digits.train), fold(digits.test), digits.prompts)
+    return replace(digits, train=fold(digits.train), test=fold(digits.test))
 
 
 class PeerTraining:

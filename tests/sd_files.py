@@ -17,6 +17,15 @@ from xdiffusion.model import DiffusionModel
 TINY_SD = ("sd15_tiny", "sd21_base_tiny", "sd21_v_tiny")
 FULL_SD = ("sd15", "sd21_base", "sd21_v")
 
+EXTRA = {  # what original files hold beside the model
+    "betas": torch.zeros(3),
+    "first_stage_model.loss.logvar": torch.zeros(()),
+    "first_stage_model.model_ema.decay": torch.zeros(()),
+    "first_stage_model.model_ema.num_updates": torch.zeros(()),
+    "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+    "model_ema.decay": torch.zeros(()),
+}
+
 
 def sd_config(name: str) -> DictConfig:
     """A built-in config by name."""

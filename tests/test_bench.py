@@ -224,6 +224,10 @@ def test_results_are_made_once(work_folder, quick_judge, monkeypatch, capsys):
         low, high = row["frechet_distance_interval"]
         assert f"{row['frechet_distance']:.3f} [{low:.3f}, {high:.3f}]" in document
         assert f"{row['parameters']:,}" in document
+    _, base_text, lora_text = document.split("\n## ")
+    assert "own loss (ours v" in lora_text and "own loss" not in base_text
+    low, high = peer_lora["gap_closed_interval"]
+    assert f"{peer_lora['gap_closed']:.3f} [{low:.3f}, {high:.3f}]" in lora_text
     assert document.count("| ours | 0 |") == document.count("| ours | 1 |") == 2
 
     (again,) = work_folder.glob("output/results/*/lora-theirs*-seed0/row.json")

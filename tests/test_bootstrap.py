@@ -36,6 +36,48 @@ def test_the_interval_of_a_frechet_distance_is_where_other_draws_fall(generator)
     assert covered.float().mean() >= 0.8
 
 
+def clustered(generator, sources=60, size=6, own=0.3):
+    """Rows of sources that have 1 to `size` variants, which differ by little, and the source of each row, shuffled."""
+    sizes = torch.randint(1, size + 1, (sources,), generator=generator)
+    groups = torch.arange(sources).repeat_interleave(sizes)[torch.randperm(int(sizes.sum()), generator=generator)]
+    values = torch.randn(sources, generator=generator)
+    return values[groups] + own * torch.randn(len(groups), generator=generator), groups
+
+
+def test_variants_are_drawn_together(generator):
+    """The textbook's variance of a mean over clusters, and the interval holds the truth as often as it says."""
+    rows, groups = clustered(generator, sources=400)
+    low, high = mean_interval(rows, groups, resamples=2000)
+    residuals = torch.zeros(400).index_add(0, groups, rows - rows.mean())
+    half = 1.96 * float(residuals.square().sum().sqrt()) / len(rows)
+    assert (low, high) == pytest.approx((float(rows.mean()) - half, float(rows.mean()) + half), abs=0.1 * half)
+
+    held = {"groups": 0, "rows": 0}
+    for _ in range(100):
+        rows, groups = clustered(generator)
+        for name, of in (("groups", groups), ("rows", None)):
+            low, high = mean_interval(rows, of, resamples=80)
+            held[name] += low <= 0 <= high
+    assert 88 <= held["groups"] <= 99
+    assert held["rows"] < 80
+
+
+def test_groups_of_one_row_are_rows(generator):
+    rows = torch.randn(30, generator=generator)
+    assert mean_interval(rows, torch.arange(30) + 7, resamples=50) == mean_interval(rows, resamples=50)
+
+
+def test_each_set_is_drawn_by_its_own_groups():
+    """One group is the whole set each time; of the other, each row twice."""
+    first, second, drawn = torch.arange(4.0), torch.arange(6.0), []
+    groups = [torch.zeros(4, dtype=torch.long), torch.tensor([0, 1, 2, 0, 1, 2])]
+    interval(lambda *sets: drawn.append(sets) or 0.0, first, second, groups=groups, resamples=20)
+    for whole, pairs in drawn:
+        assert torch.equal(whole, first)
+        assert torch.equal(pairs[::2] + 3, pairs[1::2]) and len(pairs) == 6
+    assert len({tuple(pairs.tolist()) for _, pairs in drawn}) > 5
+
+
 def test_a_function_of_its_seed_that_leaves_the_global_one_alone():
     rows, state = torch.arange(20.0), torch.get_rng_state()
     first, again, other = (mean_interval(rows, resamples=20, seed=seed) for seed in (0, 0, 1))

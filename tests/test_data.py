@@ -85,6 +85,7 @@ def test_no_held_out_digit_is_a_moved_copy_of_a_training_digit(monkeypatch):
         assert torch.equal(split.labels, target[number])
         sources[name] = set(number.tolist())
         assert torch.equal(number.bincount()[number], torch.full_like(number, digits.VARIANTS))
+        assert torch.equal(number[:, None] == number, split.groups[:, None] == split.groups)
     assert sources["train"] & sources["test"] == set()
     assert sources["train"] | sources["test"] == set(range(1797))
 
@@ -156,6 +157,11 @@ def test_inversion_is_the_negative_and_undoes_itself(small):
     again = invert(negative)
     assert (again.name, again.inverted) == ("image/x", False)
     assert equal_sets(again, small)
+
+
+def test_a_group_is_an_image_with_its_variants_also_among_negatives(small):
+    assert small.train.groups.tolist() == [0, 1, 2]
+    assert invert(load_digits(8)).test.groups.bincount().tolist() == [8] * 397
 
 
 def test_a_batch_is_an_index_into_the_training_split(small):

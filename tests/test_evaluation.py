@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,9 +20,9 @@ from xdiffusion.diffusion.predictions import PREDICTIONS
 from xdiffusion.diffusion.schedules import BetaSchedule, CosineSchedule
 from xdiffusion.evaluation.background import background_brightness, background_mask
 from xdiffusion.evaluation.frechet import frechet_distance
-from xdiffusion.evaluation.gap import fixed_draws, gap_closed
+from xdiffusion.evaluation.gap import fixed_draws, gap_closed, gap_interval
 from xdiffusion.evaluation.judge import train_judge
-from xdiffusion.held_out import loss_gap
+from xdiffusion.held_out import gap_scores
 from xdiffusion.lora import apply_lora_to_model, get_lora_parameters, merge_lora_weights
 from xdiffusion.scoring import Depth, score
 
@@ -73,8 +74,7 @@ def test_background_is_what_is_dark_in_nearly_every_image():
 def test_background_brightness_counts_masked_pixels_alone():
     images = torch.tensor([[-1.0, 1.0, 0.0], [0.5, 1.0, 0.0]]).view(2, 1, 1, 3)
     mask = torch.tensor([True, False, True]).view(1, 1, 3)
-    assert background_brightness(images, mask) == pytest.approx((0 + 0.5 + 0.75 + 0.5) / 4)
-    assert background_brightness(images, torch.zeros_like(mask)) is None
+    assert background_brightness(images, mask).tolist() == pytest.approx([0.25, 0.625])
 
 
 # gap_closed
@@ -131,28 +131,53 @@ def lora_model(fill):
 
 def test_an_adapter_that_does_nothing_closes_no_gap():
     data = tiny_images()
-    assert loss_gap(lora_model(fill=False), invert(data), data) == 0
+    scores = gap_scores(lora_model(fill=False), invert(data), data, 20, 0)
+    assert scores == {"gap_closed": 0, "gap_closed_interval": (0, 0)}
 
 
-def test_loss_gap_from_its_three_losses():
+def test_gap_scores_from_their_three_losses():
     """Each loss from a model of its own: the adapter folded in, and no adapter at all."""
-    data, model = tiny_images(), lora_model(fill=True)
-    gap = loss_gap(model, invert(data), data)
+    data, model = tiny_images(test=200), lora_model(fill=True)
+    scores = gap_scores(model, invert(data), data, 200, 0)
     assert all(layer.enabled for module in model.modules() for layer in getattr(module, "adapters", {}).values())
 
     draws = fixed_draws(len(data.test), (1, SIZE, SIZE))
     context = model.text_encoder.encode([str(label) for label in data.test.labels[draws.index].tolist()])
     normal = data.test.images[draws.index].float() / 127.5 - 1
 
-    def mean_loss(network, x0):
+    def loss(network, x0):
         with torch.no_grad():
-            return squared_error(network, model.schedule, "v", x0, draws.eps, draws.t, context).mean().item()
+            return squared_error(network, model.schedule, "v", x0, draws.eps, draws.t, context)
 
     bare = tiny_model(tiny_config()).network
     merge_lora_weights(model.network)
-    losses = mean_loss(bare, normal), mean_loss(bare, -normal), mean_loss(model.network, -normal)
-    assert gap == pytest.approx((losses[1] - losses[2]) / (losses[1] - losses[0]), rel=1e-3)
+    base, base_inverted, inverted = loss(bare, normal), loss(bare, -normal), loss(model.network, -normal)
+    gained, way = base_inverted - inverted, base_inverted - base
+    gap = float(gained.mean() / way.mean())
+    assert scores["gap_closed"] == pytest.approx(gap, rel=1e-3)
     assert abs(gap) > 0.01
+
+    # the delta method's spread of a ratio of means of pairs
+    half = 1.96 * float((gained - gap * way).square().sum().sqrt()) / len(gained) / abs(float(way.mean()))
+    low, high = scores["gap_closed_interval"]
+    assert low < gap < high and high - low == pytest.approx(2 * half, rel=0.2)
+    twins = replace(data, test=replace(data.test, variants=2))
+    assert gap_scores(model, invert(twins), twins, 200, 0)["gap_closed_interval"] != (low, high)
+
+
+@pytest.mark.parametrize("variants", [1, 4])
+def test_an_interval_of_gap_closed_holds_the_truth_as_often_as_it_says(variants, generator):
+    """Losses of 0.5, 0.3 and 0.1 that share the chance of the images, and a little of their own: half of the gap."""
+    held = {"paired": 0, "wide": 0}
+    for _ in range(100):
+        groups = torch.arange(200) % (200 // variants)
+        of_image, of_draw = (torch.randn(4, 200, generator=generator) for _ in range(2))
+        own = 0.05 * of_image[:3, groups] + 0.03 * of_draw[:3]
+        losses = torch.tensor([0.1, 0.5, 0.3])[:, None] + 0.5 * of_image[3, groups] + own
+        low, high = gap_interval(losses, groups, resamples=80, seed=0)
+        held["paired"] += low <= 0.5 <= high
+        held["wide"] += high - low > 0.3  # the chance of the images alone, which no pair has
+    assert held["paired"] >= 88 and held["wide"] == 0
 
 
 # all scores of a model
@@ -201,8 +226,9 @@ def test_a_full_depth_adds_to_the_scores(good_judge, tmp_path):
     assert {k: full[k] for k in plain if k != "seconds_per_image"} == {
         k: v for k, v in plain.items() if k != "seconds_per_image"
     }
-    assert full.keys() >= FULL | {f"{name}_interval" for name in FULL - {"nearest_distance"}}
-    for name in ("prompt_accuracy", "frechet_distance", *FULL - {"nearest_distance"}):
+    intervals = {"prompt_accuracy", "frechet_distance", "background", *FULL}
+    assert {key for key in full if key.endswith("_interval")} == {f"{name}_interval" for name in intervals}
+    for name in intervals:
         low, high = full[f"{name}_interval"]
         assert low <= full[name] <= high, name
     assert full["precision"] < full["precision_real"]
@@ -212,6 +238,33 @@ def test_a_full_depth_adds_to_the_scores(good_judge, tmp_path):
     assert full["bits_per_dim"] is None
     assert full["loss_curve"].keys() == {"model"}
     json.dumps(full)
+
+
+def test_intervals_take_variants_of_a_held_out_image_as_one(good_judge, tmp_path, monkeypatch):
+    """Of 20 images four times each: the scores are the same, and what is of held-out images is less certain."""
+    data, twenty = tiny_images(), torch.arange(80) % 20
+    images = data.test.images[twenty] + torch.arange(80, dtype=torch.uint8).view(-1, 1, 1, 1) // 20
+    noise = 0.3 * torch.randn(80, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    drawn = (data.train.floats(twenty) + noise * torch.linspace(0, 1, 80).view(-1, 1, 1, 1)).clamp(-1, 1)
+    monkeypatch.setattr(scoring, "generate", lambda model, prompts, generators, **_: -drawn)
+    plain, grouped = (
+        scored(
+            lora_model(fill=True), invert(replace(data, test=Split(images, data.test.labels[twenty], variants))), tmp_path,
+            num_samples=80, has_lora=True, depth=Depth(resamples=100, full=True),
+        )
+        for variants in (1, 4)
+    )  # fmt: skip
+    of_held_out = {"frechet_distance", "recall", "coverage", "data_copying"}
+    names = [key.removesuffix("_interval") for key in plain if key.endswith("_interval")]
+    width = {n: [s[f"{n}_interval"][1] - s[f"{n}_interval"][0] for s in (plain, grouped)] for n in names}
+    assert {name for name, (of_rows, of_groups) in width.items() if of_groups > 1.2 * of_rows} == of_held_out
+    of_held_out |= {"gap_closed"}  # whose chance is that of times and noise more than of images
+    left_out = {"seconds_per_image", "loss_curve", *(f"{name}_interval" for name in of_held_out)}
+    assert {k: v for k, v in plain.items() if k not in left_out} == {
+        k: v for k, v in grouped.items() if k not in left_out
+    }
+    first, second = (scores["loss_curve"]["model"] for scores in (plain, grouped))
+    assert first["loss"] == second["loss"] and first["low"] != second["low"]
 
 
 def test_samples_that_are_training_images_are_found_out(good_judge, tmp_path, monkeypatch):
@@ -252,6 +305,19 @@ def test_perfect_samples_have_perfect_scores(inverted, good_judge, tmp_path, mon
     assert scores["background"] == pytest.approx(dark, abs=0.02)
     assert (dark > 0.5) == inverted
     assert (scores["gap_closed"] is not None) == inverted
+
+
+def test_an_interval_of_no_numbers_is_none():
+    values, reasons = scoring.finished(
+        {"a": math.nan, "a_interval": (math.nan, math.nan), "b_interval": (0.0, 1.0)}, {}
+    )
+    assert values == {"a": None, "a_interval": None, "b_interval": [0, 1]}
+    assert reasons.keys() == {"a", "a_interval"}
+
+
+def test_images_without_dark_pixels_have_no_background(good_judge, tmp_path):
+    scores = scored(tiny_model(tiny_config()).eval(), replace(invert(tiny_images()), inverted=False), tmp_path)
+    assert scores["background"] is None and scores["prompt_accuracy"] is not None
 
 
 def test_scores_that_cannot_be_had(tmp_path):

@@ -52,7 +52,7 @@ def test_curves_of_a_model_by_hand(schedule):
     model, data = tiny_model(config).eval(), tiny_images(test=32)
     apply_lora_to_model(model.network, 2, 4.0, 0.0, "all")
     draws = fixed_draws(32, model.latent_shape, 1024)
-    curves = loss_curves(model, held_out_of(invert(data)), draws, 0, held_out_of(data), lora_disabled)
+    curves = loss_curves(model, held_out_of(invert(data)), draws, draws.index, 0, held_out_of(data), lora_disabled)
     assert curves.keys() == {"model", "base", "base_on_normal"}
     assert curves["model"].loss == pytest.approx(curves["base"].loss, rel=1e-5)
     assert curves["model"].loss != pytest.approx(curves["base_on_normal"].loss, rel=1e-2)
@@ -91,4 +91,5 @@ def test_losses_that_are_not_finite_are_an_error(part):
     model, data = tiny_model(tiny_config()).eval(), tiny_images(test=32)
     next(getattr(model, part).parameters()).data.fill_(torch.nan)
     with pytest.raises(ValueError, match="32 of this model's losses on 32 images and noises are not finite"):
-        loss_curves(model, held_out_of(data), fixed_draws(32, model.latent_shape), 0)
+        draws = fixed_draws(32, model.latent_shape)
+        loss_curves(model, held_out_of(data), draws, draws.index, 0)

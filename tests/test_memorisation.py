@@ -31,7 +31,8 @@ def test_data_copying_is_the_u_statistic_as_a_share(generator):
     samples, held_out = (torch.randint(9, (n,), generator=generator).float() for n in (30, 40))  # with ties
     # scipy counts the pairs whose first is larger
     expected = scipy.stats.mannwhitneyu(held_out.numpy(), samples.numpy()).statistic / (30 * 40)
-    assert data_copying(samples, held_out) == pytest.approx(expected)
-    assert data_copying(held_out, held_out) == pytest.approx(0.5)
-    assert data_copying(torch.zeros(3), torch.ones(4)) == 1
-    assert data_copying(torch.ones(3), torch.zeros(4)) == 0
+    assert float(data_copying(samples, held_out).mean()) == pytest.approx(expected)
+    assert float(data_copying(held_out, held_out).mean()) == pytest.approx(0.5)
+    assert data_copying(torch.zeros(3), torch.ones(4)).tolist() == [1] * 4
+    assert data_copying(torch.ones(3), torch.zeros(4)).tolist() == [0] * 4
+    assert data_copying(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0, 2.0])).tolist() == [1, 0, 0.75]

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from hostile_files import mutated
-from sd_files import FULL_SD, TINY_SD, random_sd, sd_config, text_names, write_native
+from sd_files import EXTRA, FULL_SD, TINY_SD, random_sd, sd_config, text_names, write_native
 
 from xdiffusion.build import build_model
 from xdiffusion.checkpoints.diffusers import autoencoder_from_diffusers, autoencoder_to_diffusers
@@ -23,14 +23,6 @@ from xdiffusion.loading import STABLE_DIFFUSION, choices_of_run, load_model
 
 PREDICTS, COMFY_PREDICTS = f"{MODELSPEC}prediction_type", f"{MODELSPEC}predict_key"
 ARCHITECTURE = f"{MODELSPEC}architecture"
-EXTRA = {  # what original files hold beside the model
-    "betas": torch.zeros(3),
-    "first_stage_model.loss.logvar": torch.zeros(()),
-    "first_stage_model.model_ema.decay": torch.zeros(()),
-    "first_stage_model.model_ema.num_updates": torch.zeros(()),
-    "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
-    "model_ema.decay": torch.zeros(()),
-}
 SAME = {  # a few names as everyone knows them
     "model.diffusion_model.time_embed.2.bias": "network.time_embedding.linear_2.bias",
     "model.diffusion_model.input_blocks.3.0.op.weight": "network.down_blocks.0.downsample.conv.weight",
@@ -93,49 +85,6 @@ def test_text_names_without_text_model_are_read():
     ours = random_sd("sd15_tiny").state_dict()
     original = {n.replace(".text_model.", "."): t for n, t in to_original(ours, "transformers").items()}
     assert with_text_projection(from_original(original)).keys() == ours.keys()
-
-
-def test_the_moving_average_is_a_choice(tmp_path):
-    original = to_original(random_sd("sd15_tiny").state_dict(), "transformers")
-    unet = {n: t for n, t in original.items() if n.startswith("model.")}
-    ema = {"model_ema." + n.removeprefix("model.").replace(".", ""): t + 1 for n, t in unet.items()}
-    assert "model_ema.diffusion_modelinput_blocks00weight" in ema
-    save(original | ema | EXTRA, tmp_path / "both.safetensors")
-    plain, average = (load_model_file(tmp_path / "both.safetensors", ema=e).tensors for e in (False, True))
-    assert plain.keys() == average.keys()
-    for name in plain:
-        assert torch.equal(average[name], plain[name] + 1 if name.startswith("network.") else plain[name])
-    save(original, tmp_path / "one.safetensors")
-    with pytest.raises(CheckpointError, match=r"one.safetensors: the file holds the moving average of 0 of"):
-        load_model_file(tmp_path / "one.safetensors", ema=True)
-
-
-def averaged(original):
-    """A file's tensors with the UNet as a moving average alone."""
-
-    def renamed(name):
-        return "model_ema." + name.removeprefix("model.").replace(".", "") if name.startswith("model.") else name
-
-    return {renamed(name): tensor for name, tensor in original.items()}
-
-
-@pytest.mark.parametrize("name", FULL_SD[:2])
-def test_every_name_of_a_moving_average_is_known_at_full_size(name):
-    with torch.device("meta"):
-        original = to_original(build_model(sd_config(name)).state_dict(), text_names(name))
-    assert from_original(averaged(original), ema=True).keys() == from_original(original).keys()
-
-
-def test_a_moving_average_alone_is_read_and_told(tmp_path, capsys):
-    exact = random_sd("sd15_tiny").state_dict()
-    path = tmp_path / "average.safetensors"
-    save(averaged(to_original(exact, "transformers")) | EXTRA, path)
-    for choice, told in ((None, True), (True, False)):
-        tensors = load_model(path, ema=choice)[0].state_dict()
-        assert all(torch.equal(tensors[n], exact[n]) for n in exact)
-        assert (f"{path} is read: with the moving average of its UNet" in capsys.readouterr().err) == told
-    with pytest.raises(CheckpointError, match=r"average.safetensors holds nothing of its UNet but a moving average"):
-        load_model_file(path, ema=False)
 
 
 def test_old_names_of_diffusers_autoencoder_are_read():

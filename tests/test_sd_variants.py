@@ -5,11 +5,12 @@ import shlex
 
 import pytest
 import torch
-from sd_files import random_sd, write_native
+from sd_files import EXTRA, FULL_SD, random_sd, sd_config, text_names, write_native
 
+from xdiffusion.build import build_model
 from xdiffusion.checkpoints.files import CheckpointError, save_safetensors
 from xdiffusion.checkpoints.native import load_model_file
-from xdiffusion.checkpoints.stable_diffusion import to_original
+from xdiffusion.checkpoints.stable_diffusion import from_original, to_original
 from xdiffusion.checkpoints.streaming import StoredTensors
 from xdiffusion.commands import sd
 from xdiffusion.loading import STABLE_DIFFUSION, load_model
@@ -114,3 +115,46 @@ def test_a_file_that_is_not_there_names_those_of_similar_names(work_folder):
         load_model("v2-1_521.safetensors")
     assert str(error.value).count(", ") == 4
     assert "anything" not in str(error.value)
+
+
+def test_the_moving_average_is_a_choice(tmp_path):
+    original = to_original(random_sd("sd15_tiny").state_dict(), "transformers")
+    unet = {n: t for n, t in original.items() if n.startswith("model.")}
+    ema = {"model_ema." + n.removeprefix("model.").replace(".", ""): t + 1 for n, t in unet.items()}
+    assert "model_ema.diffusion_modelinput_blocks00weight" in ema
+    save_safetensors(tmp_path / "both.safetensors", original | ema | EXTRA, {})
+    plain, average = (load_model_file(tmp_path / "both.safetensors", ema=e).tensors for e in (False, True))
+    assert plain.keys() == average.keys()
+    for name in plain:
+        assert torch.equal(average[name], plain[name] + 1 if name.startswith("network.") else plain[name])
+    save_safetensors(tmp_path / "one.safetensors", original, {})
+    with pytest.raises(CheckpointError, match=r"one.safetensors: the file holds the moving average of 0 of"):
+        load_model_file(tmp_path / "one.safetensors", ema=True)
+
+
+def averaged(original):
+    """A file's tensors with the UNet as a moving average alone."""
+
+    def renamed(name):
+        return "model_ema." + name.removeprefix("model.").replace(".", "") if name.startswith("model.") else name
+
+    return {renamed(name): tensor for name, tensor in original.items()}
+
+
+@pytest.mark.parametrize("name", FULL_SD[:2])
+def test_every_name_of_a_moving_average_is_known_at_full_size(name):
+    with torch.device("meta"):
+        original = to_original(build_model(sd_config(name)).state_dict(), text_names(name))
+    assert from_original(averaged(original), ema=True).keys() == from_original(original).keys()
+
+
+def test_a_moving_average_alone_is_read_and_told(tmp_path, capsys):
+    exact = random_sd("sd15_tiny").state_dict()
+    path = tmp_path / "average.safetensors"
+    save_safetensors(path, averaged(to_original(exact, "transformers")) | EXTRA, {})
+    for choice, told in ((None, True), (True, False)):
+        tensors = load_model(path, ema=choice)[0].state_dict()
+        assert all(torch.equal(tensors[n], exact[n]) for n in exact)
+        assert (f"{path} is read: with the moving average of its UNet" in capsys.readouterr().err) == told
+    with pytest.raises(CheckpointError, match=r"average.safetensors holds nothing of its UNet but a moving average"):
+        load_model_file(path, ema=False)

@@ -27,7 +27,7 @@ from xdiffusion.evaluation.diversity import mean_distance
 from xdiffusion.evaluation.frechet import frechet_distance
 from xdiffusion.evaluation.gap import fixed_draws
 from xdiffusion.evaluation.loss_curve import LossCurve
-from xdiffusion.evaluation.memorisation import Nearest, copied, data_copying, nearest
+from xdiffusion.evaluation.memorisation import Nearest, copied, data_copying, median, nearest
 from xdiffusion.evaluation.overlap import NEIGHBOURS, Overlap, overlap
 from xdiffusion.evaluation.shares import pairs_share_interval
 from xdiffusion.held_out import loss_curves
@@ -218,12 +218,14 @@ def copy_scores(samples: Seen, held_out: Seen | None, compared: Cut, resamples: 
     everything = compared.batches(torch.arange(len(compared.pictures)))
     found = nearest(queries, (reduced(images, SIDE) for images, _ in everything))
     of_samples, of_held_out = found.rows(0, count), found.rows(count).distance[:, 0]
-    scores: dict[str, Any] = {"nearest_distance": float(of_samples.distance[:, 0].median())}
+    scores: dict[str, Any] = {"nearest_distance": median(of_samples.distance[:, 0])}
+    if resamples:
+        scores["nearest_distance_interval"] = interval(median, of_samples.distance[:, 0], resamples=resamples)
     if len(compared.pictures) > 1:
         scores |= mean_scores({"copies": copied(of_samples.distance)}, resamples, seed=0)
     if held_out is not None:
-        scores["nearest_distance_real"] = float(of_held_out.median())
-        scores["data_copying"] = data_copying(of_samples.distance[:, 0], of_held_out)
+        scores["nearest_distance_real"] = median(of_held_out)
+        scores["data_copying"] = float(data_copying(of_samples.distance[:, 0], of_held_out).mean())
         if resamples:
             bounds = pairs_share_interval(scores["data_copying"], count, len(of_held_out))
             scores["data_copying_interval"] = bounds
@@ -235,7 +237,7 @@ def curves_of(model: DiffusionModel, given: Cut, resamples: int, has_lora: bool)
     count = len(given.pictures)
     draws = fixed_draws(max(count, PAIRS), model.latent_shape, PAIRS)
     draws = draws._replace(index=draws.index % count)
-    return loss_curves(model, given, draws, resamples, without_lora=lora_disabled if has_lora else None)
+    return loss_curves(model, given, draws, draws.index, resamples, without_lora=lora_disabled if has_lora else None)
 
 
 # --- pictures ---

@@ -14,8 +14,8 @@ from xdiffusion.data.image_set import ImageSet
 from xdiffusion.diffusion.denoiser import Denoiser, GuidedDenoiser
 from xdiffusion.diffusion.objective import squared_error
 from xdiffusion.diffusion.schedules import BetaSchedule, Schedule
-from xdiffusion.evaluation.bootstrap import mean_interval
-from xdiffusion.evaluation.gap import FixedDraws, fixed_draws, gap_closed
+from xdiffusion.evaluation.bootstrap import Groups, mean_interval
+from xdiffusion.evaluation.gap import FixedDraws, fixed_draws, gap_closed, gap_interval
 from xdiffusion.evaluation.loss_curve import LOGSNR_MAX, LOGSNR_MIN, LossCurve, in_eps_space, logsnr_at, loss_curve
 from xdiffusion.evaluation.variational_bound import bits_per_dim
 from xdiffusion.lora.adapters import lora_disabled
@@ -38,25 +38,36 @@ def held_out_of(images: ImageSet) -> Pictures:
     return pictures
 
 
-def loss_gap(
-    model: DiffusionModel, data: ImageSet, normal: ImageSet, without_lora: WithoutLoRA = lora_disabled
-) -> float:
+def gap_scores(
+    model: DiffusionModel,
+    data: ImageSet,
+    normal: ImageSet,
+    resamples: int,
+    seed: int,
+    without_lora: WithoutLoRA = lora_disabled,
+) -> dict[str, Any]:
     """`gap_closed` of the model's LoRA on the held-out images of an inverted set and of its normal twin."""
     draws = fixed_draws(len(data.test), model.latent_shape)
 
-    def mean_loss(images: ImageSet) -> float:
-        return float(errors_of(model, *encoded(model, held_out_of(images), draws.index), draws).mean())
+    def loss(images: ImageSet) -> Float[Tensor, " N"]:
+        return errors_of(model, *encoded(model, held_out_of(images), draws.index), draws)
 
-    lora_inverted = mean_loss(data)
+    lora_inverted = loss(data)
     with without_lora(model):
-        base_inverted, base = mean_loss(data), mean_loss(normal)
-    return gap_closed(base, base_inverted, lora_inverted)
+        base_inverted, base = loss(data), loss(normal)
+    losses = base, base_inverted, lora_inverted
+    scores: dict[str, Any] = {"gap_closed": gap_closed(*(float(of.mean()) for of in losses))}
+    if resamples:
+        drawn = {"resamples": resamples, "seed": seed}
+        scores["gap_closed_interval"] = gap_interval(torch.stack(losses), data.test.groups[draws.index], **drawn)
+    return scores
 
 
 def loss_curves(
     model: DiffusionModel,
     pictures: Pictures,
     draws: FixedDraws,
+    groups: Groups,
     resamples: int,
     normal: Pictures | None = None,
     without_lora: WithoutLoRA | None = None,
@@ -66,6 +77,7 @@ def loss_curves(
     Args:
         pictures: held out, if the curve is to say how well the model knows what it has not seen.
         draws: which of them and which noise; their t only spreads the log-SNRs.
+        groups: of the draws; those of one picture, or of variants of one, depend on each other.
         resamples: of the intervals; 0 leaves them out.
         normal: the pictures that the base is made for, where a LoRA's are in another style: "base_on_normal" is its floor.
         without_lora: a block in which the LoRA is off; None where there is none.
@@ -79,7 +91,7 @@ def loss_curves(
 
     def curve(x0: Float[Tensor, "N C H W"], captions: Sequence[str]) -> LossCurve:
         errors = errors_of(model, x0, captions, draws._replace(t=t))
-        return loss_curve(in_eps_space(errors, model.prediction, alpha, sigma), draws.t, span, resamples)
+        return loss_curve(in_eps_space(errors, model.prediction, alpha, sigma), draws.t, groups, span, resamples)
 
     own = encoded(model, pictures, draws.index)
     curves = {"model": curve(*own)}
@@ -158,5 +170,5 @@ def bound_scores(model: DiffusionModel, data: ImageSet, resamples: int, seed: in
         raise ValueError("the variational bound of this model is not finite")
     scores: dict[str, Any] = {"bits_per_dim": float(rows.mean())}
     if resamples:
-        scores["bits_per_dim_interval"] = mean_interval(rows, resamples=resamples, seed=seed)
+        scores["bits_per_dim_interval"] = mean_interval(rows, data.test.groups[index], resamples=resamples, seed=seed)
     return scores

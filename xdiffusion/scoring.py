@@ -17,17 +17,17 @@ from torch import Tensor
 from xdiffusion.checkpoints.files import CheckpointError, content_hash, load_safetensors, save_safetensors
 from xdiffusion.data.image_set import ImageSet, invert, to_uint8, to_unit_range
 from xdiffusion.evaluation.background import background_brightness, background_mask
-from xdiffusion.evaluation.bootstrap import interval, mean_interval
+from xdiffusion.evaluation.bootstrap import Groups, interval, mean_interval
 from xdiffusion.evaluation.clip_score import clip_score
 from xdiffusion.evaluation.diversity import diversity
 from xdiffusion.evaluation.frechet import frechet_distance
 from xdiffusion.evaluation.gap import fixed_draws
 from xdiffusion.evaluation.judge import Judge, accuracy, judge_features, train_judge
 from xdiffusion.evaluation.loss_curve import LossCurve
-from xdiffusion.evaluation.memorisation import Nearest, copied, data_copying, nearest
+from xdiffusion.evaluation.memorisation import Nearest, copied, data_copying, median, nearest
 from xdiffusion.evaluation.overlap import NEIGHBOURS, Overlap, overlap
-from xdiffusion.evaluation.shares import pairs_share_interval, share_interval
-from xdiffusion.held_out import CURVE_PAIRS, WithoutLoRA, bound_scores, held_out_of, loss_curves, loss_gap
+from xdiffusion.evaluation.shares import independent, pairs_share_interval, share_interval
+from xdiffusion.held_out import CURVE_PAIRS, WithoutLoRA, bound_scores, gap_scores, held_out_of, loss_curves
 from xdiffusion.lora.adapters import lora_disabled
 from xdiffusion.model import DiffusionModel, generate, generators_for
 
@@ -40,6 +40,7 @@ REASONS = {  # why a score of a set with classes may be None
     "bits_per_dim": "is for discrete steps in pixel space",
 }
 SHARES = ("prompt_accuracy", "precision", "recall", "coverage", "copies")  # means of rows that are 0 or 1
+OF_HELD_OUT = ("recall", "coverage")  # whose rows are of held-out images, not of samples
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,9 @@ def score(
     judge, judge_accuracy = cached_judge(normal, judge_folder)
     samples = draw_samples(model, data, sampling, num_samples, seed)
     scores = image_scores(samples, data, normal, judge, depth.resamples, seed)
+    gap = gap_scores(model, data, normal, depth.resamples, seed, without_lora) if has_lora and data.inverted else {}
+    scores |= {"gap_closed": None} | gap
     scores |= {
-        "background": background_brightness(samples.images, background_mask(normal.train.images)),
-        "gap_closed": loss_gap(model, data, normal, without_lora) if has_lora and data.inverted else None,
         "seconds_per_image": samples.seconds / num_samples,
         "judge_accuracy": judge_accuracy,
         "dataset": data.name,
@@ -147,7 +148,8 @@ def score(
         more, neighbours = full_scores(samples, data, normal, judge, depth, seed)
         draws = fixed_draws(len(data.test), model.latent_shape, CURVE_PAIRS)
         base = held_out_of(normal) if data.inverted else None, without_lora if has_lora else None
-        curves = loss_curves(model, held_out_of(data), draws, depth.resamples, *base)
+        groups = data.test.groups[draws.index]
+        curves = loss_curves(model, held_out_of(data), draws, groups, depth.resamples, *base)
         scores |= more | bound_scores(model, data, depth.resamples, seed)
         scores["loss_curve"] = {name: curve._asdict() for name, curve in curves.items()}
         seen = as_the_judge_sees(samples.images, data)
@@ -190,19 +192,23 @@ def draw_samples(
 def image_scores(
     samples: Samples, data: ImageSet, normal: ImageSet, judge: Judge, resamples: int, seed: int
 ) -> dict[str, Any]:
-    """Prompt accuracy and Frechet distance, with intervals where resamples are asked for."""
+    """Prompt accuracy, background and Frechet distance, with intervals where resamples are asked for."""
     features = judge_features(judge, as_the_judge_sees(samples.images, data))
     held_out = judge_features(judge, normal.test.floats())
-    hits = (judge.head(features).argmax(1) == samples.labels).float()
-    scores = mean_scores({"prompt_accuracy": hits}, resamples, seed)
+    rows = {"prompt_accuracy": (judge.head(features).argmax(1) == samples.labels).float()}
+    mask = background_mask(normal.train.images)
+    if mask.any():
+        rows["background"] = background_brightness(samples.images, mask)
+    scores = {"background": None} | mean_scores(rows, resamples, seed)
     scores |= {
         "frechet_distance": frechet_distance(features, held_out),
         "frechet_floor": frechet_distance(judge_features(judge, normal.train.floats(samples.real)), held_out),
     }
     if resamples:
         drawn = {"resamples": resamples, "seed": seed}
-        scores["frechet_distance_interval"] = interval(frechet_distance, features, held_out, centred=True, **drawn)
-        scores["resamples"] = resamples
+        groups = [None, normal.test.groups]
+        bounds = interval(frechet_distance, features, held_out, groups=groups, centred=True, **drawn)
+        scores |= {"frechet_distance_interval": bounds, "resamples": resamples}
     return scores
 
 
@@ -218,6 +224,7 @@ def full_scores(
     held_out = torch.randperm(len(normal.test), generator=samples.generator)[:count]
     seen, test = as_the_judge_sees(samples.images, data), normal.test.floats(held_out)
     features, real, known = (judge_features(judge, x) for x in (seen, test, normal.train.floats(samples.real)))
+    groups = normal.test.groups[held_out]
     labels, real_labels, known_labels = samples.labels, normal.test.labels[held_out], normal.train.labels[samples.real]
     train = (to_unit_range(block) for block in normal.train.images.split(NEAREST_BLOCK))
     found = nearest(torch.cat([seen, test]), train)
@@ -235,23 +242,27 @@ def full_scores(
         return diversity(features[index], labels[index], real, real_labels)
 
     of_samples, of_new = neighbours.distance[:, 0], new.distance[:, 0]
-    scores = mean_scores(rows, depth.resamples, seed)
+    nearer = data_copying(of_samples, of_new)
+    scores = mean_scores(rows, depth.resamples, seed, groups)
     scores |= {f"{name}_real": value for name, value in reference.items()}
     scores["diversity"] = diversity_of(torch.arange(count))
     scores["diversity_real"] = diversity(known, known_labels, real, real_labels)
-    scores["data_copying"] = data_copying(of_samples, of_new)
-    scores |= {"nearest_distance": float(of_samples.median()), "nearest_distance_real": float(of_new.median())}
+    scores["data_copying"] = float(nearer.mean())
+    scores |= {"nearest_distance": median(of_samples), "nearest_distance_real": median(of_new)}
     if depth.resamples:
         scores["diversity_interval"] = interval(diversity_of, torch.arange(count), centred=True, **drawn)
-        scores["data_copying_interval"] = pairs_share_interval(scores["data_copying"], len(of_samples), len(of_new))
+        independent_new = independent(nearer, groups)
+        scores["nearest_distance_interval"] = interval(median, of_samples, **drawn)
+        scores["data_copying_interval"] = pairs_share_interval(scores["data_copying"], len(of_samples), independent_new)
     return scores, neighbours
 
 
-def mean_scores(rows: Mapping[str, Float[Tensor, " N"]], resamples: int, seed: int) -> dict[str, Any]:
-    """The mean of each score's rows, and its interval where resamples are asked for."""
+def mean_scores(rows: Mapping[str, Tensor], resamples: int, seed: int, groups: Groups | None = None) -> dict[str, Any]:
+    """The mean of each score's rows (N,), and its interval where resamples are asked for; groups: of held-out images."""
     scores: dict[str, Any] = {name: float(r.mean()) for name, r in rows.items()}
     for name, r in rows.items() if resamples else ():
-        drawn = share_interval(r) if name in SHARES else mean_interval(r, resamples=resamples, seed=seed)
+        of = groups if name in OF_HELD_OUT else None
+        drawn = share_interval(r, of) if name in SHARES else mean_interval(r, of, resamples=resamples, seed=seed)
         scores[f"{name}_interval"] = drawn
     return scores
 
@@ -312,7 +323,8 @@ def cached_judge(images: ImageSet, folder: Path) -> tuple[Judge, float]:
 
 def finished(scores: Mapping[str, Any], reasons: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """The scores, rounded, with None for what is no finite number, and the reasons of those that are None."""
-    broken = {name for name, value in scores.items() if isinstance(value, float) and not math.isfinite(value)}
+    numbers = {name: value if isinstance(value, tuple) else (value,) for name, value in scores.items()}  # and intervals
+    broken = {n for n, values in numbers.items() if any(isinstance(v, float) and not math.isfinite(v) for v in values)}
     why = {name: "came out as no finite number" if name in broken else reasons[name] for name in [*reasons, *broken]}
     values = {name: None if name in broken else value for name, value in scores.items()}
     return _rounded(values), {name: why[name] for name, value in values.items() if value is None}

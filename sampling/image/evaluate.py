@@ -10,11 +10,13 @@ many real training images. background: mean brightness in [0, 1] over the pixels
 gap_closed (a LoRA on an inverted set): share of the way from the base's loss there to its loss on its own images. For an
 inverted set the judge sees the samples un-inverted.
 
---intervals adds intervals of 95%: of shares exact ones, of other scores by the bootstrap. --full adds: precision, recall,
-density and coverage of the samples' features against held-out images; diversity within a class over the data's;
-data_copying, copies and nearest_distance, a check for memorised training images; loss_curve, the held-out loss by log-SNR;
-bits_per_dim of discrete DDPMs. NAME_real is the same score of as many real images. --report writes all of it, with pictures,
-as one page.
+--intervals adds intervals of 95%, for the chance of the samples and the held-out images, not of the training: of shares by
+counting, of other scores by the bootstrap, of gap_closed over its fixed images and noise. Held-out images that are variants
+of one digit count as one. What a score is read beside (frechet_floor, judge_accuracy, NAME_real) has none. --full adds:
+precision, recall, density and coverage of the samples' features against held-out images; diversity within a class over the
+data's; data_copying, copies and nearest_distance, a check for memorised training images; loss_curve, the held-out loss by
+log-SNR; bits_per_dim of discrete DDPMs. NAME_real is the same score of as many real images. --report writes all of it, with
+pictures, as one page.
 
 Captioned pictures without classes (image/folder, as for Stable Diffusion) have no judge. Samples of their captions have
 diversity, copies and nearest_distance against the training pictures, with --full the loss_curve, and with --clip MODEL/TAG a

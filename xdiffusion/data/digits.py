@@ -42,7 +42,7 @@ def load_digits(image_size: int) -> ImageSet:
     drawn = torch.cat([_draw(source, image_size, generator) for _ in range(VARIANTS)]).unflatten(0, (VARIANTS, -1))
 
     def split(index: Tensor) -> Split:
-        return Split(drawn[:, index].flatten(0, 1), labels[index].repeat(VARIANTS))
+        return Split(drawn[:, index].flatten(0, 1), labels[index].repeat(VARIANTS), VARIANTS)
 
     return ImageSet("image/digits", split(order[:TRAIN_SIZE]), split(order[TRAIN_SIZE:]), PROMPT_TABLES["image/digits"])
 

@@ -25,13 +25,22 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """images: (N, C, H, W) uint8, 0 = black; labels: (N,) int64."""
+    """images: (N, C, H, W) uint8, 0 = black; labels: (N,) int64; variants: how many images in turn are of one source.
+
+    Image i is of source i modulo N / variants: only the sources are independent of each other.
+    """
 
     images: UInt8[Tensor, "N C H W"]
     labels: Int[Tensor, " N"]
+    variants: int = 1
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def groups(self) -> Int[Tensor, " N"]:
+        """The source of each image."""
+        return torch.arange(len(self)) % (len(self) // self.variants)
 
     def floats(self, index: Int[Tensor, " B"] | slice = slice(None)) -> Float[Tensor, "B C H W"]:
         """The indexed images scaled to [-1, 1]."""
@@ -73,7 +82,7 @@ def invert(images: ImageSet) -> ImageSet:
     """The negative of every image under the same captions, the style that the lessons teach a LoRA; its own inverse."""
 
     def negative(split: Split) -> Split:
-        return Split(255 - split.images, split.labels)
+        return replace(split, images=255 - split.images)
 
     return replace(
         images,

@@ -13,6 +13,6 @@ def background_mask(images: UInt8[Tensor, "N C H W"]) -> Bool[Tensor, "C H W"]:
     return (images < 128).float().mean(dim=0) >= SHARE
 
 
-def background_brightness(images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "C H W"]) -> float | None:
-    """Mean over the masked pixels of images in [-1, 1], as brightness in [0, 1]; None where the mask is empty."""
-    return float(images[:, mask].add(1).div(2).mean()) if mask.any() else None
+def background_brightness(images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "C H W"]) -> Float[Tensor, " B"]:
+    """Mean over the masked pixels of each image in [-1, 1], as brightness in [0, 1]."""
+    return images[:, mask].add(1).div(2).mean(1)

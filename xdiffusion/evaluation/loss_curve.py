@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from xdiffusion.evaluation.bootstrap import mean_interval
+from xdiffusion.evaluation.bootstrap import Groups, mean_interval
 
 LOGSNR_MAX, LOGSNR_MIN = 8.0, -8.0  # beyond them there is nothing left to tell
 BINS = 16
@@ -47,15 +47,22 @@ def in_eps_space(
 def loss_curve(
     error: Float[Tensor, " N"],
     u: Float[Tensor, " N"],
+    groups: Groups | None = None,
     span: tuple[float, float] = (LOGSNR_MAX, LOGSNR_MIN),
     resamples: int = 0,
 ) -> LossCurve:
-    """Mean errors by bins of log-SNR; u and span as for `logsnr_at`, and no bin is empty where u is spread evenly."""
+    """Mean errors by bins of log-SNR; u and span as for `logsnr_at`, and no bin is empty where u is spread evenly.
+
+    Errors of one group depend on each other; without groups all are independent.
+    """
     bins = min(BINS, len(u))
     which = (u * bins).long().clamp(max=bins - 1)
     rows = [error[which == k] for k in range(bins)]
+    groups = torch.arange(len(u)) if groups is None else groups
     centres = logsnr_at((torch.arange(bins) + 0.5) / bins, span)
-    bounds = [mean_interval(r, resamples=resamples) for r in rows] if resamples else []
+    bounds = (
+        [mean_interval(r, groups[which == k], resamples=resamples) for k, r in enumerate(rows)] if resamples else []
+    )
     return LossCurve(
         centres.tolist(), [float(r.mean()) for r in rows], [low for low, _ in bounds], [high for _, high in bounds]
     )

@@ -62,12 +62,19 @@ def _nearest_points(rows: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tenso
     return (rows[:, None] - points[index]).square().mean(2).sqrt() / 2, index
 
 
-def data_copying(of_samples: Float[Tensor, " N"], of_held_out: Float[Tensor, " M"]) -> float:
-    """P(a sample is nearer to the training set than a held-out image) + P(equally near) / 2, in [0, 1]."""
-    held_out, of_samples = of_held_out.sort().values, of_samples.contiguous()
-    above = len(held_out) - torch.searchsorted(held_out, of_samples, right=True)
-    equal = torch.searchsorted(held_out, of_samples, right=True) - torch.searchsorted(held_out, of_samples)
-    return float((above + equal / 2).double().mean() / len(held_out))
+def median(distance: Float[Tensor, " N"]) -> float:
+    """The lower one of the two in the middle where N is even."""
+    return float(distance.median())
+
+
+def data_copying(of_samples: Float[Tensor, " N"], of_held_out: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
+    """For each held-out image the share of samples that are nearer to the training set, equally near ones as halves.
+
+    The mean is P(a sample is nearer than a held-out image) + P(equally near) / 2.
+    """
+    samples, of_held_out = of_samples.sort().values, of_held_out.contiguous()
+    below, up_to = (torch.searchsorted(samples, of_held_out, right=right) for right in (False, True))
+    return (below + up_to).double() / (2 * len(samples))
 
 
 def copied(distance: Float[Tensor, "N k"]) -> Float[Tensor, " N"]:

@@ -4,7 +4,8 @@
     share of M N pairs (a < b):  the p with |p - share| <= z sd(p)                                ([Newcombe] method 5)
 
 The first holds the true share at least as often as it says. The second is a score interval like Wilson's: the variance is
-that at p, not at the share that was found, so it does not vanish there.
+that at p, not at the share that was found, so it does not vanish there. Trials in groups that depend on each other, as
+variants of one image do, count as the number of independent trials whose mean would vary as much ([KornGraubard]).
 """
 
 from __future__ import annotations
@@ -17,17 +18,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from xdiffusion.evaluation.bootstrap import Groups
+
 HALVINGS = 50
 
 
-def share_interval(hits: Float[Tensor, " N"], level: float = 0.95) -> tuple[float, float]:
-    """The interval of the mean of rows that are 0 or 1."""
-    count, trials, tail = int(hits.sum()), len(hits), (1 - level) / 2
-    return _lowest_share(count, trials, tail), 1 - _lowest_share(trials - count, trials, tail)
+def share_interval(
+    hits: Float[Tensor, " N"], groups: Groups | None = None, *, level: float = 0.95
+) -> tuple[float, float]:
+    """The interval of the mean of rows that are 0 or 1; without groups they are independent."""
+    trials = len(hits) if groups is None else round(independent(hits, groups))
+    count, tail = int(hits.sum()), (1 - level) / 2
+    low, miss = (_lowest_share(k * trials // len(hits), trials, tail) for k in (count, len(hits) - count))
+    return low, 1 - miss
 
 
-def pairs_share_interval(share: float, samples: int, others: int, level: float = 0.95) -> tuple[float, float]:
-    """The interval of a share of all pairs of `samples` and `others` (a U statistic over their product)."""
+def pairs_share_interval(share: float, samples: float, others: float, level: float = 0.95) -> tuple[float, float]:
+    """The interval of a share of all pairs of `samples` and `others` independent ones (a U statistic over their product)."""
     z = NormalDist().inv_cdf((1 + level) / 2)
 
     def too_far(p: float) -> bool:
@@ -38,6 +45,23 @@ def pairs_share_interval(share: float, samples: int, others: int, level: float =
     low = 0.0 if share == 0 else _boundary(too_far, 0.0, share)
     high = 1.0 if share == 1 else _boundary(too_far, 1.0, share)
     return low, high
+
+
+def independent(rows: Float[Tensor, " N"], groups: Groups) -> float:
+    """How many independent rows would have a mean as uncertain as these, of which those of a group depend on each other.
+
+    N over the design effect, the ratio of the mean's two variances: by groups and by rows. Of equal rows, which show no
+    variance, one of each group.
+    """
+    group = groups.unique(return_inverse=True)[1]
+    count, number = len(rows), int(group.max()) + 1
+    residuals = rows.double() - rows.double().mean()
+    of_rows = float(residuals.square().sum()) / (count - 1)
+    if not of_rows or number == 1:
+        return float(number)
+    sums = torch.zeros(number, dtype=torch.float64).index_add(0, group, residuals)
+    of_groups = float(sums.square().sum()) / count * number / (number - 1)
+    return count * min(1.0, of_rows / of_groups) if of_groups else float(count)
 
 
 def _lowest_share(count: int, trials: int, tail: float) -> float:
