@@ -19,7 +19,7 @@ from xdiffusion.places import OUTPUT_ROOT
 from xdiffusion.training.divergence import TrainingDiverged, write_report
 from xdiffusion.training.interruption import Interruption, resuming_command
 from xdiffusion.training.loop import StepMetrics, Trainer, averaged, fit
-from xdiffusion.training.processes import LostProcess
+from xdiffusion.training.processes import LostProcess, largest
 from xdiffusion.training.records import Records
 from xdiffusion.training.run_record import RunRecord
 from xdiffusion.training.state import RunCheckpoints
@@ -48,7 +48,7 @@ def begin(
 ) -> RunRecord:
     """Prepare the folder of a run that is about to take its first step: clean up, config.yaml, run.json.
 
-    The first process alone writes; the record of another one is kept nowhere.
+    The first process alone writes; the record of another one is kept nowhere. The trainer draws the noise of run.json.
     """
     folder = checkpoints.folder
     writes = trainer.accelerator.is_main_process
@@ -67,7 +67,10 @@ def begin(
     device, processes = trainer.accelerator.device, trainer.accelerator.num_processes
     base_hash = checkpoints.files.base_hash
     place = folder if writes else None
-    record = RunRecord(place, config, command, trainer.task.data, device, processes, first_step, base_hash)
+    record = RunRecord(
+        place, config, command, trainer.task.data, device, processes, first_step, base_hash, noise=trainer.rollbacks
+    )
+    trainer.rollbacks = largest(trainer.accelerator, record.noise)  # all draw the noise that the first process knows of
     for change in record.changes:
         print(f"resumed under other conditions: {change}", file=sys.stderr)
     if writes:
@@ -101,7 +104,7 @@ def go_back(trainer: Trainer, checkpoints: RunCheckpoints, record: RunRecord, er
     trainer.accelerator.wait_for_everyone()  # before the states of later steps have other names
     if writes:
         checkpoints.set_aside(after=step)
-    record.rolled_back(error.report["step"], step)
+    record.rolled_back(error.report["step"], step, rollbacks)
     trainer.rollbacks = rollbacks
     return step + 1
 
@@ -131,7 +134,6 @@ def train(
         print(_where_it_goes_on(first_step, checkpoints.folder, trainer.settings.num_training_steps))
     record = begin(trainer, checkpoints, config, [script, *words], first_step)
     if record.status_before == "diverged":
-        trainer.rollbacks += 1
         print("the run diverged after this step before: going on with other noise")
     go_on = resuming_command(script, words, trainer.accelerator.num_processes)
     with Interruption() as interruption:

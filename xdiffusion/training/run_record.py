@@ -32,6 +32,7 @@ SEGMENT = {  # what is read of a start of a run, where it is there
     "last_step": int,
     "seconds": int | float,
     "peak_memory_bytes": int,
+    "noise": int,
     "device": str,
     "packages": Mapping,
     "git": Mapping | None,
@@ -55,6 +56,7 @@ class RunRecord:
         processes: that share the batch.
         first_step: of this segment; 1 begins a new record.
         base_hash: of what an adapter is trained on.
+        noise: how often the run had gone back, by its checkpoint.
 
     `last_step` is kept up to date by the run; `changes` says how a resumed run differs from its segment before, and
     `status_before` how that ended.
@@ -70,6 +72,8 @@ class RunRecord:
         processes: int,
         first_step: int,
         base_hash: str | None = None,
+        *,
+        noise: int = 0,
     ):
         self.path = folder / FILE if folder else None
         self.device = device
@@ -88,6 +92,7 @@ class RunRecord:
             "device": device_name(device),
             "processes": processes,
             "threads": torch.get_num_threads(),
+            "noise": noise,
             "rollbacks": [],
         }
         self.content = {
@@ -101,8 +106,11 @@ class RunRecord:
         self.status_before: str | None = None
         if self.path and self.path.is_file() and first_step > 1:
             earlier = read_run(folder)
+            before = earlier["segments"][-1]
             self.changes = differences(earlier, self.content)
-            self.status_before = earlier["segments"][-1]["status"]
+            self.status_before = before["status"]
+            # its checkpoint may be older than the choice of other noise, which a kill must not undo
+            self.segment["noise"] = max(noise, before.get("noise", noise) + (before["status"] == "diverged"))
             self.content["segments"] = [*earlier["segments"], self.segment]
         self._write()
 
@@ -111,8 +119,15 @@ class RunRecord:
         """Of this segment, in their order: the step that diverged, and the one of the checkpoint it went back to."""
         return self.segment["rollbacks"]
 
-    def rolled_back(self, diverged: int, to: int) -> None:
-        """Record one."""
+    @property
+    def noise(self) -> int:
+        """The number of the noise that is drawn, one more after each divergence of the run; a process without a folder knows
+        that of the checkpoint alone."""
+        return self.segment["noise"]
+
+    def rolled_back(self, diverged: int, to: int, noise: int) -> None:
+        """Record a rollback, and the number of the noise with which the run goes on."""
+        self.segment["noise"] = noise
         self.rollbacks.append({"diverged": diverged, "to": to})
         self._write()
 
