@@ -17,6 +17,7 @@ from xdiffusion.checkpoints.files import CheckpointError, ensure_writable, remov
 from xdiffusion.model import ImagesNotFinite
 from xdiffusion.places import OUTPUT_ROOT
 from xdiffusion.training.divergence import TrainingDiverged, write_report
+from xdiffusion.training.folder_lock import held
 from xdiffusion.training.interruption import Interruption, resuming_command
 from xdiffusion.training.loop import StepMetrics, Trainer, averaged, fit
 from xdiffusion.training.processes import LostProcess, largest
@@ -128,30 +129,34 @@ def train(
 
     Returns:
         The exit status: 0, 1 where the run diverged or failed, 128 + the number of the signal that stopped it.
+
+    Raises:
+        CheckpointError: if another run is in the folder, or there is nothing to resume from.
     """
     first_step = 1 + (checkpoints.resume(trainer, resume_from) if resume_from else 0)
-    if resume_from:
-        print(_where_it_goes_on(first_step, checkpoints.folder, trainer.settings.num_training_steps))
-    record = begin(trainer, checkpoints, config, [script, *words], first_step)
-    if record.status_before == "diverged":
-        print("the run diverged after this step before: going on with other noise")
-    go_on = resuming_command(script, words, trainer.accelerator.num_processes)
-    with Interruption() as interruption:
-        try:
-            number = take_steps(trainer, checkpoints, draw, record, first_step, interruption)
-        except Exception as error:
-            with suppress(CheckpointError):  # a full disk holds no record either
-                record.finish("diverged" if isinstance(error, TrainingDiverged) else "failed")
-            print(_why_it_stopped(error, record.last_step, checkpoints, go_on), file=sys.stderr)
-            if not isinstance(error, FAULTS) or os.environ.get("XDIFFUSION_TRACEBACK"):
-                raise  # a mistake in the code, whose place is to be seen
-            return 1
-    whole = record.last_step == trainer.settings.num_training_steps
-    record.finish("finished" if whole or not number else "interrupted")
-    if number:
-        rest = "the last" if whole else f"to go on: {go_on}"
-        print(f"stopped by {signal.Signals(number).name} after step {record.last_step}; {rest}", file=sys.stderr)
-    return 128 + number if number else 0
+    with held(checkpoints.folder) if trainer.accelerator.is_main_process else nullcontext():
+        if resume_from:
+            print(_where_it_goes_on(first_step, checkpoints.folder, trainer.settings.num_training_steps))
+        record = begin(trainer, checkpoints, config, [script, *words], first_step)
+        if record.status_before == "diverged":
+            print("the run diverged after this step before: going on with other noise")
+        go_on = resuming_command(script, words, trainer.accelerator.num_processes)
+        with Interruption() as interruption:
+            try:
+                number = take_steps(trainer, checkpoints, draw, record, first_step, interruption)
+            except Exception as error:
+                with suppress(CheckpointError):  # a full disk holds no record either
+                    record.finish("diverged" if isinstance(error, TrainingDiverged) else "failed")
+                print(_why_it_stopped(error, record.last_step, checkpoints, go_on), file=sys.stderr)
+                if not isinstance(error, FAULTS) or os.environ.get("XDIFFUSION_TRACEBACK"):
+                    raise  # a mistake in the code, whose place is to be seen
+                return 1
+        whole = record.last_step == trainer.settings.num_training_steps
+        record.finish("finished" if whole or not number else "interrupted")
+        if number:
+            rest = "the last" if whole else f"to go on: {go_on}"
+            print(f"stopped by {signal.Signals(number).name} after step {record.last_step}; {rest}", file=sys.stderr)
+        return 128 + number if number else 0
 
 
 def _why_it_stopped(error: Exception, last_step: int, checkpoints: RunCheckpoints, go_on: str) -> str:
