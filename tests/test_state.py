@@ -296,6 +296,17 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         other_base.resume(lora_trainer, "auto")
 
 
+def test_a_run_does_not_go_on_beside_another_frozen_part(tmp_path):
+    trainer, files = fresh(tmp_path)
+    train(trainer, files)
+    other, files = fresh(tmp_path)
+    other.model.text_encoder.token_embedding.weight[0, 0] += 1
+    with pytest.raises(
+        CheckpointError, match=r"does not belong to this run: its frozen text_encoder is another one, as "
+    ):
+        files.resume(other, "auto")
+
+
 def test_saving_changes_nothing(tmp_path):
     trainer, files = fresh(tmp_path, lora=True)
     trainer.step(1)

@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xdiffusion.checkpoints.files import (
     CheckpointError,
@@ -111,7 +111,7 @@ class RunCheckpoints:
             before: of "auto", a step: only those before it.
 
         Raises:
-            CheckpointError: if either file is missing or damaged, or belongs to other weights.
+            CheckpointError: if either file is missing or damaged, or belongs to other weights, frozen ones too.
         """
         if resume_from == "auto":
             found = self._newest_whole(before)
@@ -127,6 +127,7 @@ class RunCheckpoints:
             average = {name: _trained_part(averaged[_file_name(name)], p) for name, p in trainer.trainable.items()}
             _copy_into(trainer.by_name(trainer.ema.average), average)
             _copy_into(trainer.trainable, state["trained"])
+            _check_frozen(trainer.model, averaged)
             _copy_into(frozen_factors(trainer), state["frozen"])
             trainer.packed.check_groups(state["optimizer"])
             _lay_out_moments(state["optimizer"], trainer.packed.parameters)
@@ -267,6 +268,15 @@ def _leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{name}/{key}")
     else:
         yield name, tree
+
+
+def _check_frozen(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where the model has other weights than a file in a part that is not trained."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and name in stored and not torch.equal(parameter.cpu(), stored[name]):
+            raise ValueError(
+                f"its frozen {name.split('.')[0]} is another one, as {name} shows; start from the weights that it began with"
+            )
 
 
 def _file_name(parameter: str) -> str:
