@@ -107,6 +107,15 @@ class Records:
         draw_loss_curve(self.metrics_path, self.folder / "loss.png")
 
 
+def begin_with_metrics_of(origin: Path, folder: Path) -> None:
+    """Replace a folder's metrics by those of another one, whose run goes on in it; TensorBoard's begin anew."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    lines = (origin / "metrics.jsonl").read_bytes() if (origin / "metrics.jsonl").is_file() else b""
+    write_atomically(folder / "metrics.jsonl", lambda path: path.write_bytes(lines))
+    SummaryWriter(str(folder / "tensorboard"), purge_step=1).close()
+
+
 def run_name(folder: Path) -> str:
     """What a run is called: its folder's name; a LoRA in the folder lora of its config goes by the config's."""
     folder = folder.absolute()

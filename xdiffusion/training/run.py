@@ -21,7 +21,7 @@ from xdiffusion.training.folder_lock import held
 from xdiffusion.training.interruption import Interruption, resuming_command
 from xdiffusion.training.loop import StepMetrics, Trainer, averaged, fit
 from xdiffusion.training.processes import LostProcess, largest
-from xdiffusion.training.records import Records
+from xdiffusion.training.records import Records, begin_with_metrics_of
 from xdiffusion.training.run_record import RunRecord
 from xdiffusion.training.state import RunCheckpoints
 
@@ -51,25 +51,36 @@ def begin(
 
     The first process alone writes; the record of another one is kept nowhere. The trainer draws the noise of run.json.
     """
-    folder = checkpoints.folder
-    writes = trainer.accelerator.is_main_process
+    folder, origin = checkpoints.folder, checkpoints.origin
+    writes, moved = trainer.accelerator.is_main_process, origin != folder
     if writes:
         for place in (folder, folder / "samples"):
             remove_leftovers(place)
-        earlier = checkpoints.set_aside(after=first_step - 1)
-        if earlier and first_step == 1:
+        earlier = checkpoints.set_aside(after=0 if moved else first_step - 1)
+        if earlier and (moved or first_step == 1):
             print(
                 f"{folder} holds an earlier run up to step {earlier[-1]}: its checkpoints are set aside, its metrics.jsonl and "
                 "run.json are replaced; --resume_from auto would have gone on with it",
                 file=sys.stderr,
             )
+        if moved:
+            begin_with_metrics_of(origin, folder)
         if checkpoints.path(first_step - 1).is_file():
             checkpoints.rotate()  # what a run that was killed had not come to
     device, processes = trainer.accelerator.device, trainer.accelerator.num_processes
     base_hash = checkpoints.files.base_hash
     place = folder if writes else None
     record = RunRecord(
-        place, config, command, trainer.task.data, device, processes, first_step, base_hash, noise=trainer.rollbacks
+        place,
+        config,
+        command,
+        trainer.task.data,
+        device,
+        processes,
+        first_step,
+        base_hash,
+        noise=trainer.rollbacks,
+        origin=origin,
     )
     trainer.rollbacks = largest(trainer.accelerator, record.noise)  # all draw the noise that the first process knows of
     for change in record.changes:
@@ -219,6 +230,9 @@ def take_steps(
 
         callbacks = {"on_step": on_step, "on_checkpoint": on_checkpoint, "on_sample": on_sample}
         resumed = first_step - 1
+        if checkpoints.origin != folder:
+            with averaged(trainer):  # what this folder is resumed from, and gone back to
+                on_checkpoint(resumed)
         if resumed and trainer.settings.is_due(resumed) and not picture_of(resumed).is_file():
             with averaged(trainer):  # a run that was killed between its checkpoint and its picture
                 on_sample(resumed)

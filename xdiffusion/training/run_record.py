@@ -57,6 +57,7 @@ class RunRecord:
         first_step: of this segment; 1 begins a new record.
         base_hash: of what an adapter is trained on.
         noise: how often the run had gone back, by its checkpoint.
+        origin: the folder whose run.json this one continues, if it is another one.
 
     `last_step` is kept up to date by the run; `changes` says how a resumed run differs from its segment before, and
     `status_before` how that ended.
@@ -74,6 +75,7 @@ class RunRecord:
         base_hash: str | None = None,
         *,
         noise: int = 0,
+        origin: Path | None = None,
     ):
         self.path = folder / FILE if folder else None
         self.device = device
@@ -104,8 +106,9 @@ class RunRecord:
         }
         self.changes: list[str] = []
         self.status_before: str | None = None
-        if self.path and self.path.is_file() and first_step > 1:
-            earlier = read_run(folder)
+        origin = origin or folder
+        if self.path and (origin / FILE).is_file() and first_step > 1:
+            earlier = read_run(origin)
             before = earlier["segments"][-1]
             self.changes = differences(earlier, self.content)
             self.status_before = before["status"]

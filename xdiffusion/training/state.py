@@ -43,10 +43,14 @@ class RunCheckpoints:
     Args:
         folder: of the run (a LoRA run: its `lora` folder).
         files: how its weights are written.
+
+    Attributes:
+        origin: the folder of the run that was resumed last; another one where a file of it was named.
     """
 
     def __init__(self, folder: Path, files: WeightsFiles):
         self.folder, self.files = folder, files
+        self.origin = folder
         self.kept = CheckpointSettings(**files.config["checkpoints"])
         self._writing: Thread | None = None
         self._error: Exception | None = None
@@ -119,10 +123,12 @@ class RunCheckpoints:
                 return 0
             path, state = found
             averaged = self.files.read(path)
+            self.origin = self.folder
         else:
             path = weights_file(resume_from)
             averaged = self.files.read(path)
             state = whole_state(path)
+            self.origin = self.folder if path.parent.resolve() == self.folder.resolve() else path.parent
         try:
             average = {name: _trained_part(averaged[_file_name(name)], p) for name, p in trainer.trainable.items()}
             _copy_into(trainer.by_name(trainer.ema.average), average)
