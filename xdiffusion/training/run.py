@@ -109,10 +109,10 @@ def go_back(trainer: Trainer, checkpoints: RunCheckpoints, record: RunRecord, er
         raise error
     been = record.rollbacks[-1]["to"] if record.rollbacks else None
     newest = checkpoints.newest_step()
-    step = checkpoints.resume(trainer, "auto", before=newest) if newest == been else 0
-    step = step or checkpoints.resume(trainer, "auto")
+    step = (checkpoints.newest_step(before=newest) if newest == been else 0) or newest
     if step == 0:
         raise error
+    checkpoints.resume(trainer, str(checkpoints.path(step)))
     trainer.accelerator.wait_for_everyone()  # before the states of later steps have other names
     if writes:
         checkpoints.set_aside(after=step)
@@ -171,10 +171,7 @@ def train(
 
 
 def _why_it_stopped(error: Exception, last_step: int, checkpoints: RunCheckpoints, go_on: str) -> str:
-    try:
-        newest = checkpoints.newest()
-    except CheckpointError:  # none is whole
-        newest = None
+    newest = checkpoints.newest()
     last_good = f"{newest}; to go on from it: {go_on}" if newest else "none"
     reason = " ".join(str(error).split()) or type(error).__name__
     return f"error: training stopped after step {last_step}, {reason}; last good checkpoint: {last_good}"
