@@ -125,9 +125,12 @@ def run_name(folder: Path) -> str:
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a metrics.jsonl, one by one; a last line that a killed run left unfinished is dropped.
 
+    Other lines that say no step and loss are left out, the first of them named on stderr.
+
     Raises:
-        CheckpointError: naming a line that says no step and loss.
+        ValueError: naming a line without end.
     """
+    damaged: list[str] = []
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -139,11 +142,13 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 if type(metrics["step"]) is not int or not isinstance(metrics["loss"], float | int):
                     raise TypeError(f"step={metrics['step']!r:.40}, loss={metrics['loss']!r:.40}")
                 float(metrics["step"]), float(metrics["loss"])
-            except json.JSONDecodeError:
-                return
             except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-                raise CheckpointError(f"{path} is damaged in line {lines.number}: {error!r:.200}") from error
+                if line.endswith("\n"):
+                    damaged.append(f"line {lines.number}: {error!r:.200}")
+                continue
             yield metrics
+    if damaged:
+        print(f"{path}: {len(damaged)} damaged lines are left out, the first is {damaged[0]}", file=sys.stderr)
 
 
 def read_losses(path: Path) -> Float64[np.ndarray, "2 N"]:
