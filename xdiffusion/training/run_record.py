@@ -37,6 +37,7 @@ SEGMENT = {  # what is read of a start of a run, where it is there
     "packages": Mapping,
     "git": Mapping | None,
 }
+MACHINERY = ("device", "processes", "threads")  # of a segment: sums round otherwise on another
 END_BYTES = 4096
 SOURCES = ("xdiffusion", "training", "sampling", "configs")  # an untracked file here may be part of what runs
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -206,13 +207,16 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """How two runs' config, data and packages differ, a line for each."""
+    """How two runs' config, data, packages, commit and machinery differ, a line for each."""
+    last, own = before["segments"][-1], now["segments"][-1]
     lines = []
     for name, a, b in (
         ("", flat(before["config"]), flat(now["config"])),
         ("data.", before.get("data", {}), now["data"]),
         ("", {"base": before.get("base")}, {"base": now.get("base")}),
-        ("version of ", before["segments"][-1].get("packages", {}), now["segments"][-1]["packages"]),
+        ("version of ", last.get("packages", {}), own["packages"]),
+        ("git.", last.get("git") or {}, own["git"] or {}),
+        ("", *({key: segment.get(key) for key in MACHINERY} for segment in (last, own))),
     ):
         keys = [*a, *(key for key in b if key not in a)]
         lines += [f"{name}{k}={a.get(k)} before, {b.get(k)} now" for k in keys if a.get(k) != b.get(k)]
