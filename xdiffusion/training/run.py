@@ -69,17 +69,18 @@ def begin(
             checkpoints.rotate()  # what a run that was killed had not come to
     device, processes = trainer.accelerator.device, trainer.accelerator.num_processes
     base_hash = checkpoints.files.base_hash
-    place = folder if writes else None
+    place, task = folder if writes else None, trainer.task
     record = RunRecord(
         place,
         config,
         command,
-        trainer.task.data,
+        task.data,
         device,
         processes,
         first_step,
         base_hash,
         noise=trainer.rollbacks,
+        class_images=task.class_images,
         origin=origin,
     )
     trainer.rollbacks = largest(trainer.accelerator, record.noise)  # all draw the noise that the first process knows of

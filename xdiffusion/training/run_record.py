@@ -58,6 +58,7 @@ class RunRecord:
         first_step: of this segment; 1 begins a new record.
         base_hash: of what an adapter is trained on.
         noise: how often the run had gone back, by its checkpoint.
+        class_images: trained on beside the data, if any.
         origin: the folder whose run.json this one continues, if it is another one.
 
     `last_step` is kept up to date by the run; `changes` says how a resumed run differs from its segment before, and
@@ -76,6 +77,7 @@ class RunRecord:
         base_hash: str | None = None,
         *,
         noise: int = 0,
+        class_images: Any = None,
         origin: Path | None = None,
     ):
         self.path = folder / FILE if folder else None
@@ -105,6 +107,8 @@ class RunRecord:
             "base": base_hash,
             "segments": [self.segment],
         }
+        if class_images is not None:
+            self.content["data"]["class_images"] = data_fingerprint(class_images)
         self.changes: list[str] = []
         self.status_before: str | None = None
         origin = origin or folder
@@ -186,7 +190,7 @@ def _check(run: Any) -> None:
         raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
     run["config"].items(), run["segments"][-1]
     data = run.get("data", {})
-    _check_kinds(data, {"name": str, "fingerprint": str})
+    _check_kinds(data, {"name": str, "fingerprint": str, "class_images": str})
     for segment in run["segments"]:
         timed = ("first_step", "last_step") if "seconds" in segment else ()
         _check_kinds(segment, SEGMENT, ("status", *timed))
