@@ -28,7 +28,6 @@ from xdiffusion.training.processes import (
     check_precision,
     check_shares,
     largest,
-    noticing_lost_processes,
     only_add_up_last,
     spread,
     summed,
@@ -189,7 +188,6 @@ class Trainer:
         raise TrainingDiverged(f"loss {value}, gradient norm {grad_norm} at step {step}{above}", report)
 
 
-@noticing_lost_processes()
 def fit(
     trainer: Trainer,
     *,

@@ -20,7 +20,7 @@ from xdiffusion.training.divergence import TrainingDiverged, write_report
 from xdiffusion.training.folder_lock import held
 from xdiffusion.training.interruption import Interruption, resuming_command
 from xdiffusion.training.loop import StepMetrics, Trainer, averaged, fit
-from xdiffusion.training.processes import LostProcess, largest
+from xdiffusion.training.processes import LostProcess, largest, noticing_lost_processes
 from xdiffusion.training.records import Records, begin_with_metrics_of
 from xdiffusion.training.run_record import RunRecord
 from xdiffusion.training.state import RunCheckpoints
@@ -184,6 +184,7 @@ def _where_it_goes_on(first_step: int, folder: Path, last_step: int) -> str:
     return f"going on with step {first_step}" if first_step > 1 else f"no checkpoint in {folder} yet: starting afresh"
 
 
+@noticing_lost_processes()
 def take_steps(
     trainer: Trainer,
     checkpoints: RunCheckpoints,
@@ -196,6 +197,9 @@ def take_steps(
 
     Returns:
         The number of the signal that stopped it, or 0.
+
+    Raises:
+        LostProcess: if another process is gone, in a step, a picture or the way back.
     """
     folder, writes = checkpoints.folder, trainer.accelerator.is_main_process
     with Records(folder, first_step, trainer.settings.num_training_steps) if writes else nullcontext() as records:
