@@ -11,7 +11,7 @@ from tiny import tiny_config, tiny_trainer
 
 from xdiffusion.training.divergence import LossWatch, TrainingDiverged
 from xdiffusion.training.loop import Trainer
-from xdiffusion.training.records import read_metrics
+from xdiffusion.training.records import Records, read_metrics
 from xdiffusion.training.run_record import read_run
 
 
@@ -110,6 +110,37 @@ def test_resuming_a_diverged_run_draws_other_noise(tmp_path, bad_noise, capfd):
     assert run_script(TRAIN, *COMMON, "--output_path", tmp_path, "--resume_from", "auto") == 0
     assert "the run diverged after this step before: going on with other noise" in capfd.readouterr().out
     assert [s["status"] for s in read_run(tmp_path)["segments"]] == ["diverged", "finished"]
+
+
+def test_every_resume_of_a_run_that_diverges_again_draws_noise_of_its_own(tmp_path, bad_noise):
+    bad_noise |= {1, 2}
+    words = [*COMMON, "--output_path", tmp_path, "--resume_from", "auto"]
+    assert [run_script(TRAIN, *words) for _ in range(4)] == [1, 1, 1, 0]
+    segments = [(s["status"], s["noise"]) for s in read_run(tmp_path)["segments"]]
+    assert segments == [("diverged", 0), ("diverged", 1), ("diverged", 2), ("finished", 3)]
+
+
+def test_a_kill_does_not_undo_the_choice_of_other_noise(tmp_path, bad_noise, monkeypatch):
+    """Neither one that a resume has made, nor one of a run that went back, before the next checkpoint."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(self, *_):
+        raise Killed
+
+    words = [*COMMON, "--output_path", tmp_path, "--resume_from", "auto"]
+    assert run_script(TRAIN, *words) == 1
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Records, "step", killed)
+        run_script(TRAIN, *words)
+    bad_noise |= {1}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Records, "go_back", killed)
+        run_script(TRAIN, *words, "--set", "training.rollbacks=2")
+    assert run_script(TRAIN, *words) == 0
+    segments = [(s["status"], s["noise"]) for s in read_run(tmp_path)["segments"]]
+    assert segments == [("diverged", 0), ("running", 1), ("running", 2), ("finished", 2)]
 
 
 def test_an_explosion_stops_a_run_by_default():

@@ -1,5 +1,7 @@
 """What can go wrong during a run: kills, signals, full disks, lost files. The last good checkpoint is found and named."""
 
+import errno
+import fcntl
 import json
 import re
 import signal
@@ -7,9 +9,11 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from commands import ROOT, TRAIN, TRAIN_CLIP, run_script, set_words
 from PIL import Image
@@ -20,7 +24,7 @@ from xdiffusion.checkpoints import files, native
 from xdiffusion.checkpoints.files import CheckpointError
 from xdiffusion.data import digits
 from xdiffusion.data.image_set import ImageSet
-from xdiffusion.training import run_record, state
+from xdiffusion.training import previews, run_record, state
 from xdiffusion.training.records import Records
 from xdiffusion.training.run_record import read_run
 from xdiffusion.training.state import state_path
@@ -71,6 +75,30 @@ def test_a_process_lost_before_the_first_step(tmp_path, monkeypatch, capfd):
     assert run_script(TRAIN, *COMMON, "--output_path", tmp_path) == 1
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.startswith("error: before the first step, another process of this run is gone or cannot be reached")
+
+
+def gone(*_, **__):
+    raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer")
+
+
+def test_a_process_lost_while_the_run_goes_back(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(
+        ImageSet, "batch", lambda *_: SimpleNamespace(images=torch.full((4, 1, 12, 12), torch.nan), captions=[""] * 4)
+    )
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", gone)
+    assert run_script(TRAIN, *COMMON, "--set", "training.rollbacks=1", "--output_path", tmp_path) == 1
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: training stopped after step 0, another process of this run is gone")
+
+
+def test_a_process_lost_in_the_picture_that_a_kill_left_out(tmp_path, monkeypatch, capfd):
+    words = [*COMMON, "--num_training_steps", 2, "--output_path", tmp_path, "--resume_from", "auto"]
+    assert run_script(TRAIN, *words) == 0
+    (tmp_path / "samples/sample-2.png").unlink()
+    monkeypatch.setattr(previews, "draw_samples", gone)
+    assert run_script(TRAIN, *words) == 1
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: training stopped after step 2, another process of this run is gone")
 
 
 def test_a_tiny_clip_that_diverges_writes_nothing(tmp_path, capfd):
@@ -241,6 +269,32 @@ def test_temporary_files_of_a_killed_run_are_cleaned_away(tmp_path):
     assert run_script(TRAIN, *COMMON, "--num_training_steps", 1, "--output_path", tmp_path) == 0
     assert not any(map(Path.exists, left))
     assert all(map(Path.exists, other))
+
+
+def test_a_second_run_in_a_folder_ends_at_once_and_leaves_the_first_alone(tmp_path, capfd):
+    """Of another process too; one that is killed frees the folder."""
+    code = "import sys, time; from pathlib import Path; from xdiffusion.training.folder_lock import held\n"
+    code += "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(100)"
+    folder = tmp_path / "run"
+    words = [*COMMON, "--num_training_steps", 1, "--output_path", folder]
+    with subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, cwd=ROOT) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert run_script(TRAIN, *words) == 2
+        assert capfd.readouterr().err.splitlines()[-1] == (
+            f"error: {folder} is in use by another run: wait for its end, or name another folder with --output_path"
+        )
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+        other.kill()
+    assert run_script(TRAIN, *words) == 0
+    assert not (folder / ".lock").exists()
+
+
+def test_a_disk_without_locks_is_trained_on(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert run_script(TRAIN, *COMMON, "--num_training_steps", 1, "--output_path", tmp_path) == 0
 
 
 def test_a_killed_process_leaves_a_segment_that_says_running(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from test_state import fresh, train
 from tiny import copies, equal_bits
 
-from xdiffusion.training.divergence import TrainingDiverged
+from xdiffusion.training.divergence import MOST_SKIPPED, TrainingDiverged
 
 
 def scaled(folder, monkeypatch, scale=2.0**10):
@@ -31,6 +31,27 @@ def test_an_overflow_is_skipped_and_logged(tmp_path, monkeypatch):
     hook.remove()
     assert [(m.skipped, m.loss_scale) for m in map(trainer.step, (2, 3))] == [(False, 2.0**9), (False, 2.0**10)]
     assert not equal_bits(trainer.trainable, before)
+
+
+def test_gradients_that_are_never_finite_stop_the_run(tmp_path, monkeypatch):
+    """And again after it went back; a step with finite ones between begins the count anew."""
+    trainer, _ = scaled(tmp_path, monkeypatch)
+    weight = trainer.model.network.conv_in.weight
+    hook = weight.register_hook(lambda gradient: gradient * torch.inf)
+    before = copies(trainer.trainable)
+    for _ in range(2):
+        assert all(trainer.step(1).skipped for _ in range(MOST_SKIPPED - 1))
+        with pytest.raises(
+            TrainingDiverged, match=f"of {MOST_SKIPPED} steps in a row whose gradients overflow in fp16"
+        ):
+            trainer.step(1)
+    assert equal_bits(trainer.trainable, before)
+    for _ in range(2):
+        for _ in range(MOST_SKIPPED - 1):
+            trainer.step(1)
+        hook.remove()
+        assert not trainer.step(1).skipped
+        hook = weight.register_hook(lambda gradient: gradient * torch.inf)
 
 
 def test_the_scaler_is_resumed(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -123,6 +124,24 @@ def test_two_processes_have_the_losses_of_one_and_one_goes_on_where_two_stopped(
     assert run_script(TRAIN, *words, "--output_path", tmp_path / "two", "--resume_from", "auto") == 0
     assert [s["first_step"] for s in read_run(tmp_path / "two")["segments"]] == [1, STEPS]
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-5)
+
+
+def test_all_processes_draw_the_noise_of_a_run_that_had_diverged(tmp_path):
+    """Only the first knows that it had, from its run.json."""
+    words = [*COMMON, "--batch_size", 8, "--resume_from", "auto", "--output_path"]
+    assert run_script(TRAIN, *words, tmp_path / "one") == 0
+    noises = [curve(tmp_path / "one")]
+    for kind in ("safetensors", "state.pt"):
+        (tmp_path / "one" / f"diffusion-{STEPS}.{kind}").unlink()
+    record = tmp_path / "one/run.json"
+    record.write_text(record.read_text().replace('"finished"', '"diverged"'))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert run_script(TRAIN, *words, tmp_path / "one") == 0
+    statuses, _, errors = zip(*map(finish, start([*words, tmp_path / "two"])))
+    assert statuses == (0, 0), errors
+    noises.append(curve(tmp_path / "one"))
+    assert noises[0][: STEPS - 1] == noises[1][: STEPS - 1] and noises[0][-1] != noises[1][-1]
+    assert curve(tmp_path / "two") == pytest.approx(noises[1], rel=1e-5)
 
 
 def test_two_machines_without_a_common_disk_have_the_losses_of_one_process(tmp_path, monkeypatch):

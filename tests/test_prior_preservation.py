@@ -11,6 +11,9 @@ from xdiffusion.build import build_sampling
 from xdiffusion.checkpoints.files import content_hash
 from xdiffusion.pictures import read_metadata
 from xdiffusion.training.prior_preservation import prepare_class_images
+from xdiffusion.training.run import begin
+from xdiffusion.training.state import RunCheckpoints
+from xdiffusion.training.weights_files import AdapterWeights
 
 
 @pytest.fixture
@@ -105,6 +108,21 @@ def test_the_loss_is_the_weighted_mean_over_the_batch(config_of):
     base = content_hash(trainer.model.base_weights())
     assert all(torch.isfinite(torch.tensor(trainer.step(step).loss)) for step in (1, 2))
     assert content_hash(trainer.model.base_weights()) == base
+
+
+def test_a_resume_with_other_class_images_is_said(config_of, tmp_path, capsys):
+    config = config_of()
+
+    def start(first_step):
+        trainer = tiny_sd_trainer(config, class_images=prepare(config))
+        checkpoints = RunCheckpoints(tmp_path / "run", AdapterWeights(config, "0" * 16))
+        begin(trainer, checkpoints, config, ["train.py"], first_step)
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("resumed under")]
+
+    assert start(1) == start(2) == []
+    (tmp_path / "class/class_0000.png").write_bytes((tmp_path / "class/class_0001.png").read_bytes())
+    (line,) = start(3)
+    assert line.startswith("resumed under other conditions: data.class_images=")
 
 
 @pytest.mark.parametrize("parts", [2, 4])

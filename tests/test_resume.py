@@ -87,6 +87,32 @@ def test_a_fresh_run_in_an_old_folder_does_not_resume_the_old_one(tmp_path, sign
     assert read_run(tmp_path)["segments"][-1]["first_step"] == 4
 
 
+def test_a_run_that_goes_on_in_a_folder_of_another_is_one_run(tmp_path, signals, evidence, capfd):
+    """Its metrics and segments come from where its checkpoint lies; no checkpoint of the other is found any more."""
+    other, origin = tmp_path / "other", tmp_path / "origin"
+    assert run_script(TRAIN, *COMMON, "--seed", 1, "--output_path", other) == 0
+    assert run_script(TRAIN, *COMMON, "--output_path", origin) == 0
+    capfd.readouterr()
+    signals[3] = signal.SIGINT
+    words = [*COMMON, "--output_path", other, "--resume_from"]
+    assert run_script(TRAIN, *words, origin / "diffusion-2.safetensors") == 130
+    assert f"{other} holds an earlier run up to step {STEPS}: its checkpoints are set aside" in capfd.readouterr().err
+    expected, found = evidence(origin), evidence(other)
+    assert found["metrics"] == expected["metrics"][:3]
+    states = [name for name in found if name.endswith(".state.pt")]
+    assert sorted(states) == ["diffusion-2.state.pt", "diffusion-3.state.pt"]
+    names = ("diffusion-2.state.pt", "diffusion-2.safetensors")
+    assert [found[name] for name in names] == [expected[name] for name in names]
+    assert [(s["status"], s["first_step"]) for s in read_run(other)["segments"]] == [
+        ("finished", 1),
+        ("interrupted", 3),
+    ]
+    assert read_run(other)["config"]["training"]["seed"] == 0
+    assert run_script(TRAIN, *words, "auto") == 0
+    name = f"diffusion-{STEPS}.state.pt"
+    assert evidence(other)[name] == expected[name]
+
+
 def test_resuming_under_other_conditions_is_said(tmp_path, signals, capfd):
     signals[3] = signal.SIGINT
     words = [*COMMON, "--output_path", tmp_path, "--resume_from", "auto"]

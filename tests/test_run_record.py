@@ -132,8 +132,11 @@ def test_small_parts():
     assert flat({"a": {"b": 1, "c": [2]}, "d": None}) == {"a.b": 1, "a.c": [2], "d": None}
     assert package_versions()["python"].startswith("3.")
     assert peak_memory(CPU) > 10**7
-    before = {"config": {"a": 1, "b": 2}, "segments": [{"packages": {"torch": "1"}}]}
-    now = {"config": {"a": 1, "c": 3}, "data": {}, "segments": [{"packages": {"torch": "2"}}]}
+    place = {"git": None, "device": "cpu: x86_64", "processes": 1, "threads": 1}
+    other = {"git": {"commit": "abc"}, "device": "cuda: H100", "processes": 2, "threads": 4}
+    before = {"config": {"a": 1, "b": 2}, "segments": [{"packages": {"torch": "1"}} | place]}
+    now = {"config": {"a": 1, "c": 3}, "data": {}, "segments": [{"packages": {"torch": "2"}} | other]}
     assert differences(before, now) == [
-        "b=2 before, None now", "c=None before, 3 now", "version of torch=1 before, 2 now",
+        "b=2 before, None now", "c=None before, 3 now", "version of torch=1 before, 2 now", "git.commit=None before, abc now",
+        "device=cpu: x86_64 before, cuda: H100 now", "processes=1 before, 2 now", "threads=1 before, 4 now",
     ]  # fmt: skip

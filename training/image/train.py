@@ -169,7 +169,9 @@ def set_up_and_train(
             initialise_text_encoder(model.text_encoder, config, clip)
         class_images = prepare_class_images(model, config, sampling, process.device) if "prior" in config else None
     if process.num_processes > 1:
-        check_same_everywhere({"data": data_fingerprint(data), "weights": content_hash(model.state_dict())})
+        sets = {"data": data} if class_images is None else {"data": data, "class images": class_images}
+        hashes = {what: data_fingerprint(pictures) for what, pictures in sets.items()}
+        check_same_everywhere(hashes | {"weights": content_hash(model.state_dict())})
     base_hash = content_hash(model.base_weights()) if adapts else None
     make_trainable(model, config, lora=args.use_lora_training)
     rounded = config.training.half_frozen_weights and config.training.mixed_precision != "no"

@@ -14,10 +14,11 @@ from xdiffusion.checkpoints.files import write_atomically
 
 REMEMBERED = 100
 NEEDED = 20
+MOST_SKIPPED = 20  # steps in a row that fp16's scaler skips: from 65536 its scale is down to 1/16 then
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or its gradient is not finite, or the loss is far above those before it.
+    """The loss or its gradient is not finite (with fp16 MOST_SKIPPED times in a row), or the loss far above those before it.
 
     report: what is known of the step: its losses, gradient norm, learning rate, and the indices of its batch.
     """

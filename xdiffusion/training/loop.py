@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 
 from xdiffusion.lora.formed_weights import layers_to_form
 from xdiffusion.training.clipping import clip_gradients
-from xdiffusion.training.divergence import LossWatch, TrainingDiverged
+from xdiffusion.training.divergence import MOST_SKIPPED, LossWatch, TrainingDiverged
 from xdiffusion.training.ema import EMA
 from xdiffusion.training.optimizer import build_optimizer
 from xdiffusion.training.packed_weights import LARGEST_PACKED, PackedWeights
@@ -28,7 +28,6 @@ from xdiffusion.training.processes import (
     check_precision,
     check_shares,
     largest,
-    noticing_lost_processes,
     only_add_up_last,
     spread,
     summed,
@@ -77,6 +76,7 @@ class Trainer:
         check_precision(self.accelerator, self.settings)
         self.sharded = self.settings.shard_weights and self.accelerator.num_processes > 1
         self.watch = LossWatch(self.settings.stop_above)
+        self.overflows = 0  # steps in a row whose gradients were not finite
         self.rollbacks = 0  # how often the run went back; each time with other noise
         task.prepare(self.accelerator)
         if self.sharded:
@@ -106,8 +106,8 @@ class Trainer:
         """Take optimizer step number `step` (the first is 1).
 
         Raises:
-            TrainingDiverged: before any weight is changed by a loss or gradient that is not finite, or by a loss above
-                `training.stop_above` times the median of those before.
+            TrainingDiverged: before any weight is changed by a loss or gradient that is not finite (with fp16 a gradient may
+                be MOST_SKIPPED - 1 times in a row), or by a loss above `training.stop_above` times the median of those before.
         """
         with self.row_threads.as_one_of_them() if self.row_threads is not None else nullcontext():
             return self._step(step)
@@ -171,8 +171,12 @@ class Trainer:
         limit = self.watch.limit()
         # with fp16 a gradient overflow is the scaler's business: it skips the step and lowers its scale
         scaled = self.accelerator.scaler is not None
-        if math.isfinite(value) and value <= limit and (scaled or math.isfinite(grad_norm)):
+        self.overflows = 0 if math.isfinite(grad_norm) else self.overflows + 1
+        given_up = self.overflows >= (MOST_SKIPPED if scaled else 1)
+        if math.isfinite(value) and value <= limit and not given_up:
             return
+        again = f", of {self.overflows} steps in a row whose gradients overflow in fp16" if scaled and given_up else ""
+        self.overflows = 0
         self.packed.zero_grad()
         if scaled:
             self.accelerator.scaler.update()  # else it believes that the next step's gradients are unscaled already
@@ -186,10 +190,9 @@ class Trainer:
             "losses_before": list(self.watch.losses),
             "batch_indices": self.task.indices(Place(step, rollbacks=self.rollbacks)).tolist(),
         }
-        raise TrainingDiverged(f"loss {value}, gradient norm {grad_norm} at step {step}{above}", report)
+        raise TrainingDiverged(f"loss {value}, gradient norm {grad_norm} at step {step}{above}{again}", report)
 
 
-@noticing_lost_processes()
 def fit(
     trainer: Trainer,
     *,

@@ -107,6 +107,15 @@ class Records:
         draw_loss_curve(self.metrics_path, self.folder / "loss.png")
 
 
+def begin_with_metrics_of(origin: Path, folder: Path) -> None:
+    """Replace a folder's metrics by those of another one, whose run goes on in it; TensorBoard's begin anew."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    lines = (origin / "metrics.jsonl").read_bytes() if (origin / "metrics.jsonl").is_file() else b""
+    write_atomically(folder / "metrics.jsonl", lambda path: path.write_bytes(lines))
+    SummaryWriter(str(folder / "tensorboard"), purge_step=1).close()
+
+
 def run_name(folder: Path) -> str:
     """What a run is called: its folder's name; a LoRA in the folder lora of its config goes by the config's."""
     folder = folder.absolute()
@@ -116,9 +125,12 @@ def run_name(folder: Path) -> str:
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a metrics.jsonl, one by one; a last line that a killed run left unfinished is dropped.
 
+    Other lines that say no step and loss are left out, the first of them named on stderr.
+
     Raises:
-        CheckpointError: naming a line that says no step and loss.
+        ValueError: naming a line without end.
     """
+    damaged: list[str] = []
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -130,11 +142,13 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 if type(metrics["step"]) is not int or not isinstance(metrics["loss"], float | int):
                     raise TypeError(f"step={metrics['step']!r:.40}, loss={metrics['loss']!r:.40}")
                 float(metrics["step"]), float(metrics["loss"])
-            except json.JSONDecodeError:
-                return
             except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-                raise CheckpointError(f"{path} is damaged in line {lines.number}: {error!r:.200}") from error
+                if line.endswith("\n"):
+                    damaged.append(f"line {lines.number}: {error!r:.200}")
+                continue
             yield metrics
+    if damaged:
+        print(f"{path}: {len(damaged)} damaged lines are left out, the first is {damaged[0]}", file=sys.stderr)
 
 
 def read_losses(path: Path) -> Float64[np.ndarray, "2 N"]:

@@ -17,10 +17,11 @@ from xdiffusion.checkpoints.files import CheckpointError, ensure_writable, remov
 from xdiffusion.model import ImagesNotFinite
 from xdiffusion.places import OUTPUT_ROOT
 from xdiffusion.training.divergence import TrainingDiverged, write_report
+from xdiffusion.training.folder_lock import held
 from xdiffusion.training.interruption import Interruption, resuming_command
 from xdiffusion.training.loop import StepMetrics, Trainer, averaged, fit
-from xdiffusion.training.processes import LostProcess
-from xdiffusion.training.records import Records
+from xdiffusion.training.processes import LostProcess, largest, noticing_lost_processes
+from xdiffusion.training.records import Records, begin_with_metrics_of
 from xdiffusion.training.run_record import RunRecord
 from xdiffusion.training.state import RunCheckpoints
 
@@ -48,26 +49,41 @@ def begin(
 ) -> RunRecord:
     """Prepare the folder of a run that is about to take its first step: clean up, config.yaml, run.json.
 
-    The first process alone writes; the record of another one is kept nowhere.
+    The first process alone writes; the record of another one is kept nowhere. The trainer draws the noise of run.json.
     """
-    folder = checkpoints.folder
-    writes = trainer.accelerator.is_main_process
+    folder, origin = checkpoints.folder, checkpoints.origin
+    writes, moved = trainer.accelerator.is_main_process, origin != folder
     if writes:
         for place in (folder, folder / "samples"):
             remove_leftovers(place)
-        earlier = checkpoints.set_aside(after=first_step - 1)
-        if earlier and first_step == 1:
+        earlier = checkpoints.set_aside(after=0 if moved else first_step - 1)
+        if earlier and (moved or first_step == 1):
             print(
                 f"{folder} holds an earlier run up to step {earlier[-1]}: its checkpoints are set aside, its metrics.jsonl and "
                 "run.json are replaced; --resume_from auto would have gone on with it",
                 file=sys.stderr,
             )
+        if moved:
+            begin_with_metrics_of(origin, folder)
         if checkpoints.path(first_step - 1).is_file():
             checkpoints.rotate()  # what a run that was killed had not come to
     device, processes = trainer.accelerator.device, trainer.accelerator.num_processes
     base_hash = checkpoints.files.base_hash
-    place = folder if writes else None
-    record = RunRecord(place, config, command, trainer.task.data, device, processes, first_step, base_hash)
+    place, task = folder if writes else None, trainer.task
+    record = RunRecord(
+        place,
+        config,
+        command,
+        task.data,
+        device,
+        processes,
+        first_step,
+        base_hash,
+        noise=trainer.rollbacks,
+        class_images=task.class_images,
+        origin=origin,
+    )
+    trainer.rollbacks = largest(trainer.accelerator, record.noise)  # all draw the noise that the first process knows of
     for change in record.changes:
         print(f"resumed under other conditions: {change}", file=sys.stderr)
     if writes:
@@ -94,14 +110,14 @@ def go_back(trainer: Trainer, checkpoints: RunCheckpoints, record: RunRecord, er
         raise error
     been = record.rollbacks[-1]["to"] if record.rollbacks else None
     newest = checkpoints.newest_step()
-    step = checkpoints.resume(trainer, "auto", before=newest) if newest == been else 0
-    step = step or checkpoints.resume(trainer, "auto")
+    step = (checkpoints.newest_step(before=newest) if newest == been else 0) or newest
     if step == 0:
         raise error
+    checkpoints.resume(trainer, str(checkpoints.path(step)))
     trainer.accelerator.wait_for_everyone()  # before the states of later steps have other names
     if writes:
         checkpoints.set_aside(after=step)
-    record.rolled_back(error.report["step"], step)
+    record.rolled_back(error.report["step"], step, rollbacks)
     trainer.rollbacks = rollbacks
     return step + 1
 
@@ -125,38 +141,38 @@ def train(
 
     Returns:
         The exit status: 0, 1 where the run diverged or failed, 128 + the number of the signal that stopped it.
+
+    Raises:
+        CheckpointError: if another run is in the folder, or there is nothing to resume from.
     """
     first_step = 1 + (checkpoints.resume(trainer, resume_from) if resume_from else 0)
-    if resume_from:
-        print(_where_it_goes_on(first_step, checkpoints.folder, trainer.settings.num_training_steps))
-    record = begin(trainer, checkpoints, config, [script, *words], first_step)
-    if record.status_before == "diverged":
-        trainer.rollbacks += 1
-        print("the run diverged after this step before: going on with other noise")
-    go_on = resuming_command(script, words, trainer.accelerator.num_processes)
-    with Interruption() as interruption:
-        try:
-            number = take_steps(trainer, checkpoints, draw, record, first_step, interruption)
-        except Exception as error:
-            with suppress(CheckpointError):  # a full disk holds no record either
-                record.finish("diverged" if isinstance(error, TrainingDiverged) else "failed")
-            print(_why_it_stopped(error, record.last_step, checkpoints, go_on), file=sys.stderr)
-            if not isinstance(error, FAULTS) or os.environ.get("XDIFFUSION_TRACEBACK"):
-                raise  # a mistake in the code, whose place is to be seen
-            return 1
-    whole = record.last_step == trainer.settings.num_training_steps
-    record.finish("finished" if whole or not number else "interrupted")
-    if number:
-        rest = "the last" if whole else f"to go on: {go_on}"
-        print(f"stopped by {signal.Signals(number).name} after step {record.last_step}; {rest}", file=sys.stderr)
-    return 128 + number if number else 0
+    with held(checkpoints.folder) if trainer.accelerator.is_main_process else nullcontext():
+        if resume_from:
+            print(_where_it_goes_on(first_step, checkpoints.folder, trainer.settings.num_training_steps))
+        record = begin(trainer, checkpoints, config, [script, *words], first_step)
+        if record.status_before == "diverged":
+            print("the run diverged after this step before: going on with other noise")
+        go_on = resuming_command(script, words, trainer.accelerator.num_processes)
+        with Interruption() as interruption:
+            try:
+                number = take_steps(trainer, checkpoints, draw, record, first_step, interruption)
+            except Exception as error:
+                with suppress(CheckpointError):  # a full disk holds no record either
+                    record.finish("diverged" if isinstance(error, TrainingDiverged) else "failed")
+                print(_why_it_stopped(error, record.last_step, checkpoints, go_on), file=sys.stderr)
+                if not isinstance(error, FAULTS) or os.environ.get("XDIFFUSION_TRACEBACK"):
+                    raise  # a mistake in the code, whose place is to be seen
+                return 1
+        whole = record.last_step == trainer.settings.num_training_steps
+        record.finish("finished" if whole or not number else "interrupted")
+        if number:
+            rest = "the last" if whole else f"to go on: {go_on}"
+            print(f"stopped by {signal.Signals(number).name} after step {record.last_step}; {rest}", file=sys.stderr)
+        return 128 + number if number else 0
 
 
 def _why_it_stopped(error: Exception, last_step: int, checkpoints: RunCheckpoints, go_on: str) -> str:
-    try:
-        newest = checkpoints.newest()
-    except CheckpointError:  # none is whole
-        newest = None
+    newest = checkpoints.newest()
     last_good = f"{newest}; to go on from it: {go_on}" if newest else "none"
     reason = " ".join(str(error).split()) or type(error).__name__
     return f"error: training stopped after step {last_step}, {reason}; last good checkpoint: {last_good}"
@@ -168,6 +184,7 @@ def _where_it_goes_on(first_step: int, folder: Path, last_step: int) -> str:
     return f"going on with step {first_step}" if first_step > 1 else f"no checkpoint in {folder} yet: starting afresh"
 
 
+@noticing_lost_processes()
 def take_steps(
     trainer: Trainer,
     checkpoints: RunCheckpoints,
@@ -180,6 +197,9 @@ def take_steps(
 
     Returns:
         The number of the signal that stopped it, or 0.
+
+    Raises:
+        LostProcess: if another process is gone, in a step, a picture or the way back.
     """
     folder, writes = checkpoints.folder, trainer.accelerator.is_main_process
     with Records(folder, first_step, trainer.settings.num_training_steps) if writes else nullcontext() as records:
@@ -212,6 +232,9 @@ def take_steps(
 
         callbacks = {"on_step": on_step, "on_checkpoint": on_checkpoint, "on_sample": on_sample}
         resumed = first_step - 1
+        if checkpoints.origin != folder:
+            with averaged(trainer):  # what this folder is resumed from, and gone back to
+                on_checkpoint(resumed)
         if resumed and trainer.settings.is_due(resumed) and not picture_of(resumed).is_file():
             with averaged(trainer):  # a run that was killed between its checkpoint and its picture
                 on_sample(resumed)

@@ -32,10 +32,12 @@ SEGMENT = {  # what is read of a start of a run, where it is there
     "last_step": int,
     "seconds": int | float,
     "peak_memory_bytes": int,
+    "noise": int,
     "device": str,
     "packages": Mapping,
     "git": Mapping | None,
 }
+MACHINERY = ("device", "processes", "threads")  # of a segment: sums round otherwise on another
 END_BYTES = 4096
 SOURCES = ("xdiffusion", "training", "sampling", "configs")  # an untracked file here may be part of what runs
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -55,6 +57,9 @@ class RunRecord:
         processes: that share the batch.
         first_step: of this segment; 1 begins a new record.
         base_hash: of what an adapter is trained on.
+        noise: how often the run had gone back, by its checkpoint.
+        class_images: trained on beside the data, if any.
+        origin: the folder whose run.json this one continues, if it is another one.
 
     `last_step` is kept up to date by the run; `changes` says how a resumed run differs from its segment before, and
     `status_before` how that ended.
@@ -70,6 +75,10 @@ class RunRecord:
         processes: int,
         first_step: int,
         base_hash: str | None = None,
+        *,
+        noise: int = 0,
+        class_images: Any = None,
+        origin: Path | None = None,
     ):
         self.path = folder / FILE if folder else None
         self.device = device
@@ -88,6 +97,7 @@ class RunRecord:
             "device": device_name(device),
             "processes": processes,
             "threads": torch.get_num_threads(),
+            "noise": noise,
             "rollbacks": [],
         }
         self.content = {
@@ -97,12 +107,18 @@ class RunRecord:
             "base": base_hash,
             "segments": [self.segment],
         }
+        if class_images is not None:
+            self.content["data"]["class_images"] = data_fingerprint(class_images)
         self.changes: list[str] = []
         self.status_before: str | None = None
-        if self.path and self.path.is_file() and first_step > 1:
-            earlier = read_run(folder)
+        origin = origin or folder
+        if self.path and (origin / FILE).is_file() and first_step > 1:
+            earlier = read_run(origin)
+            before = earlier["segments"][-1]
             self.changes = differences(earlier, self.content)
-            self.status_before = earlier["segments"][-1]["status"]
+            self.status_before = before["status"]
+            # its checkpoint may be older than the choice of other noise, which a kill must not undo
+            self.segment["noise"] = max(noise, before.get("noise", noise) + (before["status"] == "diverged"))
             self.content["segments"] = [*earlier["segments"], self.segment]
         self._write()
 
@@ -111,8 +127,15 @@ class RunRecord:
         """Of this segment, in their order: the step that diverged, and the one of the checkpoint it went back to."""
         return self.segment["rollbacks"]
 
-    def rolled_back(self, diverged: int, to: int) -> None:
-        """Record one."""
+    @property
+    def noise(self) -> int:
+        """The number of the noise that is drawn, one more after each divergence of the run; a process without a folder knows
+        that of the checkpoint alone."""
+        return self.segment["noise"]
+
+    def rolled_back(self, diverged: int, to: int, noise: int) -> None:
+        """Record a rollback, and the number of the noise with which the run goes on."""
+        self.segment["noise"] = noise
         self.rollbacks.append({"diverged": diverged, "to": to})
         self._write()
 
@@ -167,7 +190,7 @@ def _check(run: Any) -> None:
         raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
     run["config"].items(), run["segments"][-1]
     data = run.get("data", {})
-    _check_kinds(data, {"name": str, "fingerprint": str})
+    _check_kinds(data, {"name": str, "fingerprint": str, "class_images": str})
     for segment in run["segments"]:
         timed = ("first_step", "last_step") if "seconds" in segment else ()
         _check_kinds(segment, SEGMENT, ("status", *timed))
@@ -188,13 +211,16 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """How two runs' config, data and packages differ, a line for each."""
+    """How two runs' config, data, packages, commit and machinery differ, a line for each."""
+    last, own = before["segments"][-1], now["segments"][-1]
     lines = []
     for name, a, b in (
         ("", flat(before["config"]), flat(now["config"])),
         ("data.", before.get("data", {}), now["data"]),
         ("", {"base": before.get("base")}, {"base": now.get("base")}),
-        ("version of ", before["segments"][-1].get("packages", {}), now["segments"][-1]["packages"]),
+        ("version of ", last.get("packages", {}), own["packages"]),
+        ("git.", last.get("git") or {}, own["git"] or {}),
+        ("", *({key: segment.get(key) for key in MACHINERY} for segment in (last, own))),
     ):
         keys = [*a, *(key for key in b if key not in a)]
         lines += [f"{name}{k}={a.get(k)} before, {b.get(k)} now" for k in keys if a.get(k) != b.get(k)]

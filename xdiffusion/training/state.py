@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xdiffusion.checkpoints.files import (
     CheckpointError,
@@ -43,10 +43,14 @@ class RunCheckpoints:
     Args:
         folder: of the run (a LoRA run: its `lora` folder).
         files: how its weights are written.
+
+    Attributes:
+        origin: the folder of the run that was resumed last; another one where a file of it was named.
     """
 
     def __init__(self, folder: Path, files: WeightsFiles):
         self.folder, self.files = folder, files
+        self.origin = folder
         self.kept = CheckpointSettings(**files.config["checkpoints"])
         self._writing: Thread | None = None
         self._error: Exception | None = None
@@ -102,31 +106,35 @@ class RunCheckpoints:
         if error is not None:
             raise error
 
-    def resume(self, trainer: Trainer, resume_from: str, before: float = math.inf) -> int:
+    def resume(self, trainer: Trainer, resume_from: str) -> int:
         """Put a saved run back into the trainer; returns its step.
 
         Args:
             trainer: fresh, of the same config, or one that is to go back.
             resume_from: a weights file, or "auto" for the newest whole one of this folder (step 0 where there is none).
-            before: of "auto", a step: only those before it.
 
         Raises:
-            CheckpointError: if either file is missing or damaged, or belongs to other weights.
+            CheckpointError: if either file is missing or damaged, or belongs to other weights, frozen ones too;
+                of "auto", if none is whole of those that stand there.
         """
         if resume_from == "auto":
-            found = self._newest_whole(before)
+            found = self._newest_whole()
             if found is None:
+                self._check_that_it_may_begin()
                 return 0
             path, state = found
             averaged = self.files.read(path)
+            self.origin = self.folder
         else:
             path = weights_file(resume_from)
             averaged = self.files.read(path)
             state = whole_state(path)
+            self.origin = self.folder if path.parent.resolve() == self.folder.resolve() else path.parent
         try:
             average = {name: _trained_part(averaged[_file_name(name)], p) for name, p in trainer.trainable.items()}
             _copy_into(trainer.by_name(trainer.ema.average), average)
             _copy_into(trainer.trainable, state["trained"])
+            _check_frozen(trainer.model, averaged)
             _copy_into(frozen_factors(trainer), state["frozen"])
             trainer.packed.check_groups(state["optimizer"])
             _lay_out_moments(state["optimizer"], trainer.packed.parameters)
@@ -139,9 +147,9 @@ class RunCheckpoints:
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} does not belong to this run: {error}") from error
 
-    def newest_step(self) -> int:
-        """The step of the newest whole checkpoint; 0 where there is none."""
-        found = self._newest_whole()
+    def newest_step(self, before: float = math.inf) -> int:
+        """The step of the newest whole checkpoint before a step; 0 where there is none."""
+        found = self._newest_whole(before)
         return int(found[1]["step"]) if found else 0
 
     def newest(self) -> Path | None:
@@ -158,21 +166,28 @@ class RunCheckpoints:
             The steps.
         """
         later = [step for step in self._states() if step > after]
-        for state in (state_path(self.path(step)) for step in later):
-            state.replace(state.with_name(state.name + SET_ASIDE))
+        for step in later:
+            state_path(self.path(step)).replace(self._set_aside(step))
         return later
 
     def _newest_whole(self, before: float = math.inf) -> tuple[Path, dict[str, Any]] | None:
-        """Weights and state of the highest step before that which is whole; damaged ones above it are named on stderr."""
-        steps = [step for step in self._steps() if step < before]
-        for step in reversed(steps):
+        """Weights and state of the highest step before that which is whole; what is damaged or lacks one of both above it is
+        named on stderr."""
+        for step in reversed([step for step in self._present() if step < before]):
             try:
                 return self.path(step), whole_state(self.path(step))
             except CheckpointError as error:
                 print(f"damaged checkpoint: {error}; trying the one before", file=sys.stderr)
-        if steps:
-            raise CheckpointError(f"no checkpoint in {self.folder} is whole, of {len(steps)} that stand there")
         return None
+
+    def _check_that_it_may_begin(self) -> None:
+        """Raise CheckpointError where a run would begin anew over checkpoints none of which is whole."""
+        present = self._present()
+        cut_short = len(present) == 1 and not self._states()  # by a kill between the two files of the run's first one
+        if present and not cut_short:
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} is whole, of {len(present)} that stand there; to start afresh, move them away"
+            )
 
     def rotate(self) -> None:
         """Delete what checkpoints.keep_last and checkpoints.keep_every do not keep, if the newest is seen to be whole.
@@ -194,10 +209,22 @@ class RunCheckpoints:
 
     def _states(self) -> list[int]:
         """The steps that have a state."""
-        found = self.folder.glob(f"{self.files.prefix}-*.state.pt")
-        names = (state.name.split("-")[1].split(".")[0] for state in found)
-        steps = {int(name) for name in names if name.isascii() and name.isdigit()}
-        return sorted(s for s in steps if state_path(self.path(s)).is_file())
+        return sorted(s for s in self._numbers(".state.pt") if state_path(self.path(s)).is_file())
+
+    def _present(self) -> list[int]:
+        """The steps that have a state or weights, without those whose state is set aside."""
+        weights = {
+            s for s in self._numbers(".safetensors") if self.path(s).is_file() and not self._set_aside(s).exists()
+        }
+        return sorted(weights.union(self._states()))
+
+    def _numbers(self, ending: str) -> set[int]:
+        names = (path.name.split("-")[1].split(".")[0] for path in self.folder.glob(f"{self.files.prefix}-*{ending}"))
+        return {int(name) for name in names if name.isascii() and name.isdigit()}
+
+    def _set_aside(self, step: int) -> Path:
+        state = state_path(self.path(step))
+        return state.with_name(state.name + SET_ASIDE)
 
     def _steps(self) -> list[int]:
         """The steps that have a state and weights, whole or not."""
@@ -267,6 +294,15 @@ def _leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{name}/{key}")
     else:
         yield name, tree
+
+
+def _check_frozen(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where the model has other weights than a file in a part that is not trained."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and name in stored and not torch.equal(parameter.cpu(), stored[name]):
+            raise ValueError(
+                f"its frozen {name.split('.')[0]} is another one, as {name} shows; start from the weights that it began with"
+            )
 
 
 def _file_name(parameter: str) -> str:

@@ -42,6 +42,7 @@ class Task(ABC, Generic[Batch]):
         network: the part of it that `part_loss` calls; the loop replaces it by a compiled one, or one that adds up the
             gradients of several processes.
         data: what is trained on.
+        class_images: what is trained on beside it, for prior preservation; None of most runs.
         settings, optimizer_settings: of the run.
         rows: into how many equal parts a batch can be cut at most.
     """
@@ -49,6 +50,7 @@ class Task(ABC, Generic[Batch]):
     model: nn.Module
     network: nn.Module
     data: Any
+    class_images: Any = None
     settings: TrainingSettings
     optimizer_settings: OptimizerSettings
     rows: int
