@@ -183,12 +183,20 @@ def test_a_run_goes_on_from_its_last_good_checkpoint(
     assert (segment["first_step"], segment["last_step"]) == (good + 1, STEPS)
 
 
+def out_of_memory() -> RuntimeError:
+    """What torch raises where a CPU has no more."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**50)
+    return raised.value
+
+
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
         (ValueError("image/folder: none of the pictures is whole"), 1, "none of the pictures is whole"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "CUDA out of memory"),
         (MemoryError(), 1, "MemoryError"),
+        (out_of_memory(), 1, "can't allocate memory: you tried to allocate "),
         (KeyError("a mistake"), None, "a mistake"),
     ],
 )

@@ -27,6 +27,7 @@ from xdiffusion.training.state import RunCheckpoints
 
 # what may befall a run that is not at fault: diverging, other processes, disks, data, memory
 FAULTS = (TrainingDiverged, LostProcess, OSError, ValueError, MemoryError, torch.OutOfMemoryError)
+NO_MEMORY = "can't allocate memory"  # in a plain RuntimeError, of torch on a CPU
 Draw = Callable[[Path | None, str], Image.Image]  # (where to write it, title) -> a picture of what the model can
 
 
@@ -160,7 +161,8 @@ def train(
                 with suppress(CheckpointError):  # a full disk holds no record either
                     record.finish("diverged" if isinstance(error, TrainingDiverged) else "failed")
                 print(_why_it_stopped(error, record.last_step, checkpoints, go_on), file=sys.stderr)
-                if not isinstance(error, FAULTS) or os.environ.get("XDIFFUSION_TRACEBACK"):
+                is_fault = isinstance(error, FAULTS) or NO_MEMORY in str(error)
+                if not is_fault or os.environ.get("XDIFFUSION_TRACEBACK"):
                     raise  # a mistake in the code, whose place is to be seen
                 return 1
         whole = record.last_step == trainer.settings.num_training_steps
@@ -221,23 +223,21 @@ def take_steps(
             if not (writes or trainer.sharded):  # sharded weights compute in all processes together
                 return
             try:
-                page = draw(picture_of(step) if writes else None, f"step {step}")
+                page, said = draw(picture_of(step) if writes else None, f"step {step}"), str(picture_of(step))
             except ImagesNotFinite as error:  # the loss decides whether the run is lost
-                if writes:
-                    records.say(f"step {step}: no samples: {error}")
-                return
+                page, said = None, f"no samples: {error}"
             if writes:
-                records.image("samples", page, step)
-                records.say(f"step {step}: {picture_of(step)}")
+                if page is not None:
+                    records.image("samples", page, step)
+                records.say(f"step {step}: {said}")
 
         callbacks = {"on_step": on_step, "on_checkpoint": on_checkpoint, "on_sample": on_sample}
-        resumed = first_step - 1
-        if checkpoints.origin != folder:
-            with averaged(trainer):  # what this folder is resumed from, and gone back to
-                on_checkpoint(resumed)
-        if resumed and trainer.settings.is_due(resumed) and not picture_of(resumed).is_file():
-            with averaged(trainer):  # a run that was killed between its checkpoint and its picture
-                on_sample(resumed)
+        if resumed := first_step - 1:
+            with averaged(trainer):
+                if checkpoints.origin != folder:  # what this folder is resumed from, and gone back to
+                    on_checkpoint(resumed)
+                if trainer.settings.is_due(resumed) and not picture_of(resumed).is_file():  # killed before its picture
+                    on_sample(resumed)
         while True:
             try:
                 return fit(trainer, first_step=first_step, signal=lambda: interruption.signal, **callbacks)
