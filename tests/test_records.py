@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -126,6 +127,16 @@ def test_a_line_that_says_no_step_and_loss_is_named(line, tmp_path, capsys):
     assert re.search(r"metrics\.jsonl: 2 damaged lines are left out, the first is line 2: ", named)
     assert len(named) < 400
     assert [m["step"] for m in read_metrics(path)] == [1, 3, 4]
+
+
+def test_damaged_lines_without_end_take_no_memory(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("x\n" * 100_000)
+    tracemalloc.start()
+    assert list(read_metrics(path)) == []
+    assert tracemalloc.get_traced_memory()[1] < 2 * path.stat().st_size
+    tracemalloc.stop()
+    assert "100000 damaged lines are left out, the first is line 1: " in capsys.readouterr().err
 
 
 def test_a_line_without_end_is_refused(tmp_path):

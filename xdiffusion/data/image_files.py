@@ -18,6 +18,7 @@ from textwrap import shorten
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE
 
 from xdiffusion.data.buckets import MAX_ENLARGEMENT, Size, cover, crop, enlargement
 
@@ -241,7 +242,7 @@ def _white(image: Image.Image) -> int:
     """What a picture of deep grey means by white."""
     if image.mode == "F":
         return 1
-    bits = image.tag_v2.get(258, (16,))[0] if image.format == "TIFF" else 16
+    bits = image.tag_v2.get(BITSPERSAMPLE, (16,))[0] if image.format == "TIFF" else 16
     return 2 ** min(bits, 16) - 1  # in 32 bits some programs keep 16
 
 

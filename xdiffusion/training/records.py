@@ -130,7 +130,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: naming a line without end.
     """
-    damaged: list[str] = []
+    damaged, first = 0, ""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -144,11 +144,11 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 float(metrics["step"]), float(metrics["loss"])
             except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
                 if line.endswith("\n"):
-                    damaged.append(f"line {lines.number}: {error!r:.200}")
+                    damaged, first = damaged + 1, first or f"line {lines.number}: {error!r:.200}"
                 continue
             yield metrics
     if damaged:
-        print(f"{path}: {len(damaged)} damaged lines are left out, the first is {damaged[0]}", file=sys.stderr)
+        print(f"{path}: {damaged} damaged lines are left out, the first is {first}", file=sys.stderr)
 
 
 def read_losses(path: Path) -> Float64[np.ndarray, "2 N"]:

@@ -131,10 +131,10 @@ class RunCheckpoints:
             state = whole_state(path)
             self.origin = self.folder if path.parent.resolve() == self.folder.resolve() else path.parent
         try:
+            _check_frozen(trainer.model, averaged)
             average = {name: _trained_part(averaged[_file_name(name)], p) for name, p in trainer.trainable.items()}
             _copy_into(trainer.by_name(trainer.ema.average), average)
             _copy_into(trainer.trainable, state["trained"])
-            _check_frozen(trainer.model, averaged)
             _copy_into(frozen_factors(trainer), state["frozen"])
             trainer.packed.check_groups(state["optimizer"])
             _lay_out_moments(state["optimizer"], trainer.packed.parameters)
