@@ -24,7 +24,7 @@ from xdiffusion.checkpoints import files, native
 from xdiffusion.checkpoints.files import CheckpointError
 from xdiffusion.data import digits
 from xdiffusion.data.image_set import ImageSet
-from xdiffusion.training import previews, run_record, state
+from xdiffusion.training import folder_lock, previews, run_record, state
 from xdiffusion.training.records import Records
 from xdiffusion.training.run_record import read_run
 from xdiffusion.training.state import state_path
@@ -295,6 +295,14 @@ def test_a_second_run_in_a_folder_ends_at_once_and_leaves_the_first_alone(tmp_pa
         other.kill()
     assert run_script(TRAIN, *words) == 0
     assert not (folder / ".lock").exists()
+
+
+def test_a_lock_that_its_run_has_taken_away_holds_nothing(tmp_path):
+    """Whoever opened it just before that has nothing, for a third run may have made a new one."""
+    with (tmp_path / ".lock").open("w") as file:
+        assert folder_lock._locked(file)
+        (tmp_path / ".lock").unlink()
+        assert not folder_lock._locked(file)
 
 
 def test_a_disk_without_locks_is_trained_on(tmp_path, monkeypatch):

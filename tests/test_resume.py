@@ -90,7 +90,8 @@ def test_a_fresh_run_in_an_old_folder_does_not_resume_the_old_one(tmp_path, sign
 def test_a_run_that_goes_on_in_a_folder_of_another_is_one_run(tmp_path, signals, evidence, capfd):
     """Its metrics and segments come from where its checkpoint lies; no checkpoint of the other is found any more."""
     other, origin = tmp_path / "other", tmp_path / "origin"
-    assert run_script(TRAIN, *COMMON, "--seed", 1, "--output_path", other) == 0
+    often = ["--save_and_sample_every_n", 1]  # before the step that is gone on with, too
+    assert run_script(TRAIN, *COMMON, *often, "--seed", 1, "--output_path", other) == 0
     assert run_script(TRAIN, *COMMON, "--output_path", origin) == 0
     capfd.readouterr()
     signals[3] = signal.SIGINT

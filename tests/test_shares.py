@@ -48,6 +48,16 @@ def test_rows_of_one_group_count_as_one_where_they_are_equal(generator):
     assert independent(torch.tensor([1.0, -1.0] * 15), torch.arange(30) // 2) == 30  # each group balances itself
 
 
+def test_how_many_rows_of_few_groups_are_independent():
+    """The variance of a mean by its rows, over that by its groups: sums of 3 and -1, -2 around a mean of 1, of 6 rows."""
+    rows, groups = torch.tensor([4.0, 1.0, 0.0, 1.0, 0.0, 0.0]), torch.tensor([0, 0, 1, 1, 2, 2])
+    by_rows = (9 + 0 + 1 + 0 + 1 + 1) / 5 / 6
+    by_groups = 3 / 2 * (3**2 + 1**2 + 2**2) / 6**2
+    assert independent(rows, groups) == pytest.approx(6 * by_rows / by_groups)
+    against = torch.tensor([1.0, -0.9, 1.0, -0.9, -1.0, 0.8])  # rows that balance each other are not more than they are
+    assert independent(against, groups) == 6
+
+
 @pytest.mark.parametrize("trials", [7, 40, 999, 1000])
 def test_trials_of_groups_of_their_own_are_independent(trials, generator):
     hits = (torch.rand(trials, generator=generator) < 0.3).float()
