@@ -111,7 +111,8 @@ class SpatialTransformer(nn.Module):
         """Pixels to tokens, the blocks (between linear projections), tokens to pixels, in x's memory layout."""
         tokens = rearrange(x, "b c h w -> b (h w) c")  # free of copies in channels_last memory, as is the way back
         if before is not None:
-            tokens = before(tokens)
+            # of a view torch's sum depends on whether the weight is trained: a LoRA's base would not be the base to the bit
+            tokens = before(tokens.contiguous())
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
         if after is not None:
