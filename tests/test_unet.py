@@ -78,6 +78,20 @@ def test_channels_last_has_no_layout_changes_inside():
     assert mixed == []
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_every_linear_layer_sees_rows(layout):
+    """Of a view with other strides torch's product has other bits where the weight is trained than where it is frozen."""
+    unet = randomised(UNet(**TINY)).to(memory_format=layout)
+    views = []
+    for name, module in unet.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(
+                lambda m, i, o, name=name: None if i[0].is_contiguous() else views.append(name)
+            )
+    unet(*inputs())
+    assert views == []
+
+
 def test_odd_sizes_come_back():
     unet = randomised(UNet(**TINY))
     assert unet(*inputs(size=9)).shape[-1] == 9
