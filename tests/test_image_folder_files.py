@@ -12,7 +12,7 @@ from xdiffusion.data.image_folder import picture_files
 
 def test_a_caption_that_its_own_commas_would_cut_is_an_error(tmp_path):
     write_pictures(tmp_path, [(16, 16)] * 2)
-    lines = ["file_name,text", 'picture_0.png,"a fox,', 'red",,', "picture_1.png,a cat, black"]
+    lines = ["file_name,text", 'picture_0.png,"a fox,', 'red",, ', "picture_1.png,a cat, black"]
     (tmp_path / "metadata.csv").write_text("\n".join(lines))
     said = (
         r"metadata.csv, line 4 has more values than the 2 columns, the last ' black': a caption with commas must be in "
