@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +39,14 @@ SHARED = ROOT.parent / "shared" / "data"
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def no_hang() -> Iterator[None]:
+    """What attacks a reader takes it a second of a quiet processor at most. A busy one has some more; a hang takes minutes."""
+    started = time.process_time()
+    yield
+    assert time.process_time() - started < 6
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import io
 import pickle
 import struct
 import sys
-import time
 import types
 from collections import OrderedDict
 
@@ -241,13 +240,11 @@ ATTACKS = {
 
 @pytest.mark.parametrize("form", ["zip", "before 1.6"])
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
-def test_what_comes_of_a_pickle_is_bounded(attack, form, tmp_path):
+def test_what_comes_of_a_pickle_is_bounded(attack, form, tmp_path, no_hang):
     write_around(attack, form, tmp_path / "a.pt")
-    started = time.process_time()
     try:
         load_pickled(tmp_path / "a.pt")
     except CheckpointError as error:
         assert str(tmp_path / "a.pt") in str(error)
     else:
         assert attack == ATTACKS["codecs in codecs"]
-    assert time.process_time() - started < 1

@@ -1,7 +1,5 @@
 """Weights in prompts: the grammar, what is refused, and what a weight does to hidden states."""
 
-import time
-
 import pytest
 import torch
 
@@ -54,10 +52,8 @@ def test_mistakes_are_named(prompt, message):
 
 
 @pytest.mark.parametrize("prompt", ["\\a" * 200_000, "(a)" * 100_000, "(" * 31 + "(a)b" * 20_000 + ")" * 31])
-def test_a_long_prompt_is_parsed_at_once(prompt):
-    started = time.process_time()
+def test_a_long_prompt_is_parsed_at_once(prompt, no_hang):
     parse_weights(prompt)
-    assert time.process_time() - started < 1.5
 
 
 def test_weights_of_one_change_no_bit(generator):

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-import time
 from inspect import unwrap
 
 import pytest
@@ -48,11 +47,9 @@ def test_tokens_of_any_text_are_open_clips(text, enough):
 
 
 @pytest.mark.parametrize("letters", ["a", "ab", "日本", "qwertyuiop", "🙂"])
-def test_a_word_without_end_is_tokenized_at_once(letters):
-    started = time.process_time()
+def test_a_word_without_end_is_tokenized_at_once(letters, no_hang):
     assert tokenize([letters * 300_000], 77)[0, -1] == END_TOKEN
     assert len(token_ids(letters * 3000)) > 100
-    assert time.process_time() - started < 1
 
 
 def test_words_are_not_kept_for_ever():
