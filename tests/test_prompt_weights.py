@@ -51,9 +51,15 @@ def test_mistakes_are_named(prompt, message):
     assert repr(prompt) in str(error.value)
 
 
-@pytest.mark.parametrize("prompt", ["\\a" * 200_000, "(a)" * 100_000, "(" * 31 + "(a)b" * 20_000 + ")" * 31])
-def test_a_long_prompt_is_parsed_at_once(prompt, no_hang):
-    parse_weights(prompt)
+@pytest.mark.parametrize(
+    ("prompt", "deepest"),
+    [("\\a" * 200_000, 0), ("(a)" * 100_000, 1), ("(" * 31 + "(a)b" * 20_000 + ")" * 31, 32)],
+    ids=["escapes", "brackets", "brackets in brackets"],
+)
+def test_a_long_prompt_is_parsed_at_once(prompt, deepest, no_hang):
+    parts = parse_weights(prompt)
+    assert "".join(text for text, _ in parts) == prompt.translate(str.maketrans("", "", "\\()"))
+    assert max(weight for _, weight in parts) == pytest.approx(1.1**deepest)
 
 
 def test_weights_of_one_change_no_bit(generator):
