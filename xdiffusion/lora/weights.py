@@ -64,16 +64,19 @@ def save_lora_weights(
     config: Mapping[str, Any] | None = None,
     step: int = 0,
     tokens: Mapping[str, torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write the factors of one adapter, by module name, with their lora_alpha, and learned tokens, in our format.
 
-    Where a path ends in .pt, .safetensors takes its place, as everywhere here; reading takes that for it too.
+    `dtype` is that of the factors in the file; None keeps theirs. Where a path ends in .pt, .safetensors takes its place, as
+    everywhere here; reading takes that for it too.
 
     Returns:
         The path of the file.
 
     Raises:
         LoRAError: if no layer of the model has that adapter.
+        CheckpointError: if a factor overflows in `dtype`, or the file cannot be written.
     """
     modules = {
         name: layer.factors(adapter_name) for name, layer in lora_layers(model) if adapter_name in layer.adapters
@@ -83,7 +86,7 @@ def save_lora_weights(
     sample = sample_of({name: model.get_submodule(name).weight for name in modules}) if base_hash else {}
     lora = LoRAFile(modules, tokens=tokens or {}, base_hash=base_hash, base_sample=sample, config=config, step=step)
     path = Path(path).with_suffix(SAFETENSORS) if Path(path).suffix in PICKLED else Path(path)
-    write_lora(lora, path, "native")
+    write_lora(lora, path, "native", dtype=dtype)
     return path
 
 

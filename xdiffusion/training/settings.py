@@ -104,14 +104,16 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """Which checkpoints of a run stay.
+    """Which checkpoints of a run stay, and how exact a LoRA's file is.
 
     keep_last, keep_every: once more than keep_last checkpoints stand there, older ones are deleted, but for those of steps
         that keep_every divides. null keeps all.
+    lora_dtype: of the factors in a LoRA's file. They are trained in float32, and a run that is resumed goes on from that.
     """
 
     keep_last: int | None = None
     keep_every: int | None = None
+    lora_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
     def check(self) -> None:
         """Raise ValueError for values that no run can have."""

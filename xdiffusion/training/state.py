@@ -1,7 +1,8 @@
 """Checkpoints of a run: the averaged weights for users, and beside them the state that resumes training exactly.
 
 `diffusion-N.safetensors` (a LoRA run: `diffusion-N-lora.safetensors`) holds what is sampled; `....state.pt` holds the
-trained weights without averaging, the optimizer and the gradient scaler. All draws follow from the seed and the step.
+trained weights without averaging, the average where that file rounds it, the optimizer and the gradient scaler. All draws
+follow from the seed and the step.
 
 A checkpoint is whole if its state says so: it carries a hash of all it holds, and one of the weights file's bytes. It is
 written after the weights, so a run that is killed in between leaves no state, or one that does not agree with them.
@@ -132,7 +133,9 @@ class RunCheckpoints:
             self.origin = self.folder if path.parent.resolve() == self.folder.resolve() else path.parent
         try:
             _check_frozen(trainer.model, averaged)
-            average = {name: _trained_part(averaged[_file_name(name)], p) for name, p in trainer.trainable.items()}
+            average = state.get("average") or {
+                name: _trained_part(averaged[_file_name(name)], p) for name, p in trainer.trainable.items()
+            }
             _copy_into(trainer.by_name(trainer.ema.average), average)
             _copy_into(trainer.trainable, state["trained"])
             _copy_into(frozen_factors(trainer), state["frozen"])
@@ -235,6 +238,7 @@ class RunCheckpoints:
         return {
             "step": step,
             "trained": trainer.by_name(trainer.ema.trained()),
+            "average": {n: p.data for n, p in trainer.trainable.items()} if self.files.rounds else None,
             "frozen": frozen_factors(trainer),
             "optimizer": trainer.packed.unpacked_state(trainer.optimizer.state_dict()),
             "scaler": scaler.state_dict() if scaler is not None else None,

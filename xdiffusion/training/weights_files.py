@@ -36,10 +36,12 @@ class WeightsFiles(ABC):
 
     Attributes:
         prefix, suffix: a step's file is <prefix>-<step><suffix>.safetensors.
+        rounds: whether the file holds less than the average: the state has to hold it then.
     """
 
     prefix = "diffusion"
     suffix = ""
+    rounds = False
 
     def __init__(self, config: DictConfig, base_hash: str | None = None):
         self.config: dict[str, Any] = OmegaConf.to_container(config)
@@ -80,10 +82,16 @@ class AdapterWeights(WeightsFiles):
 
     suffix = "-lora"
 
+    def __init__(self, config: DictConfig, base_hash: str | None = None):
+        super().__init__(config, base_hash)
+        self.dtype = getattr(torch, config.checkpoints.lora_dtype)
+        self.rounds = self.dtype is not torch.float32
+
     def save(self, model: DiffusionModel, path: Path, step: int, writes: bool) -> Callable[[], None]:
         if writes:  # small: written here and now
             tokens = model.text_encoder.learned_tokens()
-            save_lora_weights(model, path, base_hash=self.base_hash, config=self.config, step=step, tokens=tokens)
+            said = {"base_hash": self.base_hash, "config": self.config, "step": step, "tokens": tokens}
+            save_lora_weights(model, path, dtype=self.dtype, **said)
             if self.config["model"]["autoencoder"]["kind"] == "kl":
                 export_lora(path)
         return lambda: None
