@@ -44,6 +44,7 @@ def runs(tmp_path):
         "seconds": 10.0,
         "peak_memory_bytes": 2**20,
         "git": None,
+        "changes": ["optimizer.learning_rate=0.004 before, 0.002 now"],
     }
     first = write_run(tmp_path / "x/a", 1e-3, [whole], [2.0] * 10 + [1.0] * 50)
     second = write_run(tmp_path / "x/b", 2e-3, [killed, rest], [2.0] * 60)
@@ -69,6 +70,7 @@ def test_the_table_says_what_differs_and_what_came_of_it(runs, tmp_path, capsys)
     assert found["seconds"] == ["30.0", "10.0"]
     assert found["peak memory, MB"] == ["3", "1"]
     assert found["starts"] == ["1", "2"]
+    assert found["conditions changed at step"] == ["-", "11"]
     assert found["commit"] == ["aaaaaaaaa + changes", "-"]
     with Image.open(picture) as page:
         assert len(page.convert("RGB").getcolors(1 << 20)) > 10

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from test_resume import COMMON, CONFIG, STEPS
 
 from xdiffusion import build
 from xdiffusion.checkpoints import files, native
-from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.files import CheckpointError, save_pickled
 from xdiffusion.data import digits
 from xdiffusion.data.image_set import ImageSet
 from xdiffusion.training import folder_lock, previews, run_record, state
@@ -140,6 +141,18 @@ with Interruption() as interruption:
     done = subprocess.run([sys.executable, "-c", code, *signals], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == status
     assert "stopping after this step; again to quit at once" in done.stderr
+
+
+def test_what_a_disk_refuses_of_a_state_is_said_in_its_own_words(tmp_path):
+    """torch's own writer says "unexpected pos" there."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write .*state.pt: .*File too large"):
+            save_pickled(tmp_path / "state.pt", {"weights": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 FULL = OSError(28, "No space left on device")

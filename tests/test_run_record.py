@@ -66,8 +66,19 @@ def test_a_resumed_run_appends_a_segment_and_a_fresh_one_begins_anew(tmp_path):
         "data.name=image/digits before, image/digits_inverted now",
     ]
     assert changed.changes[2].startswith("data.fingerprint=")
+    segments = read_run(tmp_path)["segments"]
+    assert [segment.get("changes") for segment in segments] == [None, [], changed.changes]
     record(tmp_path)
     assert len(read_run(tmp_path)["segments"]) == 1
+
+
+def test_a_resume_that_takes_no_step_leaves_the_config_of_those_that_were_taken(tmp_path):
+    record(tmp_path).finish("finished")
+    steps = tiny_config().training.num_training_steps
+    record(tmp_path, steps + 1, tiny_config("training.seed=1")).finish("finished")
+    assert read_run(tmp_path)["config"]["training"]["seed"] == 0
+    record(tmp_path, steps, tiny_config("training.seed=1"))
+    assert read_run(tmp_path)["config"]["training"]["seed"] == 1
 
 
 def test_a_record_without_a_folder_writes_nothing(tmp_path, monkeypatch):

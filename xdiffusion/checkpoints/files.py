@@ -56,10 +56,25 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.replace(path)
         _flush_names(path.parent)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save's errors are RuntimeErrors
-        raise CheckpointError(f"cannot write {path}: {error}") from error
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise CheckpointError(f"cannot write {path}: {reason}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def save_pickled(path: Path, content: Any) -> None:
+    """torch.save, atomically.
+
+    Raises:
+        CheckpointError: see `write_atomically`.
+    """
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # Python says why it cannot write, torch does not
+            torch.save(content, file)
+
+    write_atomically(path, write)
 
 
 def _flush_names(folder: Path) -> None:

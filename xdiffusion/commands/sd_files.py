@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from xdiffusion.build import image_shape
 from xdiffusion.checkpoints.diffusers_folder import write_diffusers_folder
 from xdiffusion.checkpoints.diffusers_settings import config_from, folder_settings
 from xdiffusion.checkpoints.drawn_by import PROCESS
-from xdiffusion.checkpoints.files import PICKLED, CheckpointError, save_safetensors, write_atomically
+from xdiffusion.checkpoints.files import PICKLED, CheckpointError, save_pickled, save_safetensors
 from xdiffusion.checkpoints.native import ModelFile, save_model
 from xdiffusion.checkpoints.stable_diffusion import from_original, to_original, with_text_projection
 from xdiffusion.checkpoints.stable_diffusion_files import StableDiffusionFile, header_of_original, recognise_original
@@ -88,7 +87,7 @@ def _write_original(file: ModelFile, config: DictConfig, output: Path, unused: M
         save_safetensors(output, tensors | marks, header)
     else:
         whole = {name: t.contiguous().clone() for name, t in (tensors | marks).items()}  # of a map, all would be saved
-        write_atomically(output, lambda temporary: torch.save({"state_dict": whole}, temporary))
+        save_pickled(output, {"state_dict": whole})
 
 
 def _check_read_back(config: DictConfig, found: StableDiffusionFile, layout: str, output: Path) -> None:

@@ -76,7 +76,7 @@ def save_lora_weights(
 
     Raises:
         LoRAError: if no layer of the model has that adapter.
-        CheckpointError: if a factor overflows in `dtype`, or the file cannot be written.
+        CheckpointError: if `dtype` cannot hold the factors, or the file cannot be written.
     """
     modules = {
         name: layer.factors(adapter_name) for name, layer in lora_layers(model) if adapter_name in layer.adapters

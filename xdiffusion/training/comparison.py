@@ -60,7 +60,10 @@ def table(runs: Sequence[Run]) -> list[tuple[str, ...]]:
 
 
 def outcome(run: Run) -> dict[str, str]:
-    """How far a run came and at what cost, over all its segments; a segment that was killed has no times."""
+    """How far a run came and at what cost, over all its segments; a segment that was killed has no times.
+
+    The steps before one at which conditions changed were not taken under the config of the table, see `run_record`.
+    """
     steps, losses = run.losses
     segments = run.record["segments"]
     seconds = sum(segment.get("seconds", 0) for segment in segments)
@@ -77,6 +80,7 @@ def outcome(run: Run) -> dict[str, str]:
         "seconds": f"{seconds:.1f}" if seconds else "-",
         "peak memory, MB": f"{peak / 2**20:.0f}" if peak else "-",
         "starts": str(len(segments)),
+        "conditions changed at step": ", ".join(str(s["first_step"]) for s in segments if s.get("changes")) or "-",
         "device": last.get("device", "-"),
         "commit": git.get("commit", "-")[:9] + (" + changes" if git.get("dirty") else ""),
         "data": run.record.get("data", {}).get("fingerprint", "-")[:9],

@@ -87,8 +87,9 @@ def begin(
     trainer.rollbacks = largest(trainer.accelerator, record.noise)  # all draw the noise that the first process knows of
     for change in record.changes:
         print(f"resumed under other conditions: {change}", file=sys.stderr)
-    if writes:
-        write_atomically(folder / "config.yaml", lambda path: path.write_text(OmegaConf.to_yaml(config)))
+    if writes:  # not `config` where no step is left to take
+        text = OmegaConf.to_yaml(OmegaConf.create(record.content["config"]))
+        write_atomically(folder / "config.yaml", lambda path: path.write_text(text))
     return record
 
 

@@ -36,6 +36,7 @@ SEGMENT = {  # what is read of a start of a run, where it is there
     "device": str,
     "packages": Mapping,
     "git": Mapping | None,
+    "changes": list,
 }
 MACHINERY = ("device", "processes", "threads")  # of a segment: sums round otherwise on another
 END_BYTES = 4096
@@ -61,8 +62,8 @@ class RunRecord:
         class_images: trained on beside the data, if any.
         origin: the folder whose run.json this one continues, if it is another one.
 
-    `last_step` is kept up to date by the run; `changes` says how a resumed run differs from its segment before, and
-    `status_before` how that ended.
+    `last_step` is kept up to date by the run; `changes`, kept in its segment, says how a resumed run differs from its segment
+    before, and `status_before` how that ended.
     """
 
     def __init__(
@@ -115,11 +116,13 @@ class RunRecord:
         if self.path and (origin / FILE).is_file() and first_step > 1:
             earlier = read_run(origin)
             before = earlier["segments"][-1]
-            self.changes = differences(earlier, self.content)
+            self.changes = self.segment["changes"] = differences(earlier, self.content)
             self.status_before = before["status"]
             # its checkpoint may be older than the choice of other noise, which a kill must not undo
             self.segment["noise"] = max(noise, before.get("noise", noise) + (before["status"] == "diverged"))
             self.content["segments"] = [*earlier["segments"], self.segment]
+            if first_step > config.training.num_training_steps:  # no step will be taken under this config
+                self.content["config"] = earlier["config"]
         self._write()
 
     @property

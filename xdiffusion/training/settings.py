@@ -108,7 +108,8 @@ class CheckpointSettings:
 
     keep_last, keep_every: once more than keep_last checkpoints stand there, older ones are deleted, but for those of steps
         that keep_every divides. null keeps all.
-    lora_dtype: of the factors in a LoRA's file. They are trained in float32, and a run that is resumed goes on from that.
+    lora_dtype: of the factors in a LoRA's file, where it can hold them. They are trained in float32, and a run that is resumed
+        goes on from that.
     """
 
     keep_last: int | None = None

@@ -26,8 +26,8 @@ from xdiffusion.checkpoints.files import (
     content_hash,
     file_hash,
     load_pickled,
+    save_pickled,
     weights_file,
-    write_atomically,
 )
 from xdiffusion.training.exports import export_paths
 from xdiffusion.training.loop import Trainer
@@ -251,7 +251,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write the state that belongs to the weights file at `path`, with both hashes."""
     state = state | {"weights_hash": file_hash(path)}
     state["hash"] = _hash_of(state)
-    write_atomically(state_path(path), lambda temporary: torch.save(state, temporary))
+    save_pickled(state_path(path), state)
 
 
 def whole_state(path: Path) -> dict[str, Any]:

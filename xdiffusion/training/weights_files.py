@@ -5,6 +5,7 @@ It holds the moving average and is what others read; `state` keeps beside it wha
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from xdiffusion.checkpoints.files import CheckpointError, load_safetensors, save_safetensors
 from xdiffusion.checkpoints.learned_tokens import read_learned_tokens, save_learned_tokens
 from xdiffusion.checkpoints.lora_formats import read_lora
+from xdiffusion.checkpoints.lora_formats.factors import RoundingError
 from xdiffusion.checkpoints.native import header, load_model_file, save_model
 from xdiffusion.lora.weights import save_lora_weights
 from xdiffusion.model import DiffusionModel
@@ -91,7 +93,11 @@ class AdapterWeights(WeightsFiles):
         if writes:  # small: written here and now
             tokens = model.text_encoder.learned_tokens()
             said = {"base_hash": self.base_hash, "config": self.config, "step": step, "tokens": tokens}
-            save_lora_weights(model, path, dtype=self.dtype, **said)
+            try:
+                save_lora_weights(model, path, dtype=self.dtype, **said)
+            except RoundingError as error:
+                print(f"{path.name} is written in float32: {error}", file=sys.stderr)
+                save_lora_weights(model, path, **said)
             if self.config["model"]["autoencoder"]["kind"] == "kl":
                 export_lora(path)
         return lambda: None

@@ -26,7 +26,7 @@ from xdiffusion.checkpoints.files import (
     load_pickled,
     load_safetensors,
     refuse_leftover,
-    write_atomically,
+    save_pickled,
 )
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import diffusers, kohya, native, peft, positions
@@ -200,7 +200,7 @@ def write_lora(
     kind.write(lora, path, names) if kind.counts_layers else kind.write(lora, path)
     if not kind.has_tokens and lora.tokens:
         tokens = {name: vector.detach().clone() for name, vector in lora.tokens.items()}
-        write_atomically(_tokens_path(path), lambda temporary: torch.save(tokens, temporary))
+        save_pickled(_tokens_path(path), tokens)
 
 
 def unsaid(lora: LoRAFile, format: str) -> list[str]:

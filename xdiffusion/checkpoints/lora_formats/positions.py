@@ -27,8 +27,8 @@ from xdiffusion.checkpoints.files import (
     CheckpointError,
     load_pickled,
     refuse_leftover,
+    save_pickled,
     save_safetensors,
-    write_atomically,
 )
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats.factors import assemble, fitted
@@ -169,7 +169,7 @@ def _sibling(path: Path, what: str) -> Path:
 
 def _save_list(pairs: Iterable[tuple[Tensor, Tensor]], path: Path) -> None:
     flat = [tensor.detach().clone() for pair in pairs for tensor in pair]
-    write_atomically(path, lambda temporary: torch.save(flat, temporary))
+    save_pickled(path, flat)
 
 
 def _pairs(content: Any, path: Path, repairs: list[str]) -> list[LoRAFactors]:
