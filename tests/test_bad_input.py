@@ -40,6 +40,7 @@ BAD_INPUT = {
         "--set model.text_encoder.width=0": "model.text_encoder: width=0 must be at least 1",
         "--set model.text_encoder.heads=0": "model.text_encoder: heads=0 must be at least 1",
         "--set diffusion.min_snr_gamma=-5": "diffusion.min_snr_gamma=-5 must be above 0, or null",
+        "--dry_run --set diffusion.min_snr_gamma=0": "diffusion.min_snr_gamma=0 must be above 0, or null",
         "--set optimizer.learning_rate=-1": "optimizer.learning_rate=-1 must be above 0",
         "--set optimizer.learning_rate=.inf": "optimizer.learning_rate=inf must be finite, above 0",
         "--set optimizer.betas=[2,3]": "optimizer.betas=[2, 3] must be two numbers in [0, 1)",

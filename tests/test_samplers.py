@@ -189,6 +189,34 @@ def test_karras_levels_stay_inside_the_table():
     assert levels[[0, -1]].tolist() == pytest.approx([14.6146, 0.02917], rel=1e-3)
 
 
+TABLES = {
+    "linear": BetaSchedule(),
+    "stable diffusion": BetaSchedule(spacing="scaled_linear", beta_start=0.00085, beta_end=0.012),
+    "pure noise at its end": BetaSchedule(zero_terminal_snr=True),
+    "cosine": BetaSchedule(spacing="cosine"),
+}
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("steps", [2, 10, 100, 400])
+def test_even_log_snr_stays_inside_the_table_and_is_followed_to_the_end(table, steps):
+    times = logsnr_times(table, steps)
+    assert (times.diff() < 0).all() and times[-1] == 0
+    gaps = table.logsnr(times[:-1]).diff()
+    torch.testing.assert_close(gaps, gaps[:1].expand_as(gaps), rtol=1e-2, atol=1e-3)
+    x = sample_dpm_solver(GaussianDenoiser(table), start(), times)
+    torch.testing.assert_close(x, exact_end(start(), table), atol=0.02 if steps >= 100 else 1.0, rtol=0)
+
+
+def test_two_times_of_one_noise_level_are_no_obstacle():
+    """More steps than a table has levels: below its first one it is flat."""
+    table = BetaSchedule(num_timesteps=10)
+    x = sample_dpm_solver(GaussianDenoiser(table), start(), uniform_times(table, 50))
+    torch.testing.assert_close(
+        x, sample_dpm_solver(GaussianDenoiser(table), start(), uniform_times(table, 10)), atol=0.3, rtol=0
+    )
+
+
 def test_timesteps_of_stable_diffusion():
     table = BetaSchedule(spacing="scaled_linear")
     leading = timestep_times(table, 4, "leading", last="first") * 1000 - 1

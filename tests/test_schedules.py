@@ -44,6 +44,9 @@ def test_cosine_reaches_the_given_ends_and_is_a_cosine():
     # far from the ends it is alpha = cos(pi t / 2), the form of the papers
     t = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     torch.testing.assert_close(CosineSchedule(-30, 30).alpha_sigma(t)[0], (math.pi * t / 2).cos(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        CosineSchedule(-2000, 2000).alpha_sigma(t)[0], (math.pi * t / 2).cos(), atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize(

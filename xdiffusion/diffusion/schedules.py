@@ -48,8 +48,7 @@ class CosineSchedule:
     def __init__(self, logsnr_min: float = -15.0, logsnr_max: float = 15.0):
         if not logsnr_min < logsnr_max:
             raise ValueError(f"logsnr_min={logsnr_min} must be below logsnr_max={logsnr_max}")
-        self.phi_0 = math.atan(math.exp(-0.5 * logsnr_max))
-        self.phi_1 = math.atan(math.exp(-0.5 * logsnr_min))
+        self.phi_0, self.phi_1 = (_angle(logsnr) for logsnr in (logsnr_max, logsnr_min))
 
     def _phi(self, t: Tensor) -> Tensor:
         return self.phi_0 + (self.phi_1 - self.phi_0) * _at_least_float32(t)
@@ -151,6 +150,11 @@ class BetaSchedule:
     def network_time(self, t: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
         index = _at_least_float32(t) * self.num_timesteps - 1
         return ((index * 1e4).round() / 1e4).clamp(min=0)
+
+
+def _angle(logsnr: float) -> float:
+    """phi with tan(phi) = sigma / alpha."""
+    return math.atan(math.exp(min(-0.5 * logsnr, 700.0)))  # beyond, exp overflows where the angle is pi / 2 long since
 
 
 def _betas(num_timesteps: int, spacing: str, beta_start: float, beta_end: float) -> Float[Tensor, " N"]:

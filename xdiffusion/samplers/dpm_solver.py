@@ -35,7 +35,7 @@ def sample_dpm_solver(
         h = (denoiser.schedule.logsnr(t_next) - denoiser.schedule.logsnr(t)) / 2  # lambda = logsnr / 2
         x0 = denoiser(xt, t)
         direction = x0
-        if x0_last is not None and i < len(times) - 2:
+        if x0_last is not None and i < len(times) - 2 and h_last > 0:  # two times of a table may be one noise level
             r = h_last / h
             direction = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_last  # D_i, line 9
         xt = (sigma_next / sigma_t) * xt - alpha_next * torch.expm1(-h) * direction  # line 10

@@ -32,21 +32,23 @@ def logsnr_times(
 ) -> Float[Tensor, " n"]:
     """Equally spaced in log-SNR from `t_max` (or logsnr_min, if that is later) to logsnr_max, then 0 ([DPM++] section 5).
 
-    Where the schedule's data end, t = 0, is no cleaner than logsnr_max, the even spacing goes on to that end.
+    Where the schedule's data end, t = 0, is no cleaner than logsnr_max, the even spacing goes on to that end; a table's goes no
+    further than its first noise level.
 
     Raises:
         ValueError: if t_max is not in (0, 1], or the grid would not rise from its start to logsnr_max.
     """
     _check_start(t_max)
-    start, end = schedule.logsnr(torch.tensor([t_max, 0.0], dtype=torch.float64)).tolist()
+    first = schedule.training_time(torch.zeros(1, dtype=torch.float64)).item()
+    start, cleanest, end = schedule.logsnr(torch.tensor([t_max, first, 0.0], dtype=torch.float64)).tolist()
     start = max(start, logsnr_min)
-    if not start < min(end, logsnr_max):
+    if not start < min(cleanest, logsnr_max):
         raise ValueError(
             f"logsnr_max={logsnr_max} must be above {start:.4g}, where t_max={t_max} and logsnr_min={logsnr_min} begin"
         )
     if end <= logsnr_max:
         return schedule.time_of_logsnr(torch.linspace(start, end, _checked(steps) + 1, dtype=torch.float64))
-    logsnr = torch.linspace(start, logsnr_max, _checked(steps), dtype=torch.float64)
+    logsnr = torch.linspace(start, min(logsnr_max, cleanest), _checked(steps), dtype=torch.float64)
     return torch.cat([schedule.time_of_logsnr(logsnr), torch.zeros(1, dtype=torch.float64)])
 
 

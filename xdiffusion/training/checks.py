@@ -17,11 +17,14 @@ OF_FILES = ("image/folder", "image/hugging_face")
 
 
 def check_together(config: DictConfig, *, lora: bool) -> None:
-    """See that the sections of a resolved config go together.
+    """See that the sections of a resolved config go together, and that the objective is one.
 
     Raises:
-        ValueError: if they do not.
+        ValueError: if not.
     """
+    gamma = config.diffusion.min_snr_gamma
+    if gamma is not None and not gamma > 0:
+        raise ValueError(f"diffusion.min_snr_gamma={gamma} must be above 0, or null")
     batch_size, cache, data = config.training.batch_size, config.cache, config.data
     if "prior" in config and batch_size % 2:
         raise ValueError(f"training.batch_size={batch_size} must be even: class images are half of a batch (prior:)")

@@ -49,9 +49,6 @@ class DiffusionTask(Task[Part]):
         self.settings = settings_of(config, "training")
         self.optimizer_settings = settings_of(config, "optimizer")
         self.rows = self.settings.batch_size
-        gamma = config.diffusion.min_snr_gamma
-        if gamma is not None and not gamma > 0:
-            raise ValueError(f"diffusion.min_snr_gamma={gamma} must be above 0, or null")
         self.objective = {k: config.diffusion[k] for k in ("prediction", "min_snr_gamma", "offset_noise")}
         self.embedding_lock = Lock()  # a cache of embeddings grows as it is asked, by several threads
 
