@@ -64,6 +64,17 @@ def test_what_a_combination_changes_in_the_config():
     assert of("lora+")[1:] == ["optimizer.lora_plus_ratio=4", "optimizer.learning_rate=0.005"]
 
 
+def test_random_matrices_of_one_shape_differ_and_have_the_mean_of_random_subspaces():
+    names = runpy.run_path(str(ROOT / ABLATE))
+    layers = [torch.eye(4, 16)] * 400
+    drawn = names["random_like"](layers)
+    assert [A.shape for A in drawn] == [A.shape for A in layers]
+    assert len({tuple(A.flatten().tolist()) for A in drawn}) == len(layers)
+    i = torch.arange(1, 5)
+    expected = torch.maximum(i[:, None], i).double() / 16
+    assert torch.allclose(names["mean_similarity"](drawn, layers), expected, atol=0.015)
+
+
 def test_mean_similarity_leaves_out_layers_that_are_too_narrow(generator):
     mean_similarity = runpy.run_path(str(ROOT / ABLATE))["mean_similarity"]
     wide, narrow = torch.eye(3, 8), torch.randn(3, 2, generator=generator)

@@ -262,11 +262,10 @@ def draw_singular_values(path: Path, loras: Mapping[tuple[str, int, int], Mappin
 
 
 def draw_subspaces(path: Path, loras: Mapping[tuple[str, int, int], Mapping[str, Any]]) -> None:
-    """phi(A_1, A_2, i, j), mean over layers, a row for each target.
+    """similarity(i, j) of A_1 and A_2, mean over layers, a row for each target.
 
     A_2 is of the largest rank and the first seed, A_1 of the next smaller rank, of another seed, and random.
     """
-    import torch
     from matplotlib.figure import Figure
 
     targets = sorted({target for target, _, _ in loras})
@@ -279,22 +278,29 @@ def draw_subspaces(path: Path, loras: Mapping[tuple[str, int, int], Mapping[str,
             [factors.lora_A.flatten(1) for factors in loras.get((target, *key), {}).values()]
             for key in ((rank, seeds[0]), (small, seeds[0]), (rank, seeds[-1]))
         )
-        random = [torch.randn(A.shape, generator=torch.Generator().manual_seed(0)) for A in largest]
         labels = f"rank {small}", f"seed {seeds[-1]}" * (len(seeds) > 1), "random"
-        for axes, label, other in zip(row, labels, (by_rank, by_seed, random)):
+        for axes, label, other in zip(row, labels, (by_rank, by_seed, random_like(largest))):
             if not (label and other):
                 axes.set_axis_off()
                 continue
-            phi = mean_similarity(other, largest)
-            extent = (0.5, phi.shape[1] + 0.5, 0.5, phi.shape[0] + 0.5)
-            image = axes.imshow(phi, vmin=0, vmax=1, cmap="magma", origin="lower", extent=extent)
+            means = mean_similarity(other, largest)
+            extent = (0.5, means.shape[1] + 0.5, 0.5, means.shape[0] + 0.5)
+            image = axes.imshow(means, vmin=0, vmax=1, cmap="magma", origin="lower", extent=extent)
             axes.set(title=target, xlabel=f"j, rank {rank} seed {seeds[0]}", ylabel=f"i, {label}")
-    figure.colorbar(image, ax=panels, label="phi(i, j)")
+    figure.colorbar(image, ax=panels, label="similarity(i, j)")
     figure.savefig(path, dpi=100)
 
 
+def random_like(matrices: Sequence[Any]) -> list[Any]:
+    """Standard normal matrices of these shapes, from one generator: those of equal shapes differ."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(A.shape, generator=generator) for A in matrices]
+
+
 def mean_similarity(first: Sequence[Any], second: Sequence[Any]) -> Any:
-    """The mean over layers of phi, (rank of the first, rank of the second); layers with fewer inputs are left out."""
+    """The mean over layers of similarity, (rank of the first, rank of the second); layers with fewer inputs are left out."""
     import torch
 
     from xdiffusion.evaluation.adapter_spectra import subspace_similarity

@@ -23,9 +23,9 @@ def delta_singular_values(
 
 
 def subspace_similarity(A_1: Float[Tensor, "R1 I"], A_2: Float[Tensor, "R2 I"]) -> Float[Tensor, "K1 K2"]:
-    """phi(A_1, A_2, i, j) at [i - 1, j - 1] ([LoRA] eq. 4): how much of one top subspace lies in the other.
+    """similarity(i, j) at [i - 1, j - 1] ([LoRA] eq. 4, there phi): how much of one top subspace lies in the other.
 
-        phi = |V_1i^T V_2j|^2 / min(i, j)        V_1i: the i first right-singular vectors of A_1, as columns
+        similarity(i, j) = |V_1i^T V_2j|^2 / min(i, j)    V_1i: the i first right-singular vectors of A_1, as columns
 
     0 for orthogonal subspaces, 1 where one holds the other. Random subspaces of I dimensions have max(i, j) / I in the
     mean. K1 = min(R1, I), and K2 likewise.

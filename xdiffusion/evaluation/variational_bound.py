@@ -31,10 +31,12 @@ def bits_per_dim(
     strata: int,
     generator: torch.Generator,
 ) -> Float[Tensor, " B"]:
-    """An unbiased estimate of each image's bound, with `strata` of the N - 1 middle terms per image.
+    """The bound, in the mean over the images: a row has `strata` of its image's N - 1 middle terms, weighted.
 
-    Steps are drawn evenly in log n, as the terms fall about as 1 / n, and weighted for it. Image i takes one step in each
-    of `strata` equal parts, at an offset that is spread evenly over the images: a batch of them covers all steps.
+    Steps are evenly spaced in log n, as the terms fall about as 1 / n, and weighted for it. Image i takes one step in each of
+    `strata` equal parts, at an offset that its place in the batch fixes: a row alone, always of the same steps, is no unbiased
+    estimate of its image's bound. The mean over images in random order is one, as far as the sum over evenly spaced steps is
+    that over all steps: with 1000 of them, terms of 1 / n, 128 images and 16 strata to 3e-5.
 
     Args:
         denoise: `(x_n, n: (B,) in 1..N) -> x0_hat`.

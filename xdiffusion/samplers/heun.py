@@ -1,6 +1,11 @@
 """Heun's second-order method on the probability-flow ODE in EDM coordinates ([EDM] algorithm 1).
 
 With y = xt / alpha and level = sigma / alpha, [EDM]'s sigma, the ODE is dy/dlevel = (y - x0) / level (eq. 1 with sigma(t) = t).
+
+On a uniform grid from nearly pure noise the first steps span so many levels that the second order does harm: for Gaussian
+data of standard deviation 0.5 and its exact denoiser 2, 10, 20 and 50 steps end at 37, 0.93, 0.56 and 0.51 on the cosine
+schedule, and at 2770, 9.3, 1.3 and 0.54 on Stable Diffusion's betas with a zero terminal SNR. On `karras_times` they end at
+40, 0.59, 0.52 and 0.51.
 """
 
 from __future__ import annotations
