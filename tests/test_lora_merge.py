@@ -176,6 +176,19 @@ def test_origin_and_tokens_of_the_merged_lora():
     assert merge.merge_loras([(first, 1.0), (other, 1.0)])[0].base_hash is None
 
 
+def test_no_learned_word_takes_the_place_of_another():
+    """Though its new name is taken too, or differs from another in its case alone, which text encoders do not see."""
+    a, b, c = (i * torch.ones(3) for i in range(3))
+    first = {"<s1>": a, "<s1-2>": b, "<x>": a}
+    tokens, renamed = merge.joined_tokens([("one.pt", first), ("two.pt", {"<s1>": c, "<X>": b, "<s1-2>": b[None]})])
+    assert tokens == first | {"<s1-3>": c, "<X-2>": b, "<s1-2>": tokens["<s1-2>"]}
+    assert torch.equal(tokens["<s1-2>"].flatten(), b)
+    assert renamed == [
+        "<s1> of two.pt is called <s1-3>: another <s1> was there before",
+        "<X> of two.pt is called <X-2>: another <X> was there before",
+    ]
+
+
 def test_zero_updates_have_no_error():
     zero = LoRAFactors(torch.ones(2, 4), torch.zeros(4, 2), 2.0)
     for method, choice in (("concat", {}), ("svd", {"rank": 1}), ("svd", {"energy": 0.9})):

@@ -55,7 +55,7 @@ def test_leftovers_of_another_lora_are_not_mixed_in(format, tmp_path):
     write_lora(mixed(), path, format)
     write_lora(mixed(), path, format)
     unet_only = LoRAFile({n: f for n, f in mixed().modules.items() if n.startswith("unet")})
-    with pytest.raises(CheckpointError, match="of another LoRA would be read with the one to be written"):
+    with pytest.raises(CheckpointError, match="of another LoRA would be read with what is to be written"):
         write_lora(unet_only, path, format)
     assert_equal_products(read_lora(path), mixed())
     if format == "peft":

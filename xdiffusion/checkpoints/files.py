@@ -211,13 +211,13 @@ def is_pipeline_folder(path: Path) -> bool:
 
 
 def refuse_leftover(path: Path) -> None:
-    """Complain of a file of another LoRA where it would be read as a part of the one to be written.
+    """Complain of a file of another LoRA where it would be read as a part of what is to be written.
 
     Raises:
         CheckpointError: if it is there.
     """
     if path.exists():
-        raise CheckpointError(f"{path} of another LoRA would be read with the one to be written: move it away")
+        raise CheckpointError(f"{path} of another LoRA would be read with what is to be written: move it away")
 
 
 def weights_file(path: str | Path) -> Path:

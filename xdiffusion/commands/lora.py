@@ -177,8 +177,9 @@ def _resize(args: argparse.Namespace) -> None:
 
 def _apply(args: argparse.Namespace) -> None:
     from xdiffusion.checkpoints.files import content_hash
-    from xdiffusion.commands.base_weights import fold, header_as_trained, open_base
-    from xdiffusion.commands.lora_files import layer_table, progress, read
+    from xdiffusion.commands.base_weights import open_base
+    from xdiffusion.commands.folding import fold_as_it_is
+    from xdiffusion.commands.lora_files import layer_table, read
     from xdiffusion.lora.base_identity import check_base
     from xdiffusion.lora.weights import parse_lora_spec
 
@@ -192,9 +193,7 @@ def _apply(args: argparse.Namespace) -> None:
         adapted = {name.removesuffix(".weight"): model[name] for name in names if name in model}
         if other_form := check_base(lora, content_hash(model), adapted, path):
             print(f"{path}: {other_form}", file=sys.stderr)
-    note = {"folded_lora": f"{path.name}:{scale:g}"} | header_as_trained(base, lora)
-    count = fold(base, lora, scale, Path(args.output), note, progress("folding"))
-    print(f"{args.output}: {args.model} + {scale:g} * {path}, {count} layers")
+    fold_as_it_is(base, lora, scale, Path(args.output))
 
 
 def _extract(args: argparse.Namespace) -> None:

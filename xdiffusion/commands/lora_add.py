@@ -10,6 +10,7 @@ lpl          LoRA + LoRA -> LoRA:    delta = alpha * delta_1 + (1 - alpha) * del
 ljl          LoRA + LoRA -> LoRA:    delta = delta_1 + delta_2, exactly; alpha does not count
 upl-ckpt-v2  as upl, written as Stable Diffusion's original single file (.safetensors, .ckpt)
              PATH_1: Stable Diffusion 1.5 or 2.1: such a file, a folder of diffusers, or a model of this project
+             both write the LoRA's learned words beside OUTPUT, in <its name>.ti.pt
 
 delta = (lora_alpha / rank) B A is the update as trained. The original lora_add averaged the factors in place of the
 updates: B = alpha B_1 + (1 - alpha) B_2, and A likewise, so that
@@ -27,12 +28,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from xdiffusion.cli import Parser, positive_int, run
-
-if TYPE_CHECKING:
-    from xdiffusion.checkpoints.lora_file import LoRAFile
 
 MODES = ("lpl", "upl", "ljl", "upl-ckpt-v2")
 
@@ -77,8 +74,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    from xdiffusion.commands.base_weights import fold, header_as_trained, open_base
-    from xdiffusion.commands.lora_files import layer_table, merge_and_write, progress, read
+    from xdiffusion.commands.base_weights import open_base
+    from xdiffusion.commands.folding import fold_as_it_is, fold_into_original
+    from xdiffusion.commands.lora_files import layer_table, merge_and_write, read
 
     names = layer_table(args.base)
     if args.mode.startswith("upl"):
@@ -87,32 +85,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"no model at {path}; a model of the Hugging Face hub has to be downloaded first")
         lora = read(args.path_2, names)
         if args.mode == "upl":
-            base = open_base(path)
-            note = {"folded_lora": f"{Path(args.path_2).name}:{args.alpha:g}"} | header_as_trained(base, lora)
-            count = fold(base, lora, args.alpha, output, note, progress("folding"))
+            fold_as_it_is(open_base(path), lora, args.alpha, output)
         else:
-            count = _fold_into_original(path, lora, args.alpha, output)
-        print(f"{args.output_path}: {path} + {args.alpha:g} * {args.path_2}, {count} layers")
+            fold_into_original(path, lora, args.alpha, output)
         return
     first, second = read(args.path_1, names), read(args.path_2, names)
     weights = (args.alpha, 1 - args.alpha) if args.mode == "lpl" else (1.0, 1.0)
     method = "legacy" if args.legacy else "svd" if args.rank else "concat"
     merge_and_write(list(zip((first, second), weights)), args.output_path, names, method, rank=args.rank)
-
-
-def _fold_into_original(path: Path, lora: LoRAFile, scale: float, output: Path) -> int:
-    from xdiffusion.checkpoints.files import weights_file
-    from xdiffusion.checkpoints.native import load_model_file
-    from xdiffusion.commands.base_weights import fold_into
-    from xdiffusion.commands.sd_files import write_model
-    from xdiffusion.loading import as_trained, check_fits, config_of
-
-    file = load_model_file(weights_file(path))
-    config = config_of(file)
-    check_fits(file, config)
-    count = fold_into(file, lora, scale)
-    write_model(file, as_trained(config, [lora.path]), output, "original")
-    return count
 
 
 def command() -> int:

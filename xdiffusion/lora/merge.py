@@ -64,9 +64,10 @@ def merge_loras(
         errors[name] = relative_error(merged[name], parts)
     hashes = {lora.base_hash for lora, _ in loras}
     samples = {name: values for lora, _ in loras for name, values in lora.base_sample.items()}
+    tokens, _ = joined_tokens([(lora.path, lora.tokens) for lora, _ in loras])
     return LoRAFile(
         merged,
-        tokens=_all_tokens([lora for lora, _ in loras]),
+        tokens=tokens,
         base_hash=next(iter(hashes)) if len(hashes) == 1 else None,
         base_sample=samples if len(hashes) == 1 else {},
         config=config,
@@ -185,6 +186,30 @@ def cut(
     return U[:, :rank] * root, root[:, None] * Vh[:rank]
 
 
+def joined_tokens(parts: Sequence[tuple[object, Mapping[str, Tensor]]]) -> tuple[dict[str, Tensor], list[str]]:
+    """The learned words of several LoRAs, and a line for each that had to be called otherwise.
+
+    A name that stands for another vector already, in whatever case, gets the number of its LoRA, or the next that is free:
+    <s1> -> <s1-2>.
+
+    Args:
+        parts: what a line calls it, and its words.
+    """
+    tokens: dict[str, Tensor] = {}
+    taken: dict[str, Tensor] = {}
+    renamed = []
+    for number, (source, words) in enumerate(parts, start=1):
+        for word, vector in words.items():
+            name, free, rows = word, number, torch.atleast_2d(vector)
+            while not torch.equal(taken.setdefault(name.lower(), rows), rows):
+                name = f"{word[:-1]}-{free}>" if word.endswith(">") else f"{word}-{free}"
+                free += 1
+            tokens[name] = vector
+            if name != word:
+                renamed.append(f"{word} of {source} is called {name}: another {word} was there before")
+    return tokens, renamed
+
+
 def relative_error(result: LoRAFactors, parts: Sequence[tuple[LoRAFactors, float]]) -> float:
     """|delta of result - sum of weight * delta| / |sum of weight * delta|, Frobenius norms; 0 / 0 is 0."""
     lora_B, lora_A = concatenated(parts)
@@ -236,14 +261,3 @@ def _common_config(loras: Sequence[LoRAFile]) -> Mapping[str, Any] | None:
                 f"{theirs!s:.100} in {path}"
             )
     return said[0][1] if said else None
-
-
-def _all_tokens(loras: Sequence[LoRAFile]) -> Mapping[str, Tensor]:
-    """The learned tokens of all; a name that is taken by another vector gets the number of its file: <s1> -> <s1-2>."""
-    tokens: dict[str, Any] = {}
-    for number, lora in enumerate(loras, start=1):
-        for name, vector in lora.tokens.items():
-            if name in tokens and not torch.equal(tokens[name], vector):
-                name = f"{name[:-1]}-{number}>" if name.endswith(">") else f"{name}-{number}"
-            tokens[name] = vector
-    return tokens

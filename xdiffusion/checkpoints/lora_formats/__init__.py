@@ -9,7 +9,7 @@ without a place for learned tokens gets them in `<name>.ti.pt` beside it; one th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -21,6 +21,7 @@ from xdiffusion.checkpoints.component_names import exchange_name
 from xdiffusion.checkpoints.drawn_by import drawn_by
 from xdiffusion.checkpoints.files import (
     PICKLED,
+    SAFETENSORS,
     CheckpointError,
     existing_weights,
     load_pickled,
@@ -34,7 +35,18 @@ from xdiffusion.checkpoints.lora_formats.factors import check_tensor, fit, folde
 from xdiffusion.checkpoints.lora_formats.keys import Loose, sorted_by_key
 from xdiffusion.checkpoints.lora_formats.layer_table import SD_BASES, LayerTable, sd_base_of, sd_layer_table
 
-__all__ = ["FORMATS", "SD_BASES", "Format", "LayerTable", "read_lora", "sd_layer_table", "unsaid", "write_lora"]
+__all__ = [
+    "FORMATS",
+    "SD_BASES",
+    "Format",
+    "LayerTable",
+    "read_lora",
+    "save_tokens_beside",
+    "sd_layer_table",
+    "tokens_path",
+    "unsaid",
+    "write_lora",
+]
 
 
 @dataclass(frozen=True)
@@ -196,11 +208,25 @@ def write_lora(
     carried = {k: v for k, v in lora.metadata.items() if k.startswith(("ss_", "modelspec."))}
     lora = replace(lora, modules=modules, metadata=carried)
     if not kind.has_tokens and not lora.tokens:
-        refuse_leftover(_tokens_path(path))
+        refuse_leftover(tokens_path(path))
     kind.write(lora, path, names) if kind.counts_layers else kind.write(lora, path)
     if not kind.has_tokens and lora.tokens:
-        tokens = {name: vector.detach().clone() for name, vector in lora.tokens.items()}
-        save_pickled(_tokens_path(path), tokens)
+        save_tokens_beside(path, lora.tokens)
+
+
+def tokens_path(path: Path) -> Path:
+    """Where the learned tokens are of what has no place for them: style.pt -> style.ti.pt, a folder v1.5 -> v1.5.ti.pt."""
+    if path.suffix in (SAFETENSORS, *PICKLED, ".json"):
+        return path.with_suffix(".ti.pt")
+    path = path if path.name not in ("", "..") else path.resolve()
+    return path.with_name(f"{path.name}.ti.pt")
+
+
+def save_tokens_beside(path: Path, tokens: Mapping[str, torch.Tensor]) -> Path:
+    """Write learned tokens into the `tokens_path` of a file or folder, atomically; returns it."""
+    beside = tokens_path(path)
+    save_pickled(beside, {name: vector.detach().clone() for name, vector in tokens.items()})
+    return beside
 
 
 def unsaid(lora: LoRAFile, format: str) -> list[str]:
@@ -245,12 +271,8 @@ def _read_list(content: list, path: Path, names: LayerTable | None) -> LoRAFile:
     return LoRAFile(modules, format, repairs=tuple(repairs))
 
 
-def _tokens_path(path: Path) -> Path:
-    return path.with_suffix(".ti.pt")
-
-
 def _tokens_beside(path: Path) -> dict[str, torch.Tensor]:
-    beside = _tokens_path(path)
+    beside = tokens_path(path)
     if not beside.is_file():
         return {}
     tokens = load_pickled(beside)

@@ -1,0 +1,71 @@
+"""Folding a LoRA into a model as `lora apply` and `lora_add` do it: the weights, and beside them its learned words."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from xdiffusion.checkpoints.files import refuse_leftover, weights_file
+from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
+from xdiffusion.checkpoints.lora_file import LoRAFile
+from xdiffusion.checkpoints.lora_formats import save_tokens_beside, tokens_path
+from xdiffusion.checkpoints.native import load_model_file
+from xdiffusion.commands.base_weights import BaseModel, fold, fold_into, header_as_trained
+from xdiffusion.commands.lora_files import progress
+from xdiffusion.commands.sd_files import write_model
+from xdiffusion.loading import as_trained, check_fits, config_of
+from xdiffusion.lora.merge import joined_tokens
+
+
+def fold_as_it_is(base: BaseModel, lora: LoRAFile, scale: float, output: Path) -> None:
+    """Write a base with a LoRA folded in, in the form that it has, and tell so.
+
+    Raises:
+        ValueError: see `header_as_trained`, `fold`; if a tokens file stands where it would be taken for the output's.
+    """
+
+    def write() -> int:
+        note = {"folded_lora": f"{lora.path.name}:{scale:g}"} | header_as_trained(base, lora)
+        return fold(base, lora, scale, output, note, progress("folding"))
+
+    _with_its_words(base.path, lora, scale, output, write)
+
+
+def fold_into_original(path: Path, lora: LoRAFile, scale: float, output: Path) -> None:
+    """Write Stable Diffusion with a LoRA folded in as its original single file, and tell so.
+
+    Raises:
+        ValueError: if there is no such model; see `fold_into`, `write_model`; see `fold_as_it_is` for tokens files.
+    """
+    file = load_model_file(weights_file(path))
+    config = config_of(file)
+    check_fits(file, config)
+
+    def write() -> int:
+        count = fold_into(file, lora, scale)
+        write_model(file, as_trained(config, [lora.path]), output, "original")
+        return count
+
+    _with_its_words(file.path, lora, scale, output, write)
+
+
+def _with_its_words(base: Path, lora: LoRAFile, scale: float, output: Path, write: Callable[[], int]) -> None:
+    """Write a model, which returns how many layers changed, and the learned words beside it, which no model has a place for.
+
+    Those beside the base are of a LoRA that was folded into it before.
+    """
+    beside = tokens_path(base)
+    earlier = read_learned_tokens(beside) if beside.is_file() else {}
+    words, renamed = joined_tokens([(beside, earlier), (lora.path, lora.tokens)])
+    if not words:
+        refuse_leftover(tokens_path(output))
+    count = write()
+    print(f"{output}: {base} + {scale:g} * {lora.path}, {count} layers")
+    if words:
+        path = save_tokens_beside(output, words)
+        print(
+            f"{path}: {len(words)} learned words, {', '.join(words)}; sample.py takes them as --learned_tokens {path}"
+        )
+    for line in renamed:
+        print(f"{path}: {line}", file=sys.stderr)
