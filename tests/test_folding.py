@@ -8,10 +8,12 @@ from commands import SAMPLE, files_in, run_script
 from lora_cases import command, factors
 from sd_files import write_native
 
+from xdiffusion.checkpoints.files import content_hash, load_safetensors, save_safetensors
 from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import write_lora
 from xdiffusion.commands import sd
+from xdiffusion.lora.base_identity import sample_of
 
 LAYER = "network.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
 FOLDS = {
@@ -81,3 +83,49 @@ def test_a_second_lora_joins_the_words_of_the_first(files, lora, capsys):
         assert "<s1> of ink.safetensors is called <s1-2>" in err
         assert words_in(files / "two.ti.pt") == words_in(files / "one.ti.pt") | {"<s1-2>": [[2.0] * 16]}
         (files / "two.ti.pt").unlink()
+
+
+@pytest.fixture
+def other(files, lora):
+    """Another model beside the base, in the same forms, and known.safetensors, a LoRA that names its base."""
+    tensors, metadata = load_safetensors(files / "model.safetensors")
+    save_safetensors(files / "other.safetensors", {n: 1.1 * t for n, t in tensors.items()}, metadata)
+    sd.main(["convert", "other.safetensors", "other", "--to", "diffusers"])
+    sample = sample_of({LAYER: tensors[f"{LAYER}.weight"]})
+    known = replace(lora, base_hash=content_hash(tensors), base_sample=sample)
+    write_lora(known, files / "known.safetensors", "native")
+    return files
+
+
+@pytest.mark.parametrize(
+    ("base", "foreign", "mode"),
+    [
+        ("model.safetensors", "other.safetensors", "upl"),
+        ("folder-1.5", "other", "upl"),
+        ("folder-1.5/unet", "other/unet", "upl"),
+        ("model.safetensors", "other.safetensors", "upl-ckpt-v2"),
+        ("folder-1.5", "other", "upl-ckpt-v2"),
+    ],
+)
+def test_a_base_that_it_was_not_trained_on_is_refused(base, foreign, mode, other, capsys):
+    before = files_in(other)
+    line = f"lora_add {foreign} known.safetensors out.safetensors 1.0 {mode}"
+    assert command(line) == 2
+    err = capsys.readouterr().err
+    assert "known.safetensors was trained on another base" in err and err.count("\n") == 1
+    assert files_in(other) == before
+    assert command(f"{line} --allow_other_base") == 0
+    assert command(f"lora_add {base} known.safetensors mine.safetensors 1.0 {mode}") == 0
+    assert "trained on" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["lora apply {0} {1} {2}", "lora_add {0} {1} {2} 1.0 upl-ckpt-v2"])
+def test_its_base_in_half_precision_is_said(words, other, capsys):
+    sd.main(["convert", "model.safetensors", "half.safetensors", "--to", "native", "--dtype", "float16"])
+    assert command(words.format("half.safetensors", "known.safetensors", "out.safetensors")) == 0
+    assert "known.safetensors: trained on these weights in another precision" in capsys.readouterr().err
+
+
+def test_the_flag_is_for_folding(capsys):
+    assert command("lora_add a b c --allow_other_base") == 2
+    assert "--allow_other_base is for upl and upl-ckpt-v2" in capsys.readouterr().err

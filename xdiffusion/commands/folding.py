@@ -1,12 +1,16 @@
-"""Folding a LoRA into a model as `lora apply` and `lora_add` do it: the weights, and beside them its learned words."""
+"""Folding a LoRA into a model as `lora apply` and `lora_add` do it: into its own base, with its learned words beside it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from xdiffusion.checkpoints.files import refuse_leftover, weights_file
+import torch
+from torch import Tensor
+
+from xdiffusion.checkpoints.component_names import exchange_name
+from xdiffusion.checkpoints.files import content_hash, refuse_leftover, weights_file
 from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import save_tokens_beside, tokens_path
@@ -15,15 +19,19 @@ from xdiffusion.commands.base_weights import BaseModel, fold, fold_into, header_
 from xdiffusion.commands.lora_files import progress
 from xdiffusion.commands.sd_files import write_model
 from xdiffusion.loading import as_trained, check_fits, config_of
+from xdiffusion.lora.base_identity import check_base
 from xdiffusion.lora.merge import joined_tokens
 
 
-def fold_as_it_is(base: BaseModel, lora: LoRAFile, scale: float, output: Path) -> None:
+def fold_as_it_is(base: BaseModel, lora: LoRAFile, scale: float, output: Path, *, allow_other_base: bool) -> None:
     """Write a base with a LoRA folded in, in the form that it has, and tell so.
 
     Raises:
-        ValueError: see `header_as_trained`, `fold`; if a tokens file stands where it would be taken for the output's.
+        ValueError: if the LoRA was trained on another base, and that is not allowed; see `header_as_trained`, `fold`; if a
+            tokens file stands where it would be taken for the output's.
     """
+    if lora.base_hash and not allow_other_base:
+        _check_base(lora, base.files, content_hash(base.files[0]) if base.ours else None, base.path)
 
     def write() -> int:
         note = {"folded_lora": f"{lora.path.name}:{scale:g}"} | header_as_trained(base, lora)
@@ -32,15 +40,17 @@ def fold_as_it_is(base: BaseModel, lora: LoRAFile, scale: float, output: Path) -
     _with_its_words(base.path, lora, scale, output, write)
 
 
-def fold_into_original(path: Path, lora: LoRAFile, scale: float, output: Path) -> None:
+def fold_into_original(path: Path, lora: LoRAFile, scale: float, output: Path, *, allow_other_base: bool) -> None:
     """Write Stable Diffusion with a LoRA folded in as its original single file, and tell so.
 
     Raises:
-        ValueError: if there is no such model; see `fold_into`, `write_model`; see `fold_as_it_is` for tokens files.
+        ValueError: if there is no such model; see `fold_into`, `write_model`; see `fold_as_it_is` for the rest.
     """
     file = load_model_file(weights_file(path))
     config = config_of(file)
     check_fits(file, config)
+    if lora.base_hash and not allow_other_base:
+        _check_base(lora, [file.tensors], content_hash(file.tensors, torch.float32), file.path)
 
     def write() -> int:
         count = fold_into(file, lora, scale)
@@ -48,6 +58,16 @@ def fold_into_original(path: Path, lora: LoRAFile, scale: float, output: Path) -
         return count
 
     _with_its_words(file.path, lora, scale, output, write)
+
+
+def _check_base(lora: LoRAFile, files: Sequence[Mapping[str, Tensor]], base_hash: str | None, path: Path) -> None:
+    """`check_base`, by the base's files; its hash is None where their names are of another tool, so that no hash is known."""
+    adapted = {exchange_name(name) for name in lora.modules}
+    layers = {n.removesuffix(".weight"): file for file in files for n in file if n.endswith(".weight")}
+    weights = {n: file[f"{n}.weight"] for n, file in layers.items() if exchange_name(n) in adapted}
+    other_form = check_base(lora, base_hash or str(path), weights, lora.path)
+    if other_form and base_hash:
+        print(f"{lora.path}: {other_form}", file=sys.stderr)
 
 
 def _with_its_words(base: Path, lora: LoRAFile, scale: float, output: Path, write: Callable[[], int]) -> None:

@@ -176,11 +176,9 @@ def _resize(args: argparse.Namespace) -> None:
 
 
 def _apply(args: argparse.Namespace) -> None:
-    from xdiffusion.checkpoints.files import content_hash
     from xdiffusion.commands.base_weights import open_base
     from xdiffusion.commands.folding import fold_as_it_is
     from xdiffusion.commands.lora_files import layer_table, read
-    from xdiffusion.lora.base_identity import check_base
     from xdiffusion.lora.weights import parse_lora_spec
 
     base = open_base(Path(args.model))
@@ -188,12 +186,7 @@ def _apply(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.model} is no checkpoint of this project; lora_add --mode upl takes diffusers' models")
     path, scale = parse_lora_spec(args.lora)
     lora = read(path, layer_table(args.base))
-    if lora.base_hash and not args.allow_other_base:
-        model, names = base.files[0], [f"{name}.weight" for name in lora.modules]
-        adapted = {name.removesuffix(".weight"): model[name] for name in names if name in model}
-        if other_form := check_base(lora, content_hash(model), adapted, path):
-            print(f"{path}: {other_form}", file=sys.stderr)
-    fold_as_it_is(base, lora, scale, Path(args.output))
+    fold_as_it_is(base, lora, scale, Path(args.output), allow_other_base=args.allow_other_base)
 
 
 def _extract(args: argparse.Namespace) -> None:

@@ -50,6 +50,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="MODEL",
         help="whose layers a LoRA without names is for: sd15, sd21, or a YAML of this project",
     )
+    add("--allow_other_base", action="store_true", help="upl: although the LoRA was trained on another base")
     args = parser.parse_args(argv)
     for word, name in zip(args.words, ("path_1", "path_2", "output_path", "alpha", "mode")):
         if getattr(args, name) is not None:
@@ -69,6 +70,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--legacy is a rule of lpl, and knows no --rank")
     if args.rank and args.mode.startswith("upl"):
         parser.error("--rank cuts a LoRA; the result of upl is a model")
+    if args.allow_other_base and not args.mode.startswith("upl"):
+        parser.error(f"--allow_other_base is for upl and upl-ckpt-v2, which fold into a base, not for {args.mode}")
     return args
 
 
@@ -85,9 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"no model at {path}; a model of the Hugging Face hub has to be downloaded first")
         lora = read(args.path_2, names)
         if args.mode == "upl":
-            fold_as_it_is(open_base(path), lora, args.alpha, output)
+            fold_as_it_is(open_base(path), lora, args.alpha, output, allow_other_base=args.allow_other_base)
         else:
-            fold_into_original(path, lora, args.alpha, output)
+            fold_into_original(path, lora, args.alpha, output, allow_other_base=args.allow_other_base)
         return
     first, second = read(args.path_1, names), read(args.path_2, names)
     weights = (args.alpha, 1 - args.alpha) if args.mode == "lpl" else (1.0, 1.0)
