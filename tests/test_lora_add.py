@@ -1,6 +1,7 @@
 """`lora_add` as a user of cloneofsimo's repository types it."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -95,20 +96,87 @@ def pipeline(work_folder):
     return {n: (m.weight.detach(), modules[n]) for n, m in targets.items()}
 
 
-def test_lora_add_upl_on_a_folder_of_diffusers(pipeline, work_folder, capsys):
+WORDS = "--path_2 lora.safetensors --mode upl --alpha 0.5"
+UNET = "unet/diffusion_pytorch_model"
+
+
+def assert_merged(folder, pipeline):
+    """That diffusers and transformers read there the pipeline's weights with half of each update."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    words = "--path_2 lora.safetensors --mode upl --alpha 0.5"
-    assert command(f"lora_add --path_1 pipeline {words} --output_path merged") == 0
-    assert files_in(work_folder / "merged") == files_in(work_folder / "pipeline")
-    unet = UNet2DConditionModel.from_pretrained(work_folder / "merged/unet")
-    text = CLIPTextModel.from_pretrained(work_folder / "merged/text_encoder")
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    text = CLIPTextModel.from_pretrained(folder / "text_encoder")
     merged = {f"unet.{n}": m for n, m in unet.named_modules()} | {exchange_name(n): m for n, m in text.named_modules()}
     for name, (weight, added) in pipeline.items():
         assert torch.allclose(merged[name].weight, weight + 0.5 * added.delta(), atol=1e-6)
-    assert command(f"lora_add --path_1 pipeline {words} --output_path merged") == 2
+
+
+def test_lora_add_upl_on_a_folder_of_diffusers(pipeline, work_folder, capsys):
+    assert command(f"lora_add --path_1 pipeline {WORDS} --output_path merged") == 0
+    assert "not copied" not in capsys.readouterr().err
+    assert files_in(work_folder / "merged") == files_in(work_folder / "pipeline")
+    assert_merged(work_folder / "merged", pipeline)
+    assert command(f"lora_add --path_1 pipeline {WORDS} --output_path merged") == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_written_anew_are_not_copied(pipeline, work_folder, capsys):
+    """Another tool would load them, without the LoRA; of several, those are folded into that sample.py reads."""
+    folder, before = work_folder / "pipeline", files_in(work_folder / "pipeline")
+    others = [f"{UNET}.fp16.safetensors", f"{UNET}.non_ema.safetensors", f"{UNET}.bin", f"{UNET}.bin.index.json"]
+    others += ["text_encoder/pytorch_model.bin", "text_encoder/flax_model.msgpack", "v1-5.ckpt"]
+    for name in others:
+        (folder / name).write_bytes(b"not even read")
+    kept = ["vae/diffusion_pytorch_model.bin", "unet/README.md", "safety_checker/pytorch_model.bin"]
+    for name in kept:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    assert command(f"lora_add --path_1 pipeline {WORDS} --output_path merged") == 0
+    assert files_in(work_folder / "merged") == before | set(kept)
+    err = capsys.readouterr().err
+    assert "not copied to merged, since the LoRA is not in them: " in err and all(name in err for name in others)
+    assert_merged(work_folder / "merged", pipeline)
+
+
+def test_a_unet_in_several_files_is_folded_into(pipeline, work_folder, capsys):
+    from diffusers import UNet2DConditionModel
+
+    UNet2DConditionModel.from_pretrained("pipeline/unet").save_pretrained("several/unet", max_shard_size="10KB")
+    shutil.copytree("pipeline/text_encoder", "several/text_encoder")
+    assert len(list((work_folder / "several/unet").glob("*-of-*.safetensors"))) > 1
+    assert command(f"lora_add --path_1 several {WORDS} --output_path merged") == 0
+    assert files_in(work_folder / "merged") == files_in(work_folder / "several")
+    assert_merged(work_folder / "merged", pipeline)
+    assert command("lora extract merged pipeline found.safetensors --energy 0.9999 --to kohya") == 0
+    assert read_lora(work_folder / "found.safetensors").modules.keys() == pipeline.keys()
+    next((work_folder / "several/unet").glob("*-of-*.safetensors")).unlink()
+    assert command(f"lora_add --path_1 several {WORDS} --output_path again") == 2
+    assert "is not there, which diffusion_pytorch_model.safetensors.index.json names" in capsys.readouterr().err
+
+
+def test_a_pickled_part_is_refused_where_the_lora_changes_it(pipeline, work_folder, capsys):
+    text = work_folder / "pipeline/text_encoder"
+    torch.save(load_safetensors(text / "model.safetensors")[0], text / "pytorch_model.bin")
+    shutil.copytree("pipeline", "whole")
+    (text / "model.safetensors").unlink()
+    before = files_in(work_folder)
+    for line in (
+        f"lora_add --path_1 pipeline {WORDS} --output_path merged",
+        "lora extract pipeline whole found.safetensors --rank 1",
+    ):
+        assert command(line) == 2
+        err = capsys.readouterr().err
+        assert "pipeline/text_encoder/pytorch_model.bin is pickled, and only safetensors files" in err
+        assert err.count("\n") == 1 and files_in(work_folder) == before
+    modules = {name: added for name, (_, added) in pipeline.items() if name.startswith("unet.")}
+    write_lora(LoRAFile(modules), work_folder / "unet.safetensors", "diffusers")
+    assert command("lora_add pipeline unet.safetensors merged 0.5 upl") == 0
+    assert "left out" not in capsys.readouterr().err
+    assert files_in(work_folder / "merged") == files_in(work_folder / "pipeline")
+    (work_folder / f"pipeline/{UNET}.safetensors").rename(work_folder / f"pipeline/{UNET}.bin")
+    assert command("lora_add pipeline unet.safetensors other 0.5 upl") == 2
+    assert f"{UNET}.bin is pickled" in capsys.readouterr().err
 
 
 def test_lora_add_upl_on_a_unet_alone_tells_what_it_leaves_out(pipeline, work_folder, capsys):

@@ -60,7 +60,7 @@ def folder_tensors(folder: Path, ema: bool | None = None) -> tuple[dict[str, Ten
     tensors: dict[str, Tensor] = {}
     notes = ()
     for component, (part, from_theirs, _, _) in _PARTS.items():
-        path = _weight_file(folder / component, ema if component == "unet" else None)
+        path = weight_file(folder / component, ema if component == "unet" else None)
         if ".non_ema." in path.name and ema is None:
             notes = (f"{path} is read: without a moving average, since there is no other",)
         stored = read_indexed(path) if path.suffix == ".json" else open_weights(path)[0]
@@ -68,8 +68,16 @@ def folder_tensors(folder: Path, ema: bool | None = None) -> tuple[dict[str, Ten
     return tensors, notes
 
 
-def _weight_file(folder: Path, ema: bool | None) -> Path:
-    """The weights of a component, or their index."""
+def weight_file(folder: Path, ema: bool | None = None) -> Path:
+    """The weights of a component's folder, or their index; of several the first in a fixed order.
+
+    Args:
+        folder: of the component.
+        ema: see `folder_tensors`.
+
+    Raises:
+        CheckpointError: if there are none, or none of the kind that `ema` asks for.
+    """
 
     def named(kinds: Sequence[str]) -> list[Path]:
         return [folder / kind.format(name) for kind in kinds for name in _WEIGHTS]

@@ -47,6 +47,16 @@ def read_indexed(index: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if the index is damaged or names a file elsewhere, or a file or a tensor in it is missing.
     """
+    places, shards = open_shards(index)
+    return {name: shards[file][name] for name, file in places.items()}
+
+
+def open_shards(index: Path) -> tuple[dict[str, str], dict[str, Mapping[str, Tensor]]]:
+    """The name of a file by tensor, as an index has it, and the mapped tensors of each file by its name.
+
+    Raises:
+        CheckpointError: see `read_indexed`.
+    """
     places = _weight_map(index)
     shards = {}
     for file in dict.fromkeys(places.values()):
@@ -56,7 +66,7 @@ def read_indexed(index: Path) -> dict[str, Tensor]:
     for name, file in places.items():
         if name not in shards[file]:
             raise CheckpointError(f"{index.parent / file} has no tensor {name:.100}, which {index.name} says is there")
-    return {name: shards[file][name] for name, file in places.items()}
+    return places, shards
 
 
 def _weight_map(index: Path) -> dict[str, str]:

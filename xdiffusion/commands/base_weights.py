@@ -19,20 +19,22 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from xdiffusion.checkpoints.component_names import component_of, exchange_name
-from xdiffusion.checkpoints.diffusers_folder import read_settings
+from xdiffusion.checkpoints.component_names import COMPONENTS, component_of, exchange_name
+from xdiffusion.checkpoints.diffusers_folder import read_settings, weight_file
 from xdiffusion.checkpoints.diffusers_settings import config_from
 from xdiffusion.checkpoints.drawn_by import drawn_by, drawn_otherwise
-from xdiffusion.checkpoints.files import CheckpointError, ensure_writable, weights_file
+from xdiffusion.checkpoints.files import PICKLED, SAFETENSORS, CheckpointError, ensure_writable, weights_file
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import unsaid
 from xdiffusion.checkpoints.native import MODEL_FORMAT, ModelFile, reading_header
 from xdiffusion.checkpoints.streaming import StoredTensors, copy_safetensors
+from xdiffusion.checkpoints.weight_index import open_shards
 from xdiffusion.loading import as_trained, stored_config
 from xdiffusion.lora.functional import dora_weight, merged_weight
 from xdiffusion.lora.settings import LoRAError
 
 TEXT_LAYERS = "text_encoder.text_model.encoder.layers."
+OF_ANY_TOOL = (SAFETENSORS, *PICKLED, ".msgpack", ".h5", ".onnx")  # endings of weight files
 Progress = Callable[[Iterable[str]], Iterable[str]]
 
 
@@ -43,11 +45,13 @@ class BaseModel:
     path: what was opened, a file or a folder.
     files: one of ours, or those of diffusers' components.
     ours: whether it is a checkpoint of this project.
+    pickled: those of the components whose weights are not in `files`, since they cannot be read layer by layer.
     """
 
     path: Path
     files: Sequence[StoredTensors]
     ours: bool
+    pickled: Sequence[Path] = ()
 
     def layers(self) -> dict[str, tuple[int, ...]]:
         """The weight shapes of the linear layers and convolutions, by exchange name: what a LoRA can change."""
@@ -73,10 +77,10 @@ def open_base(path: Path) -> BaseModel:
         CheckpointError: if it is none of the models above.
     """
     if path.is_dir():
-        return BaseModel(path, _folder_files(path), ours=False)
+        return _open_folder(path)
     path = weights_file(path)
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path} is pickled, and only safetensors files can be read layer by layer")
+    if path.suffix != SAFETENSORS:
+        raise _is_pickled(path)
     file = StoredTensors(path)
     ours = file.metadata.get("format") == MODEL_FORMAT
     if not ours and not {"conv_in.weight", "time_embedding.linear_1.weight"} <= file.keys():
@@ -133,8 +137,13 @@ def fold(
 
     Raises:
         LoRAError: if a module does not fit, or the LoRA would change nothing.
-        CheckpointError: if the output cannot be written, or is a folder that is there already.
+        CheckpointError: if the output cannot be written, or is a folder that is there already, or a component that the LoRA
+            changes is pickled.
     """
+    changed = {component_of(exchange_name(name)) for name in lora.modules}
+    for path in base.pickled:
+        if path.parent.name in changed:
+            raise _is_pickled(path)
     fitting = _fitting(base.layers(), base.path, lora)
 
     def change(name: str, weight: Tensor) -> Tensor:
@@ -150,12 +159,15 @@ def fold(
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{output.name}.") as temporary:
         copy = Path(temporary) / output.name
-        weights = {file.path for file in base.files}
+        weights = _weights_to_replace(base)
         shutil.copytree(base.path, copy, ignore=lambda folder, names: [n for n in names if Path(folder, n) in weights])
         for file in base.files:
             path = copy / file.path.relative_to(base.path)
             copy_safetensors(file, path, change, {**file.metadata, **metadata}, progress)
         copy.rename(output)
+    if left := sorted(weights - {file.path for file in base.files}):
+        names = ", ".join(str(path.relative_to(base.path)) for path in left)
+        print(f"not copied to {output}, since the LoRA is not in them: {names}", file=sys.stderr)
     return len(fitting)
 
 
@@ -189,19 +201,19 @@ def differences(tuned: BaseModel, base: BaseModel, progress: Progress = iter) ->
     """(name in its file, tuned - base in float32) of every tensor that differs, one after another.
 
     Raises:
-        CheckpointError: if the models have different tensors, or differ by numbers that are not finite.
+        CheckpointError: if the models have different tensors, or differ by numbers that are not finite, or a part is pickled.
     """
-    if len(tuned.files) != len(base.files):
-        raise CheckpointError(f"{tuned.path} and {base.path} are models of different parts")
-    for ours, theirs in zip(base.files, tuned.files):
-        if ours.keys() != theirs.keys() or any(ours.shape(name) != theirs.shape(name) for name in ours):
-            raise CheckpointError(f"{tuned.path} and {base.path} are models of different architectures")
-        for name in progress(ours):
-            delta = theirs[name].float() - ours[name].float()
-            if not delta.isfinite().all():
-                raise CheckpointError(f"{name} of {tuned.path} and {base.path} does not differ by finite numbers")
-            if delta.any():
-                yield name, delta
+    for path in (*tuned.pickled, *base.pickled):
+        raise _is_pickled(path)
+    theirs, ours = ({name: file for file in model.files for name in file} for model in (tuned, base))
+    if ours.keys() != theirs.keys() or any(ours[name].shape(name) != theirs[name].shape(name) for name in ours):
+        raise CheckpointError(f"{tuned.path} and {base.path} are models of different parts or architectures")
+    for name in progress(ours):
+        delta = theirs[name][name].float() - ours[name][name].float()
+        if not delta.isfinite().all():
+            raise CheckpointError(f"{name} of {tuned.path} and {base.path} does not differ by finite numbers")
+        if delta.any():
+            yield name, delta
 
 
 def _said_by_folder(base: BaseModel) -> Mapping[str, Any]:
@@ -216,20 +228,42 @@ def _said_by_folder(base: BaseModel) -> Mapping[str, Any]:
     return said if drawn_by(said) else {}
 
 
-def _folder_files(folder: Path) -> list[StoredTensors]:
-    """The weight files of a diffusers pipeline, or of a UNet's folder alone."""
-    files = []
-    for component in ("unet", "text_encoder"):
-        found = sorted((folder / component).glob("*.safetensors"))
-        if len(found) > 1:
-            raise CheckpointError(f"{folder / component} has several weight files: {', '.join(p.name for p in found)}")
-        files += map(StoredTensors, found)
-    unet = folder / "diffusion_pytorch_model.safetensors"
-    if not files and unet.is_file():
-        files.append(StoredTensors(unet))
+def _open_folder(folder: Path) -> BaseModel:
+    """A diffusers pipeline, or a UNet's folder alone, by those of its weight files that are read when it is drawn with."""
+    parts = [folder / component for component in COMPONENTS if (folder / component).is_dir()]
+    if not parts and any(folder.glob("diffusion_pytorch_model*")):
+        parts = [folder]
+    if not parts:
+        raise CheckpointError(
+            f"{folder} holds no unet/, and no diffusion_pytorch_model.* as the folder of a UNet alone does"
+        )
+    files, pickled = [], []
+    for path in map(weight_file, parts):
+        if ".bin" in path.suffixes:
+            pickled.append(path)
+        elif path.suffix == ".json":
+            files += open_shards(path)[1].values()
+        else:
+            files.append(StoredTensors(path))
     if not files:
-        raise CheckpointError(f"{folder} holds no unet/*.safetensors; pickled weights (.bin) are not read here")
-    return files
+        raise _is_pickled(pickled[0])
+    return BaseModel(folder, files, ours=False, pickled=pickled)
+
+
+def _is_pickled(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is pickled, and only safetensors files can be read layer by layer; sd convert makes such of a whole model"
+    )
+
+
+def _weights_to_replace(base: BaseModel) -> set[Path]:
+    """The weight files of a folder that its copy must not have: what is written anew, and any other that might be loaded
+    in its place, of the same component or of the whole model."""
+    parts = {file.path.parent for file in base.files}
+    read = {weight_file(part) for part in parts}
+    there = [path for folder in {base.path, *parts} for path in folder.iterdir() if path.is_file()]
+    indexes = {path for path in there if ".index." in path.name}
+    return {path for path in there if path.suffix in OF_ANY_TOOL} | (indexes - read)
 
 
 def _layers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
