@@ -121,6 +121,70 @@ def test_a_lora_that_says_nothing_is_drawn_by_the_base_s_prediction(ckpt_path, w
         assert (models["model"].prediction, models["config"].diffusion.prediction) == (prediction, prediction)
 
 
+@pytest.fixture
+def words(ckpt_path, work_folder):
+    """Writes NAME.safetensors, a LoRA with these learned words, and returns the name."""
+
+    def write(name, tokens):
+        lora = LoRAFile(
+            {"network.mid_block.attentions.0.transformer_blocks.0.attn2.to_q": factors((32, 32))}, tokens=tokens
+        )
+        write_lora(lora, work_folder / f"{name}.safetensors", "native")
+        return f"{name}.safetensors"
+
+    return write
+
+
+def test_learned_words_are_saved_and_loaded_with_the_lora(ckpt_path, words, work_folder):
+    models = preload_models_with_lora(ckpt_path)
+    models["clip"].add_tokens({"<cat>": torch.ones(16)})
+    load_lora_into_models(models, words("style", {"<s1>": torch.eye(16)[:2]}))
+    path = save_models_lora(models, "mine.safetensors")
+    assert {w: t.tolist() for w, t in read_lora(path).tokens.items()} == {
+        "<cat>": [[1.0] * 16],
+        "<s1>": torch.eye(16)[:2].tolist(),
+    }
+    fresh = load_lora_into_models(preload_models_with_lora(ckpt_path), path)
+    for prompt in ("a <cat>", "a <s1>"):
+        assert torch.equal(*(generate(prompt, models=m, **FEW) for m in (models, fresh)))
+    assert not torch.equal(*(generate(prompt, models=fresh, **FEW) for prompt in ("a <cat>", "a <s1>")))
+
+
+def test_another_lora_takes_the_place_of_the_words_too(ckpt_path, words, work_folder):
+    models = preload_models_with_lora(ckpt_path)
+    clip = models["clip"]
+    clip.add_tokens({"<cat>": torch.ones(16)})
+    load_lora_into_models(models, words("step-1", {"<S1>": torch.zeros(16), "<s2>": torch.ones(16)}))
+    trained = clip.learned_embedding
+    load_lora_into_models(models, words("step-2", {"<S1>": torch.full((16,), 2.0), "<s2>": torch.ones(16)}))
+    assert clip.learned_tokens()["<s1>"].unique().tolist() == [2.0]
+    assert clip.learned_embedding is trained  # what an optimizer holds
+    load_lora_into_models(models, words("ink", {"<s3>": torch.zeros(3, 16)}))
+    assert {w: t.tolist() for w, t in clip.learned_tokens().items()} == {
+        "<cat>": [[1.0] * 16],
+        "<s3>": [[0.0] * 16] * 3,
+    }
+    load_lora_into_models(models, words("silent", {}))
+    assert clip.learned_tokens().keys() == {"<cat>"}  # it was no LoRA's
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ({"<s2>": torch.ones(16), "<cat>": torch.zeros(16)}, "'<cat>' stands for other embeddings already"),
+        ({"<s2>": torch.ones(8)}, "'<s2>' has 8 numbers, this text encoder's width is 16"),
+    ],
+)
+def test_words_that_cannot_be_taken_are_named_with_their_file(tokens, message, ckpt_path, words, work_folder):
+    models = preload_models_with_lora(ckpt_path)
+    models["clip"].add_tokens({"<cat>": torch.ones(16)})
+    load_lora_into_models(models, words("style", {"<s1>": torch.eye(16)[:2]}))
+    before = generate("a <s1> and a <cat>", models=models, **FEW)
+    with pytest.raises(LoRAError, match=f"ink.safetensors: the learned token {message}"):
+        load_lora_into_models(models, words("ink", tokens))
+    assert torch.equal(generate("a <s1> and a <cat>", models=models, **FEW), before)
+
+
 def test_several_prompts_and_settings(ckpt_path):
     models = preload_models_with_lora(ckpt_path)
     images = generate(["a fox", "a house"], models=models, seed=3, negative_prompt="grey", batch_size=1, **FEW)

@@ -198,6 +198,19 @@ def test_words_are_added_whole_or_not_at_all(learner):
     assert learner.learned_embedding.shape == (2, 8)
 
 
+def test_words_that_take_the_place_of_others(learner):
+    plain = learner.encode(["<a> <b> <c>"])
+    learner.add_tokens({"<a>": torch.ones(8), "<b>": torch.zeros(8)})
+    parameter = learner.learned_embedding
+    learner.add_tokens({"<b>": torch.full((8,), 3.0)}, replacing=["<b>"])
+    assert learner.learned_embedding is parameter
+    learner.add_tokens({"<c>": torch.full((2, 8), 5.0)}, replacing=["<a>"])
+    assert {w: rows.unique().tolist() for w, rows in learner.learned_tokens().items()} == {"<b>": [3.0], "<c>": [5.0]}
+    learner.add_tokens({}, replacing=["<b>", "<c>"])
+    assert learner.learned_embedding is None
+    assert torch.equal(learner.encode(["<a> <b> <c>"]), plain)
+
+
 # --- the cache ---
 
 

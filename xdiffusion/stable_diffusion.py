@@ -34,7 +34,7 @@ class Models(TypedDict):
 
     diffusion: the UNet. clip: the text encoder. autoencoder: between images and latents.
     model: the three together, as `xdiffusion.model` has it. base_config: what it was built from. config: the same, but
-    for what the LoRA was trained to be drawn by.
+    for what the LoRA was trained to be drawn by. lora_words: the learned words that came with the LoRA.
     """
 
     diffusion: nn.Module
@@ -43,6 +43,7 @@ class Models(TypedDict):
     model: DiffusionModel
     base_config: DictConfig
     config: DictConfig
+    lora_words: set[str]
 
 
 def preload_models_with_lora(
@@ -83,11 +84,12 @@ def preload_models_with_lora(
         "model": model,
         "base_config": config,
         "config": config,
+        "lora_words": set(),
     }
 
 
 def save_models_lora(models: Models, path: str | Path) -> Path:
-    """Write the LoRA of all parts into one file of this project's format; `lora convert` makes others of it.
+    """Write the LoRA of all parts, and all learned words, into one file of this project's format; `lora convert` makes others.
 
     Args:
         models: with the LoRA of `preload_models_with_lora` or `load_lora_into_models`.
@@ -100,14 +102,14 @@ def save_models_lora(models: Models, path: str | Path) -> Path:
         LoRAError: if no part has a LoRA.
     """
     base_hash = content_hash(models["model"].base_weights())
-    config = OmegaConf.to_container(models["config"])
-    return save_lora_weights(models["model"], path, base_hash=base_hash, config=config)
+    config, tokens = OmegaConf.to_container(models["config"]), models["clip"].learned_tokens()
+    return save_lora_weights(models["model"], path, base_hash=base_hash, config=config, tokens=tokens)
 
 
 def load_lora_into_models(
     models: Models, path: str | Path, scale: float = 1.0, *, allow_other_base: bool = False
 ) -> Models:
-    """Put a LoRA of any format in the place of the one that the models have, and print what was matched.
+    """Put a LoRA of any format, with its learned words, in the place of the one that the models have; print what was matched.
 
     The models draw by the prediction and the schedule that it was trained with, where its file says them, else by the base's.
 
@@ -128,7 +130,12 @@ def load_lora_into_models(
     model = models["model"]
     base_hash = None if allow_other_base else content_hash(model.base_weights())
     config = as_trained(models["base_config"], [weights_file(path)])
-    report = load_lora_weights(model, path, scale=scale, adapter_name="incoming", base_hash=base_hash)
+    replaced = models["lora_words"]
+    others = models["clip"].learned_ids.keys() - replaced
+    report = load_lora_weights(
+        model, path, scale=scale, adapter_name="incoming", base_hash=base_hash, replaced_words=replaced
+    )
+    models["lora_words"] = models["clip"].learned_ids.keys() - others
     incoming = {n: layer.factors("incoming") for n, layer in lora_layers(model) if "incoming" in layer.adapters}
     remove_lora(model, "incoming")
     swap_lora(model, incoming)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,7 @@ def load_lora_weights(
     scale: float = 1.0,
     adapter_name: str = DEFAULT_ADAPTER,
     base_hash: str | None = None,
+    replaced_words: Collection[str] = (),
 ) -> LoadReport:
     """Give `model` the adapter in a file, wrapping the layers it names; nothing is changed where this fails.
 
@@ -110,11 +111,13 @@ def load_lora_weights(
         adapter_name: name of the adapter in the model.
         base_hash: content hash of the model; compared with the file's where both are known, and where they differ the
             weights with the file's sample of them, which knows them in any precision.
+        replaced_words: learned words of the text encoder that are taken away, those of a LoRA whose place this one takes.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or of no known format.
         LoRAError: if nothing or not everything matches, a factor is of a wrong shape or not finite, the update is zero,
-            the model has an adapter of that name that changes something, or the file was trained on another base.
+            the model has an adapter of that name that changes something, the file was trained on another base, or a
+            learned word of it stands for another embedding already or is of another width.
     """
     path = weights_file(path)
     lora = read_lora(path, LayerTable.of(model))
@@ -123,8 +126,11 @@ def load_lora_weights(
     modules = _checked(model, modules, adapter_name, path)
     text_encoder = getattr(model, "text_encoder", None)
     takes_tokens = hasattr(text_encoder, "add_tokens")
-    if lora.tokens and takes_tokens:
-        text_encoder.add_tokens(lora.tokens)
+    if takes_tokens:
+        try:
+            text_encoder.add_tokens(lora.tokens, replaced_words)
+        except ValueError as error:
+            raise LoRAError(f"{path}: {error}") from error
     for name, factors in modules.items():
         layer = lora_layer_at(model, name)
         layer.set_factors(adapter_name, factors)

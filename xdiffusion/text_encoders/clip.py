@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
@@ -180,22 +180,24 @@ class CLIPTextEncoder(nn.Module):
         """Which of the learned words stand in a prompt, in lower case."""
         return {piece.lower() for piece in self._pieces(text)} & self.learned_ids.keys()
 
-    def add_tokens(self, tokens: Mapping[str, Float[Tensor, "..."]]) -> None:
+    def add_tokens(self, tokens: Mapping[str, Float[Tensor, "..."]], replacing: Collection[str] = ()) -> None:
         """Give the encoder new words with embeddings of their own ([TI]); each may then stand in any prompt.
 
         The embeddings are the rows of `learned_embedding`, a parameter of its own: to train them (textual inversion)
         optimise it alone, the table of the vocabulary stays as it is, and without learned words the state dict is that of
-        the plain encoder. Adding words replaces the parameter, so add all of them before building an optimizer.
+        the plain encoder. Adding words replaces the parameter, so add all of them before building an optimizer; words that
+        take the place of as many of the same names and sizes are written into it.
 
         Args:
             tokens: (width,), or (n, width) for a word of n tokens, by name, such as "<cat>"; case does not matter.
+            replacing: of `learned_ids`, words that are taken away.
 
         Raises:
             ValueError: if a name is empty or stands for other embeddings already, or an embedding is of another width;
-                nothing is added then.
+                nothing is changed then.
         """
-        table = self.token_embedding.weight
-        known, new = self.learned_tokens(), {}
+        table, before = self.token_embedding.weight, self.learned_tokens()
+        known, new = {name: rows for name, rows in before.items() if name not in replacing}, {}
         for name, given in tokens.items():
             name, rows = name.strip().lower(), given.detach().reshape(-1, given.shape[-1]).to(table)
             if not name:
@@ -209,14 +211,24 @@ class CLIPTextEncoder(nn.Module):
                 new[name] = rows
             elif not torch.equal((known | new)[name], rows):
                 raise ValueError(f"the learned token {name!r} stands for other embeddings already")
-        if not new:
-            return
-        before = [] if self.learned_embedding is None else [self.learned_embedding.detach()]
-        count = VOCAB_SIZE + sum(map(len, before))
-        for name, rows in new.items():
-            self.learned_ids[name] = range(count, count + len(rows))
+        if new or len(known) < len(before):
+            self._set_learned(known | new)
+
+    def _set_learned(self, words: Mapping[str, Float[Tensor, "n D"]]) -> None:
+        """Make these the learned words; the parameter stays if only numbers change, since an optimizer may hold it."""
+        ids, count = {}, VOCAB_SIZE
+        for name, rows in words.items():
+            ids[name] = range(count, count + len(rows))
             count += len(rows)
-        self.learned_embedding = nn.Parameter(torch.cat([*before, *new.values()]), requires_grad=table.requires_grad)
+        if not words:
+            self.learned_embedding = None
+        elif ids == self.learned_ids:
+            with torch.no_grad():
+                self.learned_embedding.copy_(torch.cat([*words.values()]))
+        else:
+            trained = self.token_embedding.weight.requires_grad
+            self.learned_embedding = nn.Parameter(torch.cat([*words.values()]), requires_grad=trained)
+        self.learned_ids = ids
 
     def learned_tokens(self) -> dict[str, Float[Tensor, "n D"]]:
         """The embeddings of the learned words by name, as `add_tokens` takes them."""
