@@ -134,6 +134,22 @@ def test_merge_of_two_spellings_of_the_same_layers(files):
     assert np.abs(pixels("both/lora.png") - pixels("two/lora.png")).max() <= 1
 
 
+def test_a_learned_word_that_a_merge_renames_is_told(files, capsys):
+    for name, word in (("style", torch.ones(8)), ("ink", torch.zeros(8))):
+        lora = replace(read_lora(files / f"{name}.safetensors"), tokens={"<s1>": word, f"<{name}>": word + 1})
+        write_lora(lora, files / f"{name}.safetensors", "native")
+    for line in (
+        "lora merge style.safetensors ink.safetensors both.safetensors",
+        "lora_add style.safetensors ink.safetensors both.safetensors 0.3",
+    ):
+        assert command(line) == 0
+        told = "both.safetensors: <s1> of ink.safetensors is called <s1-2>: another <s1> was there before\n"
+        assert told in capsys.readouterr().err
+        assert read_lora(files / "both.safetensors").tokens.keys() == {"<s1>", "<style>", "<s1-2>", "<ink>"}
+    assert command("lora merge style.safetensors style.safetensors same.safetensors") == 0
+    assert "<s1>" not in capsys.readouterr().err
+
+
 def test_resize_cuts_the_rank(files, capsys):
     assert command("lora resize style.safetensors small.safetensors --rank 1") == 0
     assert {f.rank for f in read_lora(files / "small.safetensors").modules.values()} == {1}

@@ -56,7 +56,8 @@ class LoRAFile:
     format: the name of the format it was read from; "native" for our own.
     tokens: learned tokens (textual inversion) by name, (width,) or (vectors, width).
     metadata: the file's header as it stands.
-    repairs: one line for each thing that was wrong with the file and could be mended without a guess.
+    repairs: one line for each thing that was wrong with the file and could be mended without a guess; of a merged LoRA, for
+        each learned word that had to be renamed.
     base_hash: content hash of the model it was trained on, base_sample: a few values of each weight that it adapts, see
         `lora.base_identity`, config: resolved, step: of training; of native files.
     path: of the file or folder it was read from.

@@ -79,7 +79,7 @@ def merge_and_write(
     format: str | None = None,
     dtype: str | None = None,
 ) -> None:
-    """`merge_loras`, print each layer's error, and write the result, by default in the format of the first part.
+    """`merge_loras`, print errors and renamed words, and write the result, by default in the format of the first part.
 
     Raises:
         ValueError: see `merge_loras` and `write`.
@@ -89,6 +89,8 @@ def merge_and_write(
     merged, errors = merge_loras(parts, method, rank=rank, energy=energy, progress=progress("merging"))
     if merged.base_hash is None and any(lora.base_hash for lora in loras):
         print("the LoRAs name different bases, so the result names none", file=sys.stderr)
+    for repair in merged.repairs:
+        print(f"{output}: {repair}", file=sys.stderr)
     rows = [(name, merged.modules[name].rank, f"{e:.1e}", f"{e * e:.1e}") for name, e in errors.items()]
     heads = ("layer", "rank", "relative error", "discarded energy")
     print(table(heads, rows) if method == "svd" else table(heads[:3], [row[:3] for row in rows]))

@@ -46,8 +46,8 @@ def merge_loras(
         progress: wrapped around the module names, as tqdm is.
 
     Returns:
-        The merged LoRA, and by module |result - D| / |D| (Frobenius norms); with "svd" the square of it is the
-        discarded share of the energy.
+        The merged LoRA, whose repairs are the learned words that had to be renamed, and by module |result - D| / |D|
+        (Frobenius norms); with "svd" the square of it is the discarded share of the energy.
 
     Raises:
         LoRAError: for an unknown method, a wrong rank or energy, factors that do not fit together, or a DoRA module;
@@ -64,10 +64,11 @@ def merge_loras(
         errors[name] = relative_error(merged[name], parts)
     hashes = {lora.base_hash for lora, _ in loras}
     samples = {name: values for lora, _ in loras for name, values in lora.base_sample.items()}
-    tokens, _ = joined_tokens([(lora.path, lora.tokens) for lora, _ in loras])
+    tokens, renamed = joined_tokens([(name, lora.tokens) for name, lora in _named([lora for lora, _ in loras])])
     return LoRAFile(
         merged,
         tokens=tokens,
+        repairs=tuple(renamed),
         base_hash=next(iter(hashes)) if len(hashes) == 1 else None,
         base_sample=samples if len(hashes) == 1 else {},
         config=config,
@@ -251,9 +252,14 @@ def _check_choice(method: str, rank: int | None, energy: float | None) -> None:
         raise LoRAError(f"energy={energy} must be in (0, 1]")
 
 
+def _named(loras: Sequence[LoRAFile]) -> list[tuple[object, LoRAFile]]:
+    """With what a message calls each."""
+    return [(lora.path or f"LoRA {number}", lora) for number, lora in enumerate(loras, start=1)]
+
+
 def _common_config(loras: Sequence[LoRAFile]) -> Mapping[str, Any] | None:
     """The config of the first that has one; the sum of updates for two predictions is an update for neither."""
-    said = [(lora.path or f"LoRA {number}", lora.config) for number, lora in enumerate(loras, start=1) if lora.config]
+    said = [(name, lora.config) for name, lora in _named(loras) if lora.config]
     for path, config in said[1:]:
         for key, ours, theirs in drawn_otherwise(said[0][1], config):
             raise LoRAError(
