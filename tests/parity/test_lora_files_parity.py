@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -76,6 +77,13 @@ def random_lora(table, targets, alphas=(1.0, 3.0, 0.5, 7.0), ranks=(2, 3, 4), **
     return LoRAFile(modules)
 
 
+def with_magnitudes(lora):
+    """DoRA: a magnitude for each output."""
+    torch.manual_seed(6)
+    modules = {name: replace(f, magnitude=1 + torch.rand(f.lora_B.shape[0])) for name, f in lora.modules.items()}
+    return replace(lora, modules=modules)
+
+
 def assert_diffusers_gives_our_outputs(lora, format, folder, respelled=str):
     pipe, ours = pipeline(), pipeline()
     base = outputs(pipe.unet, pipe.text_encoder)
@@ -101,6 +109,25 @@ def test_diffusers_loads_our_files(format, rslora, tmp_path):
     everywhere = random_lora(TABLE.part("unet"), EVERYWHERE, ranks=ranks)
     assert_diffusers_gives_our_outputs(random_lora(TABLE, ATTENTION, ranks=ranks, use_rslora=rslora), format, tmp_path)
     assert_diffusers_gives_our_outputs(everywhere, format, tmp_path)
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_diffusers_loads_our_dora(component, tmp_path):
+    """A component at a time: transformers, which reads the text encoder's, leaves a magnitude of another key aside."""
+    lora = with_magnitudes(random_lora(TABLE.part(component), EVERYWHERE))
+    assert_diffusers_gives_our_outputs(lora, "diffusers", tmp_path)
+
+
+def test_dora_of_before_its_keys_ended_in_weight_is_read(tmp_path):
+    lora, path = with_magnitudes(random_lora(TABLE, ATTENTION)), tmp_path / "lora.safetensors"
+    write_lora(lora, path, "diffusers", TABLE)
+    tensors, header = load_safetensors(path)
+    old = {key.replace("_vector.weight", "_vector"): tensor for key, tensor in tensors.items()}
+    assert old.keys() != tensors.keys()
+    save_safetensors(path, old, header)
+    read = read_lora(path, TABLE)
+    assert read.modules.keys() == lora.modules.keys()
+    assert all(torch.equal(f.magnitude, lora.modules[name].magnitude) for name, f in read.modules.items())
 
 
 def test_we_load_what_the_scripts_of_diffusers_0_18_to_0_21_wrote(tmp_path):
@@ -133,11 +160,7 @@ def test_peft_loads_our_folder(fields, tmp_path):
     table = LayerTable.of(unet)
     lora = random_lora(table, (".to_q", ".to_out.0", ".conv1"), use_rslora="use_rslora" in fields)
     if "use_dora" in fields:
-        magnitudes = {n: 1 + torch.rand(table[n][0]) for n in lora.modules}
-        modules = {
-            n: LoRAFactors(f.lora_A, f.lora_B, f.lora_alpha, magnitude=magnitudes[n]) for n, f in lora.modules.items()
-        }
-        lora = LoRAFile(modules)
+        lora = with_magnitudes(lora)
     write_lora(lora, tmp_path / "lora", "peft", table)
     theirs = PeftModel.from_pretrained(unet, tmp_path / "lora/unet").eval()
     load_lora_weights(ours, tmp_path / "lora")

@@ -50,7 +50,8 @@ def write_peft_style(lora: LoRAFile, path: Path) -> None:
     for name, factors in _in_a_component(lora).items():
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = factors.lora_A, factors.lora_B
         if factors.magnitude is not None:
-            tensors[f"{name}.lora_magnitude_vector"] = magnitude_of(factors)
+            # with .weight, unlike in peft's own folders: transformers leaves the other spelling aside, and draws without it
+            tensors[f"{name}.lora_magnitude_vector.weight"] = magnitude_of(factors)
     header = {"format": "pt"}
     if any(f.scaling != 1 or f.magnitude is not None for f in lora.modules.values()):
         fields = {}
