@@ -156,16 +156,66 @@ def test_diffusers_loads_our_kohya_files(tmp_path):
 
 @pytest.mark.parametrize("fields", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
 def test_peft_loads_our_folder(fields, tmp_path):
-    unet, ours = tiny_unet(), tiny_unet()
-    table = LayerTable.of(unet)
-    lora = random_lora(table, (".to_q", ".to_out.0", ".conv1"), use_rslora="use_rslora" in fields)
+    """Both components, whose layers have several ranks and alphas; transformers 5 names the text encoder's anew."""
+    ours, theirs = pipeline(), pipeline()
+    base = outputs(ours.unet, ours.text_encoder)
+    lora = random_lora(TABLE, (*ATTENTION, ".conv1", ".fc1"), use_rslora="use_rslora" in fields)
     if "use_dora" in fields:
         lora = with_magnitudes(lora)
-    write_lora(lora, tmp_path / "lora", "peft", table)
-    theirs = PeftModel.from_pretrained(unet, tmp_path / "lora/unet").eval()
+    write_lora(lora, tmp_path / "lora", "peft", TABLE)
+    unet, text = (
+        PeftModel.from_pretrained(getattr(theirs, part), tmp_path / "lora" / part).eval()
+        for part in ("unet", "text_encoder")
+    )
+    load_lora_weights(parts(ours), tmp_path / "lora")
+    for pair in ((ours.unet, tiny_text_encoder()), (tiny_unet(), ours.text_encoder)):
+        assert (outputs(*pair) - base).abs().max() > 0.01 * base.abs().max()
+    torch.testing.assert_close(outputs(unet, text), outputs(ours.unet, ours.text_encoder), rtol=1e-4, atol=1e-5)
+
+
+class TextEncoderOfTransformers4(nn.Module):
+    """Its names, whatever is installed."""
+
+    def __init__(self):
+        super().__init__()
+        model = tiny_text_encoder()
+        self.text_model = getattr(model, "text_model", model)
+
+    def forward(self, tokens):
+        return self.text_model(tokens)
+
+
+def test_pefts_folder_in_transformers_4(tmp_path):
+    """By the mapping of keys that the writer's docstring names."""
+    lora = random_lora(TABLE.part("text_encoder"), ATTENTION)
+    write_lora(lora, tmp_path / "lora", "peft", TABLE)
+    ours = nn.ModuleDict({"text_encoder": tiny_text_encoder()})
     load_lora_weights(ours, tmp_path / "lora")
-    text = tiny_text_encoder()
-    torch.testing.assert_close(outputs(theirs, text), outputs(ours, text), rtol=1e-4, atol=1e-5)
+    mapping = {"^encoder": "text_model.encoder"}
+    theirs = PeftModel.from_pretrained(
+        TextEncoderOfTransformers4(), tmp_path / "lora/text_encoder", key_mapping=mapping
+    )
+    expected = outputs(tiny_unet(), ours["text_encoder"])
+    torch.testing.assert_close(outputs(tiny_unet(), theirs.eval()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_folders_of_peft_with_either_name_of_the_text_encoder_are_read(tmp_path):
+    lora = random_lora(TABLE.part("text_encoder"), ATTENTION)
+    write_lora(lora, tmp_path / "lora", "peft", TABLE)
+    weights, config = (
+        tmp_path / "lora/text_encoder" / name for name in ("adapter_model.safetensors", "adapter_config.json")
+    )
+    tensors, header = load_safetensors(weights)
+    of_version_4 = {key.replace(".encoder.", ".text_model.encoder."): tensor for key, tensor in tensors.items()}
+    assert not of_version_4.keys() & tensors.keys()
+    for content, patterns in (
+        (tensors, config.read_text()),
+        (of_version_4, config.read_text().replace('"encoder.', '"text_model.encoder.')),
+    ):
+        save_safetensors(weights, content, header)
+        config.write_text(patterns)
+        read = read_lora(tmp_path / "lora", TABLE)
+        assert {n: f.scaling for n, f in read.modules.items()} == {n: f.scaling for n, f in lora.modules.items()}
 
 
 def peft_on(model, targets, **fields):

@@ -41,6 +41,15 @@ def exchange_name(name: str) -> str:
     return name
 
 
+def name_in_component(name: str) -> str:
+    """An exchange name without its component, as the modules of the installed libraries are named there.
+
+    transformers dropped `text_model.` in version 5; as an ending, the rest is a name of version 4 too.
+    """
+    component = component_of(name)
+    return name.removeprefix(f"{component}.").removeprefix("text_model.") if component else name
+
+
 def component_of(name: str) -> str | None:
     """ "unet" or "text_encoder" of an exchange name; None for the layer of another model."""
     component = name.partition(".")[0]

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from xdiffusion.checkpoints.component_names import COMPONENTS, component_of
+from xdiffusion.checkpoints.component_names import COMPONENTS, component_of, name_in_component
 from xdiffusion.checkpoints.files import CheckpointError, save_safetensors
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats.factors import assemble
@@ -56,12 +56,7 @@ def write_peft_style(lora: LoRAFile, path: Path) -> None:
     if any(f.scaling != 1 or f.magnitude is not None for f in lora.modules.values()):
         fields = {}
         for component in COMPONENTS:
-            # suffixes of names: transformers' own names lost their `text_model.` in version 5
-            part = {
-                name.partition(".")[2].removeprefix("text_model."): factors
-                for name, factors in lora.modules.items()
-                if component_of(name) == component
-            }
+            part = {name_in_component(n): f for n, f in lora.modules.items() if component_of(n) == component}
             if part:
                 fields |= {f"{component}.{key}": value for key, value in config_of(part).items()}
         header[METADATA] = json.dumps(fields, indent=2, sort_keys=True)

@@ -2,7 +2,9 @@
 
 Keys are `base_model.model.<path>.lora_A.weight`; scaling is lora_alpha / r or, with use_rslora, lora_alpha / sqrt(r),
 where rank_pattern and alpha_pattern name the modules that differ. A LoRA of a pipeline goes to `unet/` and
-`text_encoder/` below the folder; one of any other model into the folder itself.
+`text_encoder/` below the folder; one of any other model into the folder itself. The text encoder's keys are written as
+transformers 5 names its modules, without `text_model.`, and read with it too; with transformers 4 peft takes them by
+`PeftModel.from_pretrained(..., key_mapping={"^encoder": "text_model.encoder"})`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from xdiffusion.checkpoints.component_names import COMPONENTS, component_of, exchange_name
+from xdiffusion.checkpoints.component_names import COMPONENTS, component_of, exchange_name, name_in_component
 from xdiffusion.checkpoints.files import (
     CheckpointError,
     is_adapter_folder,
@@ -63,8 +65,7 @@ def write_folder(lora: LoRAFile, path: Path) -> None:
     """
     parts: dict[str | None, dict[str, LoRAFactors]] = {}
     for name, factors in lora.modules.items():
-        component = component_of(name)
-        parts.setdefault(component, {})[name.removeprefix(f"{component}.")] = factors
+        parts.setdefault(component_of(name), {})[name_in_component(name)] = factors
     for component in {None, *COMPONENTS} - parts.keys():
         refuse_leftover((path / component if component else path) / CONFIG)
     for component, modules in parts.items():
