@@ -3,7 +3,14 @@
 import pytest
 import torch
 
+from xdiffusion.text_encoders.clip import CLIPTextEncoder
 from xdiffusion.text_encoders.prompt_weights import parse_weights, weighted
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    return CLIPTextEncoder(width=8, layers=1, context_length=20)
 
 
 @pytest.mark.parametrize(
@@ -17,6 +24,8 @@ from xdiffusion.text_encoders.prompt_weights import parse_weights, weighted
         ("(fox: 1.25 )", [("fox", 1.25)]),
         ("(a: b, c:.5)", [("a: b, c", 0.5)]),
         ("12:30 and 1:2", [("12:30 and 1:2", 1.0)]),
+        (r"a|b (c|d), \[e|f\], \[g:h:0.5\]", [("a|b ", 1.0), ("c|d", 1.1), (", [e|f], [g:h:0.5]", 1.0)]),
+        (r"[a\|b: c]", [("a|b: c", 1 / 1.1)]),
         # the example of A1111's own documentation, with its last bracket closed
         (
             "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).)",
@@ -42,6 +51,9 @@ def test_the_grammar(prompt, expected):
         ("a (fox]", r"'\]' closes nothing"),
         ("[fox:1.2)", r"':1.2\)' closes nothing"),
         ("(fox:1.2.3)", "'1.2.3' must be a number"),
+        ("a [fox:dog:0.5]", r"':0.5\]' would change words on the way, .* write \\\[ and \\\] for the characters"),
+        ("a [(red:1.2) fox::10 ]", r"':10 \]' would change words on the way"),
+        ("a [fox|dog]", r"'\|' between brackets would change words on the way"),
         ("(" * 33 + "fox" + ")" * 33, "more than 32 brackets are open"),
     ],
 )
@@ -49,6 +61,34 @@ def test_mistakes_are_named(prompt, message):
     with pytest.raises(ValueError, match=message) as error:
         parse_weights(prompt)
     assert repr(prompt) in str(error.value)
+
+
+@pytest.mark.parametrize("tag", ["<lora:ink:0.8>", "<LORA:ink>", "<lyco:ink:1:0.5>", "<hypernet:ink:1>"])
+def test_tags_that_name_a_file_are_no_words(tag, encoder):
+    prompt = f"a fox {tag}"
+    with pytest.raises(ValueError, match=f"{tag}.*--lora_path FILE:SCALE") as error:
+        encoder.encode([prompt], "weighted")
+    assert repr(prompt) in str(error.value)
+    assert torch.equal(encoder.encode([prompt]), encoder.encode([prompt], "plain"))  # a caption
+    encoder.encode(["<cat> a<b:c and lora:ink"], "weighted")
+    encoder.add_tokens({tag: torch.ones(8)})
+    assert encoder.learned_words_in(prompt) == {tag.lower()}
+    encoder.encode([prompt], "weighted")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "told"),
+    [
+        (["a fox BREAK a dog", "a BREAK"], ["BREAK"]),
+        (["a fox AND a dog BREAK"], ["BREAK", "AND"]),
+        (["a fox and a dog at daybreak", "HAND, BREAKFAST"], []),
+    ],
+)
+def test_keywords_that_stay_words_are_told_once(prompts, told, encoder):
+    remarks = encoder.remarks(prompts, "weighted")
+    assert [remark.split()[0] for remark in remarks] == told
+    assert all("taken as a word" in remark for remark in remarks)
+    assert encoder.remarks(prompts, "plain") == []
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,14 @@ def test_words_that_cannot_be_taken_are_named_with_their_file(tokens, message, c
     assert torch.equal(generate("a <s1> and a <cat>", models=models, **FEW), before)
 
 
+def test_what_of_a_prompt_stays_a_word_is_told(ckpt_path, capsys):
+    models = preload_models_with_lora(ckpt_path)
+    generate("a fox BREAK a dog", models=models, **FEW)
+    assert capsys.readouterr().err.startswith("BREAK in a prompt is taken as a word")
+    generate("a fox BREAK a dog", models=models, prompt_syntax="plain", **FEW)
+    assert capsys.readouterr().err == ""
+
+
 def test_several_prompts_and_settings(ckpt_path):
     models = preload_models_with_lora(ckpt_path)
     images = generate(["a fox", "a house"], models=models, seed=3, negative_prompt="grey", batch_size=1, **FEW)

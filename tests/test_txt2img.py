@@ -302,6 +302,7 @@ def test_labels_say_the_strengths_that_the_loras_have(share, scales, expected):
         ("--prompt x{class}", "unknown slot {class}; this model has no classes"),
         ("--prompt (fox", "prompt '(fox': '(' is never closed"),
         ("--prompt x --negative_prompt fox]", "']' closes nothing"),
+        ("--prompt <lora:ink:0.8>", "'<lora:ink:0.8>' names a file"),
         ("--prompt x --height 20 --width 17", "height=20, width=17: the sides of an image must be multiples of 2"),
         ("--prompt x --clip_skip 3", "clip_skip=3 must be in 1..2"),
         ("--prompt x --init_image none.png", "none.png: cannot be read (No such file or directory)"),

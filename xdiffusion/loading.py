@@ -299,3 +299,9 @@ def add_learned_tokens(model: DiffusionModel, specs: Sequence[str], prompts: Seq
     for path, words in files:
         if not any(words & model.text_encoder.learned_words_in(prompt) for prompt in prompts):
             print(f"warning: {path}: no prompt holds {' or '.join(sorted(words))}", file=sys.stderr)
+
+
+def tell_remarks(model: DiffusionModel, config: DictConfig, prompts: Sequence[str]) -> None:
+    """Say what the text encoder has to say of prompts that are to be drawn."""
+    for remark in model.text_encoder.remarks(prompts, config.sampling.prompt_syntax):
+        print(remark, file=sys.stderr)

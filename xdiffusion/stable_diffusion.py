@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from xdiffusion.build import build_sampling, override, set_process
 from xdiffusion.checkpoints.files import content_hash, weights_file
-from xdiffusion.loading import as_trained, load_model
+from xdiffusion.loading import as_trained, load_model, tell_remarks
 from xdiffusion.lora.adapters import remove_lora, set_lora_scale, swap_lora
 from xdiffusion.lora.inject import apply_lora_to_model, lora_layers
 from xdiffusion.lora.settings import DEFAULT_ADAPTER, LoRAError
@@ -179,6 +179,7 @@ def generate(
     settings = build_sampling(config, models["model"].schedule)
     generators = generators_for(seed, len(prompts))
     model = models["model"]
+    tell_remarks(model, config, [*prompts, config.sampling.negative_prompt])
     _, *usual = model.image_shape
     try:
         model.resize(height or usual[0], width or usual[1])

@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xdiffusion.checkpoints.files import content_hash, ensure_writable, weights_file
     from xdiffusion.checkpoints.native import load_model_file
     from xdiffusion.data.captions import PROMPT_TABLES
-    from xdiffusion.loading import add_learned_tokens, as_trained, load_model
+    from xdiffusion.loading import add_learned_tokens, as_trained, load_model, tell_remarks
     from xdiffusion.lora.weights import parse_lora_spec
     from xdiffusion.model import HALF, best_device
     from xdiffusion.places import sample_folder
@@ -138,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up(model, args)
     table = PROMPT_TABLES.get(config.data.kind.removesuffix("_inverted"))
     prompts = expand_prompts(args.prompt, table, args.num_samples)
-    add_learned_tokens(model, args.learned_tokens, [*prompts, config.sampling.negative_prompt])
+    texts = [*prompts, config.sampling.negative_prompt]
+    add_learned_tokens(model, args.learned_tokens, texts)
+    tell_remarks(model, config, texts)
     set_process(model, config)
     start = start_image(model, args, len(build_sampling(config, model.schedule)["times"]) - 1)
     blocks = {"start_image": start, "batch_size": args.batch_size or (100 if table else 4)}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from xdiffusion.layers.attention import Attention
-from xdiffusion.text_encoders.prompt_weights import parse_weights, weighted
+from xdiffusion.text_encoders.prompt_weights import parse_weights, refuse_file_tags, remarks, weighted
 from xdiffusion.text_encoders.tokenizer import END_TOKEN, VOCAB_SIZE, framed, token_ids
 
 PromptSyntax = Literal["plain", "weighted"]
@@ -124,7 +124,7 @@ class CLIPTextEncoder(nn.Module):
                 the prompts needs, each between a start and an end of its own; L is that many context lengths.
 
         Raises:
-            ValueError: for an unknown syntax or unbalanced brackets.
+            ValueError: for an unknown syntax, or what `prompt_weights` refuses.
         """
         if syntax == "plain":
             return self(self.tokenize(prompts))
@@ -138,12 +138,17 @@ class CLIPTextEncoder(nn.Module):
         """How many context lengths `encode` gives a prompt alone.
 
         Raises:
-            ValueError: for unbalanced brackets.
+            ValueError: for what `prompt_weights` refuses.
         """
         tokens = len(self._weighted_ids(prompt)) if syntax == "weighted" else 0
         return max(1, math.ceil(tokens / (self.context_length - 2)))
 
+    def remarks(self, prompts: Iterable[str], syntax: PromptSyntax = "plain") -> list[str]:
+        """Lines to print on prompts: see `prompt_weights.remarks`."""
+        return remarks(prompts) if syntax == "weighted" else []
+
     def _weighted_ids(self, prompt: str) -> list[tuple[int, float]]:
+        refuse_file_tags(prompt, self.learned_ids)
         return [(token, weight) for text, weight in parse_weights(prompt) for token in self._token_ids(text)]
 
     def _encode_chunk(self, rows: list[list[tuple[int, float]]]) -> Tensor:
