@@ -8,6 +8,7 @@ import torch
 from sd_files import EXTRA, FULL_SD, random_sd, sd_config, text_names, write_native
 
 from xdiffusion.build import build_model
+from xdiffusion.checkpoints.diffusers import autoencoder_to_diffusers, unet_to_diffusers
 from xdiffusion.checkpoints.files import CheckpointError, save_safetensors
 from xdiffusion.checkpoints.native import load_model_file
 from xdiffusion.checkpoints.stable_diffusion import from_original, to_original
@@ -106,6 +107,59 @@ def test_the_config_of_another_model_is_told_from_damage(work_folder):
     message = r"v2-1_512.safetensors is sd21_base_tiny by its first layers; it is damaged, or the config is for another"
     with pytest.raises(CheckpointError, match=message):
         load_model("v2-1_512.safetensors", STABLE_DIFFUSION / "sd15_tiny.yaml")
+
+
+PARTS = ("first_stage_model", "cond_stage_model", "model.diffusion_model")
+
+
+def without_prefix(tensors, prefix):
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize(
+    ("left_out", "missing"),
+    [
+        (PARTS[:1], "autoencoder"),
+        (PARTS[1:2], "text encoder"),
+        (PARTS[:2], "text encoder and no autoencoder"),
+    ],
+)
+def test_a_pruned_file_is_not_called_damaged(left_out, missing, suffix, work_folder):
+    path = work_folder / f"pruned{suffix}"
+    whole = to_original(random_sd("sd15_tiny").state_dict(), "transformers")
+    left = {name: tensor for name, tensor in whole.items() if not name.startswith(left_out)}
+    torch.save({"state_dict": left}, path) if suffix == ".ckpt" else save_safetensors(path, left, {})
+    for config_path in (None, STABLE_DIFFUSION / "sd15_tiny.yaml"):
+        with pytest.raises(CheckpointError, match=f"{path} holds no {missing}; take a whole checkpoint"):
+            load_model(path, config_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [
+        (lambda original, _: without_prefix(original, f"{PARTS[2]}."), "a UNet"),
+        (lambda original, _: without_prefix(original, f"{PARTS[0]}."), "an autoencoder"),
+        (lambda original, _: without_prefix(original, "cond_stage_model.transformer."), "a text encoder"),
+        (lambda original, _: {n: t for n, t in original.items() if n.startswith(PARTS[0])}, "an autoencoder"),
+        (lambda _, ours: unet_to_diffusers(without_prefix(ours, "network.")), "a UNet"),
+        (lambda _, ours: autoencoder_to_diffusers(without_prefix(ours, "autoencoder.")), "an autoencoder"),
+    ],
+    ids=[
+        "UNet",
+        "autoencoder",
+        "text encoder",
+        "autoencoder as named in a whole file",
+        "diffusers' UNet",
+        "its autoencoder",
+    ],
+)
+def test_a_part_alone_is_called_so(part, what, work_folder):
+    path, ours = work_folder / "part.safetensors", random_sd("sd15_tiny").state_dict()
+    save_safetensors(path, part(to_original(ours, "transformers"), ours), {})
+    for config_path in (None, STABLE_DIFFUSION / "sd15_tiny.yaml"):
+        with pytest.raises(CheckpointError, match=f"{path} is {what} alone; take a whole checkpoint"):
+            load_model(path, config_path)
 
 
 def test_a_file_that_is_not_there_names_those_of_similar_names(work_folder):

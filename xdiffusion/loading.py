@@ -19,7 +19,7 @@ from xdiffusion.checkpoints.files import CheckpointError
 from xdiffusion.checkpoints.learned_tokens import parse_tokens_spec, read_learned_tokens
 from xdiffusion.checkpoints.lora_formats.native import trained_config
 from xdiffusion.checkpoints.native import ModelFile, load_model_file
-from xdiffusion.checkpoints.stable_diffusion_files import StableDiffusionFile
+from xdiffusion.checkpoints.stable_diffusion_files import StableDiffusionFile, part_alone
 from xdiffusion.config import with_overrides, without_unknown
 from xdiffusion.config_files import ConfigError, from_mapping
 from xdiffusion.model import DiffusionModel
@@ -28,6 +28,8 @@ RECORDS = ("training", "optimizer", "checkpoints", "cache", "clip", "lora")  # s
 STABLE_DIFFUSION = Path(__file__).resolve().parent / "configs/image/sd"  # the built-in configs; in a wheel too
 ARCHITECTURE = ("model.network", "model.text_encoder", "model.autoencoder")
 CHOICES = (*DRAWN_BY, "data.image_size")  # in which a run may differ from its base
+PARTS = {"network": "UNet", "text_encoder": "text encoder", "autoencoder": "autoencoder"}
+TO_TAKE = "take a whole checkpoint, or a folder of diffusers"  # in place of a file that lacks parts
 BEGUN_WITH = "pretrained"  # of the text encoder; says nothing of weights that are there
 
 
@@ -77,6 +79,8 @@ def config_of(file: ModelFile, config_path: str | Path | None = None) -> DictCon
         for choice in choices_of_run(given, file):
             raise CheckpointError(f"{file.path} is a model of other settings: {choice}")
     if own is None and given is None:
+        if alone := part_alone(file.tensors):
+            raise CheckpointError(f"{file.path} is {alone} alone; {TO_TAKE}")
         raise ConfigError(f"{file.path} carries no config: name it with --config_path")
     if file.stable_diffusion is not None and given is None:
         for note in (*file.stable_diffusion.notes, *_remarks(file.path, file.stable_diffusion, own)):
@@ -176,7 +180,8 @@ def load_weights(model: DiffusionModel, file: ModelFile) -> None:
     misfits = list(_misfits(own, tensors))
     if misfits:
         raise CheckpointError(
-            f"{_other(file)}: {misfits[0]}" + (f", and {len(misfits) - 1} more" if len(misfits) > 1 else "")
+            _incomplete(file, own)
+            or f"{_other(file)}: {misfits[0]}" + (f", and {len(misfits) - 1} more" if len(misfits) > 1 else "")
         )
     if without_weights:
         for name in own:
@@ -192,6 +197,18 @@ def _misfits(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterat
         elif tensors[name].shape != tensor.shape:
             yield f"{name} is {tuple(tensors[name].shape)} there, {tuple(tensor.shape)} by the config"
     yield from (f"{name:.100} is there, and not by the config" for name in tensors if name not in own)
+
+
+def _incomplete(file: ModelFile, own: Mapping[str, Tensor]) -> str:
+    """The error for a file that holds some parts of its model whole, and others not at all; "" for any other."""
+    if alone := part_alone(file.tensors):
+        return f"{file.path} is {alone} alone; {TO_TAKE}"
+    needed, there, differing = (
+        {name.partition(".")[0] for name in names} for names in (own, file.tensors, own.keys() ^ file.tensors.keys())
+    )
+    missing = [word for part, word in PARTS.items() if part in needed - there]
+    only_these = missing and there and len(differing) == len(missing)
+    return f"{file.path} holds no {' and no '.join(missing)}; {TO_TAKE}" if only_these else ""
 
 
 def _other(file: ModelFile) -> str:

@@ -12,7 +12,7 @@ predicts is taken by its name.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from xdiffusion.checkpoints.diffusers_folder import folder_tensors, read_setting
 from xdiffusion.checkpoints.diffusers_settings import config_from
 from xdiffusion.checkpoints.files import CheckpointError, is_pipeline_folder
 from xdiffusion.checkpoints.stable_diffusion import (
+    AUTOENCODER,
     AVERAGED,
     PIXELS_PER_LATENT,
     UNET,
@@ -48,6 +49,14 @@ _PREDICTIONS = {"epsilon": "eps", "v": "v", "v_prediction": "v"}
 _NAMES_OF_V = {
     "sd15": re.compile(r"v[-_]?pred", re.IGNORECASE),
     "sd21": re.compile(r"768|v[-_]?pred|v-ema|[_-]v(?=[_-]|$)", re.IGNORECASE),
+}
+_ALONE = {  # a part's last layer, by the names of original files or of the libraries -> what a file is that holds no more
+    "out.2.weight": "a UNet",
+    "conv_out.weight": "a UNet",
+    "decoder.conv_out.weight": "an autoencoder",
+    f"{AUTOENCODER}decoder.conv_out.weight": "an autoencoder",
+    "text_model.final_layer_norm.weight": "a text encoder",
+    "final_layer_norm.weight": "a text encoder",
 }
 _FIRST, _CONTEXT = "network.conv_in.weight", "network.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 
@@ -100,6 +109,11 @@ def read_stable_diffusion(path: Path, ema: bool | None = None) -> StableDiffusio
     found = recognise_original(path, tensors, stored.keys(), header, unused_in_original(stored))
     note = f"{path} is read: with the moving average of its UNet, since there is no other"
     return replace(found, notes=(*found.notes, note)) if averaged and ema is None else found
+
+
+def part_alone(names: Iterable[str]) -> str | None:
+    """What of Stable Diffusion a file with these names is, where it is one part in a file of its own."""
+    return next((_ALONE[name] for name in names if name in _ALONE), None)
 
 
 def recognise_original(
