@@ -41,8 +41,8 @@ STEM = DOWN.split(".")[0]
     [
         ({}, "it holds no factors"),
         ({"weight": torch.ones(2)}, "'weight' is a key of no LoRA format"),
-        ({f"{STEM}.hada_w1_a": torch.ones(2)}, "hada_w1_a' is a key of no LoRA format"),
-        ({f"{STEM}.lora_mid.weight": torch.ones(2), **kohya_tensors()}, "is a key of no LoRA format"),
+        ({f"{STEM}.hada_w1_a": torch.ones(2)}, "LoHa .*hada_w1_a'"),
+        ({f"{STEM}.lora_mid.weight": torch.ones(2), **kohya_tensors()}, "LoCon .*lora_mid.weight'"),
         ({DOWN: torch.ones(2, 320)}, "one factor of .*to_q is missing: lora_B"),
         ({**kohya_tensors(), DOWN: torch.ones(3, 320)}, "have no common rank"),
         ({**kohya_tensors(), DOWN: torch.ones(2, 320, dtype=torch.int64)}, "no plain float tensor"),
@@ -50,6 +50,10 @@ STEM = DOWN.split(".")[0]
         ({**kohya_tensors(), f"{STEM}.alpha": torch.tensor(float("nan"))}, "alpha nan .* is no finite number"),
         ({**kohya_tensors(), f"{STEM}.dora_scale": torch.ones(1, 320)}, "DoRA magnitude .* are another method"),
         (renamed("_blocks_0", "_blocks_9"), "1 of its 1 modules are no layers of Stable Diffusion"),
+        (
+            renamed(STEM, "diffusion_model.double_blocks.0.img_attn.qkv"),
+            "no layers of Stable Diffusion .*double_blocks",
+        ),
         (renamed("lora_unet", "lora_te2"), "1 of its 1 modules are no layers of Stable Diffusion"),
         ({**kohya_tensors(), "unet.conv_in.lora_A.weight": torch.ones(1)}, "mixes the keys of diffusers and kohya"),
         ({**kohya_tensors(), **renamed("lora_unet", "lora_unet_unet")}, "both give lora_A"),

@@ -69,6 +69,7 @@ def test_leftovers_of_another_lora_are_not_mixed_in(format, tmp_path):
     [
         ("lora_te2_text_model_encoder_layers_31_self_attn_q_proj", 1280),
         ("lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_attn2_to_k", 2048),
+        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k", 2048),
         ("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", 2048),
         ("text_encoder_2.text_model.encoder.layers.31.self_attn.q_proj", 1280),
     ],

@@ -241,7 +241,11 @@ def _content(path: Path) -> tuple[object, dict[str, str]]:
     """Named tensors or a list of them, and metadata."""
     if path.suffix == ".json":
         return positions.load_json(path), {}
-    return (load_pickled(path), {}) if path.suffix in PICKLED else load_safetensors(path)
+    if path.suffix not in PICKLED:
+        return load_safetensors(path)
+    content = load_pickled(path)
+    nested = content.get("state_dict") if isinstance(content, dict) else None
+    return content if nested is None else nested, {}
 
 
 def _read_keys(content, metadata: dict[str, str], path: Path, names: LayerTable | None) -> LoRAFile:

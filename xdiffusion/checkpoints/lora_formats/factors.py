@@ -15,7 +15,7 @@ from torch import Tensor
 from xdiffusion.checkpoints.files import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors
 
-Parts = dict[str, dict[str, Tensor]]  # module -> {"lora_A", "lora_B" and, if there, "alpha", "magnitude"}
+Parts = dict[str, dict[str, Tensor]]  # module -> {"lora_A", "lora_B" and, if there, "alpha", "scale", "magnitude"}
 _OF_XL = re.compile(r"te2_|text_encoder_2\.")
 _OF_CONTEXT = re.compile(r"attn2[._]to_[kv]$")
 MOST_ROUNDING = 0.01  # of an update; bfloat16 makes some 0.003 of plain factors
@@ -167,11 +167,14 @@ def _same_dimensions(
 
 
 def _stored_alpha(tensors: Mapping[str, Tensor], rank: int, name: str, path: Path, repairs: list[str]) -> float:
-    if "alpha" not in tensors:
+    said = next((part for part in ("scale", "alpha") if part in tensors), None)  # in A1111's order
+    if said is None:
         return float(rank)
-    if tensors["alpha"].numel() != 1:
-        raise CheckpointError(f"{path}: alpha of {name} is {tuple(tensors['alpha'].shape)}, not one number")
-    alpha = tensors["alpha"].float().item()
+    if tensors[said].numel() != 1:
+        raise CheckpointError(f"{path}: {said} of {name} is {tuple(tensors[said].shape)}, not one number")
+    alpha = tensors[said].float().item()
+    if said == "scale":
+        return alpha * rank
     if alpha == 0:
         repairs.append(f"{name}: alpha 0 read as alpha = rank, as kohya's trainer means it")
     return alpha or float(rank)

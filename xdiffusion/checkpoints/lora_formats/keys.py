@@ -18,7 +18,7 @@ _PEFT_PART = r"\.(?P<part>lora_[AB]|lora_magnitude_vector|alpha)(?:\.(?!weight$)
 _KEYS = {
     "cloneofsimo": r"(?P<module>\w+:[0-9]+):(?P<part>down|up)",
     "native": r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude)",
-    "kohya": r"(?P<module>lora_\w+)\.(?P<part>lora_(?:down|up|A|B)\.weight|alpha|dora_scale)",
+    "kohya": r"(?P<module>lora_\w+|diffusion_model\.[\w.]+)\.(?P<part>lora_(?:down|up|A|B)\.weight|alpha|scale|dora_scale)",
     "diffusers-processors": r"(?P<module>.+?)(?:\.processor)?\.(?P<projection>to_[qkv]|to_out)_lora\.(?P<part>down|up)\.weight",
     "peft": rf"base_model\.model\.(?P<module>.+?){_PEFT_PART}",
     "diffusers": rf"(?P<module>.+?){_PEFT_PART}",
@@ -29,6 +29,13 @@ _PAIRS = {  # that diffusers' own scripts wrote into one file -> the dialect it 
     frozenset({"diffusers-processors", "diffusers-sd15"}): "diffusers-processors",  # 0.18-0.21: UNet, text encoder
 }
 KEYS = {dialect: re.compile(pattern) for dialect, pattern in _KEYS.items()}
+_OTHER_METHODS = {  # a key's ending -> what has it, of LyCORIS
+    r"hada_[wt]\d(_[ab])?": "a LoHa",
+    r"lokr_[wt]\d(_[ab])?": "a LoKr",
+    r"lora_mid\.weight": "a LoCon with lora_mid, a convolution in three factors",
+    r"oft_\w+": "an OFT",
+    r"diff(_b)?": "a difference of whole weights",
+}
 _PARTS = {
     "down": "lora_A",
     "lora_down.weight": "lora_A",
@@ -69,7 +76,7 @@ def sorted_by_key(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pa
             continue
         matches[key] = next(((d, m) for d, pattern in KEYS.items() if (m := pattern.fullmatch(key))), None)
         if matches[key] is None:
-            raise CheckpointError(f"{path} is not a LoRA file that is known here: {key!r} is a key of no LoRA format")
+            raise CheckpointError(f"{path} {_what_else(key)}")
     if not matches:
         raise CheckpointError(f"{path} is not a LoRA file: it holds no factors")
     loose = Loose(_dialect({dialect for dialect, _ in matches.values()}, path), tokens=tokens)
@@ -80,6 +87,14 @@ def sorted_by_key(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pa
         loose.parts[module][part] = tensors[key]
     loose.repairs = list(dict.fromkeys(loose.repairs))
     return loose
+
+
+def _what_else(key: str) -> str:
+    """The rest of the error for a file that holds a key of no dialect."""
+    for ending, method in _OTHER_METHODS.items():
+        if re.search(rf"\.{ending}$", key):
+            return f"is {method} (LyCORIS), which is not read here: {key!r}"
+    return f"is not a LoRA file that is known here: {key!r} is a key of no LoRA format"
 
 
 def _dialect(found: set[str], path: Path) -> str:

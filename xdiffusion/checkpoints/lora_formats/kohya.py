@@ -1,9 +1,12 @@
 """The files of kohya-ss/sd-scripts and of the A1111 web UI: `lora_unet_<path with underscores>.lora_down.weight`.
 
-Scaling is alpha / rank with alpha a tensor of each module; a file without alphas means alpha = rank. Underscores for
-dots are not unique, so module names come from a table of the model's layers, never from the key alone. (diffusers 0.42
-gives every attention layer of such a file the most frequent alpha; where alphas differ, write its own format for it.
-Before 0.39 it leaves out conv_in, conv_out and the time embedding of such a file.)
+Read are also the original names of a UNet, `lora_unet_input_blocks_1_1_...`, as A1111 reads them, and those with dots,
+`diffusion_model.input_blocks.1.1...`, of ComfyUI.
+
+Scaling is alpha / rank with alpha a tensor of each module, or A1111's `scale`; a file without either means alpha = rank.
+Underscores for dots are not unique, so module names come from a table of the model's layers, never from the key alone.
+(diffusers 0.42 gives every attention layer of such a file the most frequent alpha; where alphas differ, write its own format
+for it. Before 0.39 it leaves out conv_in, conv_out and the time embedding of such a file.)
 """
 
 from __future__ import annotations
@@ -19,14 +22,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xdiffusion.checkpoints.component_names import component_of
+from xdiffusion.checkpoints.diffusers import unet_name_from_diffusers
 from xdiffusion.checkpoints.drawn_by import drawn_by
 from xdiffusion.checkpoints.files import CheckpointError, write_atomically
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
-from xdiffusion.checkpoints.lora_formats.factors import assemble, said_of_xl
+from xdiffusion.checkpoints.lora_formats.factors import assemble, folded, said_of_xl
 from xdiffusion.checkpoints.lora_formats.keys import Loose
 from xdiffusion.checkpoints.lora_formats.layer_table import LayerTable, sd_base_of, sd_layer_table
+from xdiffusion.checkpoints.stable_diffusion import unet_name_to_original
 
 _PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+_OTHER_PREFIXES = {"lora_te1_": "lora_te_", "diffusion_model.": "lora_unet_"}
 _MODEL_VERSION = {"sd15": {"ss_base_model_version": "sd_v1", "ss_v2": "False"},
                   "sd21": {"ss_base_model_version": "sd_v2", "ss_v2": "True"}}  # fmt: skip
 
@@ -44,12 +50,13 @@ def read(loose: Loose, path: Path, names: LayerTable | None) -> dict[str, LoRAFa
     Raises:
         CheckpointError: if a module is none of the table's, nor of Stable Diffusion's.
     """
-    known = {_flat(name): name for name in sd_layer_table("sd21")}  # its names hold those of 1.5
+    sd = sd_layer_table("sd21")  # its names hold those of 1.5
+    known = {_flat(_original_name(name)): name for name in sd.part("unet")} | {_flat(name): name for name in sd}
     known |= {_flat(name): name for name in names or () if component_of(name)}
     parts = {}
     unknown = []
     for module, tensors in loose.parts.items():
-        name = known.get(module.replace("lora_te1_", "lora_te_", 1) if module.startswith("lora_te1_") else module)
+        name = known.get(_as_kohya(module))
         if name is None:
             unknown.append(module)
         elif name in parts:
@@ -77,6 +84,7 @@ def write(lora: LoRAFile, path: Path) -> None:
             raise CheckpointError(
                 f"kohya's format has no name for {name}: it knows a UNet's and a text encoder's layers"
             )
+        factors = factors if factors.scaling else folded(factors)  # readers take alpha 0 for alpha = rank
         flat = _flat(name)
         tensors[f"{flat}.lora_down.weight"] = factors.lora_A.contiguous()
         tensors[f"{flat}.lora_up.weight"] = factors.lora_B.contiguous()
@@ -103,6 +111,20 @@ def word(key: str, value: Any) -> tuple[str, str] | None:
     if key == "model.text_encoder.clip_skip":
         return "ss_clip_skip", str(value)
     return _WORDS.get((key, str(value)))
+
+
+def _original_name(name: str) -> str:
+    """unet.down_blocks.0.attentions.0.proj_in -> unet.input_blocks.1.1.proj_in."""
+    ours = unet_name_from_diffusers(f"{name.removeprefix('unet.')}.")  # the tables' pairs end in a dot
+    return f"unet.{unet_name_to_original(ours)[:-1]}"
+
+
+def _as_kohya(module: str) -> str:
+    """A module of a file in the spelling of `_flat`."""
+    for prefix, kohyas in _OTHER_PREFIXES.items():
+        if module.startswith(prefix):
+            return kohyas + module.removeprefix(prefix).replace(".", "_")
+    return module
 
 
 def _flat(name: str) -> str:

@@ -1,0 +1,123 @@
+"""LoRA files as A1111, ComfyUI and LyCORIS write them: read to the same updates, or refused by the name of what they are."""
+
+import re
+
+import pytest
+import torch
+from lora_files import SD15, TEXT, assert_equal_products, converted, mixed, path_of, random_factors
+from safetensors.torch import load_file, save_file
+
+from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.lora_file import LoRAFile
+from xdiffusion.checkpoints.lora_formats import read_lora
+
+LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+STEM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+IN_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def original_name(name):
+    """The rule by which A1111 finds a layer of diffusers in an original file: three slots a level, attention at the second."""
+    ends = {"conv_in": "input_blocks.0.0", "conv_out": "out.2"}
+    ends |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+    if name in ends:
+        return ends[name]
+    if sampler := re.fullmatch(r"(down|up)_blocks\.(\d)\.(?:down|up)samplers\.0\.conv", name):
+        level = int(sampler[2])
+        slots = {
+            "down": f"input_blocks.{3 + 3 * level}.0.op",
+            "up": f"output_blocks.{2 + 3 * level}.{1 + (level > 0)}.conv",
+        }
+        return slots[sampler[1]]
+    way, kind, rest = re.fullmatch(r"(mid_block|(?:down|up)_blocks\.\d)\.(attentions|resnets)\.(\d\..+)", name).groups()
+    place, rest = int(rest[0]), rest[2:]
+    rest, slot = (rest, 1) if kind == "attentions" else (IN_RESNET[rest], 0)
+    if way == "mid_block":
+        return f"middle_block.{1 if slot else 2 * place}.{rest}"
+    level = int(way[-1])
+    block = f"input_blocks.{1 + 3 * level + place}" if way.startswith("down") else f"output_blocks.{3 * level + place}"
+    return f"{block}.{slot}.{rest}"
+
+
+def kohya_tensors(lora, folder):
+    converted(lora, "kohya", folder)
+    return load_file(path_of("kohya", folder))
+
+
+def respelled(tensors, spelling):
+    """The keys of a file of kohya's with the UNet's layers in another spelling."""
+    flat = {f"lora_{name.replace('.', '_')}": spelling(name.removeprefix("unet.")) for name in SD15.part("unet")}
+    parts = {key: key.partition(".") for key in tensors}
+    return {f"{flat.get(parts[key][0], parts[key][0])}.{parts[key][2]}": tensor for key, tensor in tensors.items()}
+
+
+SPELLINGS = {
+    "original names": lambda name: f"lora_unet_{original_name(name).replace('.', '_')}",
+    "ComfyUI": lambda name: f"diffusion_model.{original_name(name)}",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
+def test_original_names_are_read(spelling, tmp_path):
+    """Every layer of the UNet by its own, and text encoder layers beside them."""
+    names = [*SD15.part("unet"), f"{TEXT}.self_attn.q_proj"]
+    lora = LoRAFile({name: random_factors(name, 1, 0.5) for name in names})
+    tensors = kohya_tensors(lora, tmp_path)
+    theirs = respelled(tensors, spelling)
+    assert len(theirs.keys() - tensors.keys()) == 3 * len(SD15.part("unet"))
+    save_file(theirs, tmp_path / "theirs.safetensors")
+    for table in (None, SD15):
+        assert_equal_products(read_lora(tmp_path / "theirs.safetensors", table), lora)
+
+
+@pytest.mark.parametrize("with_alpha", [True, False])
+def test_a_scale_of_its_own_is_the_scaling_whatever_alpha_says(with_alpha, tmp_path):
+    tensors = {k: t for k, t in kohya_tensors(mixed(), tmp_path).items() if with_alpha or not k.endswith(".alpha")}
+    down, up = tensors[f"{STEM}.lora_down.weight"], tensors[f"{STEM}.lora_up.weight"]
+    save_file(tensors | {f"{STEM}.scale": torch.tensor(0.75)}, tmp_path / "scaled.safetensors")
+    factors = read_lora(tmp_path / "scaled.safetensors").modules[LAYER]
+    torch.testing.assert_close(factors.delta(), 0.75 * up @ down)
+    save_file(tensors | {f"{STEM}.scale": torch.ones(2)}, tmp_path / "scaled.safetensors")
+    with pytest.raises(CheckpointError, match=r"scale of .*to_q is \(2,\), not one number"):
+        read_lora(tmp_path / "scaled.safetensors")
+
+
+def test_a_scale_of_nothing_stays_nothing(tmp_path):
+    """kohya's readers take alpha 0 for alpha = rank."""
+    tensors = kohya_tensors(mixed(), tmp_path) | {f"{STEM}.scale": torch.tensor(0.0)}
+    save_file(tensors, tmp_path / "scaled.safetensors")
+    again = converted(read_lora(tmp_path / "scaled.safetensors"), "kohya", tmp_path / "again")
+    assert not again.modules[LAYER].delta().any()
+    assert again.modules.keys() == mixed().modules.keys()
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt"])
+def test_a_pickle_with_its_tensors_under_state_dict_is_read(suffix, tmp_path):
+    path = tmp_path / f"lora{suffix}"
+    torch.save({"state_dict": kohya_tensors(mixed(), tmp_path), "step": 3}, path)
+    lora = read_lora(path)
+    assert lora.format == "kohya"
+    assert_equal_products(lora, mixed())
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("hada_w1_a", "a LoHa"),
+        ("hada_t1", "a LoHa"),
+        ("lokr_w1", "a LoKr"),
+        ("lokr_w2_b", "a LoKr"),
+        ("lora_mid.weight", "a LoCon with lora_mid"),
+        ("oft_blocks", "an OFT"),
+        ("diff", "a difference of whole weights"),
+    ],
+)
+def test_other_methods_are_named(key, kind, tmp_path):
+    save_file({f"{STEM}.alpha": torch.tensor(1.0), f"{STEM}.{key}": torch.ones(2, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=rf"a.safetensors is {kind}.*, which is not read here: .*{key}"):
+        read_lora(tmp_path / "a.safetensors")
