@@ -12,6 +12,9 @@ that they write, and one layer's factors in float64 (Stable Diffusion 1.5, rank 
 three times the largest tensor of BASE, which is read and written tensor by tensor (a UNet of 1.7 GB: under 100 MB for
 linear layers, by its size 350 MB if the largest convolution is changed). extract holds the LoRA that it finds and eight
 times the largest difference (under 1 GB).
+
+OUT replaces a file of that name, but none that the command reads; merge of one FILE replaces no LoRA, since OUT may have been
+forgotten.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +34,7 @@ BASE_HELP = (
     "the model that the LoRA is for, where the file does not name its layers, or the format needs the names of all: "
     "sd15, sd21, or a YAML of this project"
 )
+WEIGHT = re.compile(r":[-+.\d][-+.\de]*$")  # of FILE:WEIGHT
 
 
 def share(text: str) -> float:
@@ -129,12 +134,36 @@ def _add_output(added: argparse.ArgumentParser, to_help: str, required: bool = F
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    if "output" in args:
+        check_output(args)
     args.handler(args)
 
 
 def command() -> int:
     """The console script `lora`."""
     return run(main)
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """See that OUT is meant as such, for what is there under its name will be gone.
+
+    Raises:
+        ValueError: if it is a file that is read, or looks like the last FILE of a merge without OUT.
+    """
+    from xdiffusion.lora.weights import parse_lora_spec
+
+    given, output = vars(args), Path(args.output)
+    specs = [*given.get("inputs", []), *([args.lora] if "lora" in given else [])]
+    read = [parse_lora_spec(spec)[0] for spec in specs]
+    read += [Path(given[name]) for name in ("input", "model", "tuned") if name in given]
+    for path in read:
+        there = path if path.exists() else path.with_suffix(".safetensors")  # which is read in its place
+        if there.exists() and output.exists() and there.samefile(output):
+            raise ValueError(f"OUT {output} would be overwritten, and is read: name another file")
+    if "inputs" in given and (WEIGHT.search(args.output) or (len(read) == 1 and output.exists())):
+        raise ValueError(
+            f"OUT is missing? the last name is that of the file to write; {output} looks like a FILE to merge"
+        )
 
 
 def _inspect(args: argparse.Namespace) -> None:

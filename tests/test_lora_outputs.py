@@ -1,0 +1,53 @@
+"""`lora COMMAND ... OUT`: no file that is read is overwritten, and a forgotten OUT is noticed."""
+
+import pytest
+from commands import files_in
+from lora_cases import command, write_files
+
+
+@pytest.fixture
+def files(tiny_run, work_folder):
+    """The current folder, with the files of `write_files` in it."""
+    write_files(tiny_run, work_folder)
+    return work_folder
+
+
+MISSING = "OUT is missing?"
+READ = "would be overwritten"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("merge style.safetensors ink.safetensors", MISSING),
+        ("merge style.safetensors:0.7 ink.safetensors", MISSING),
+        ("merge style.safetensors:0.7 ink.safetensors:0.3", MISSING),
+        ("merge style.safetensors ink.safetensors none.safetensors:-1e-1", MISSING),
+        ("merge style.safetensors ink.safetensors style.safetensors", READ),
+        ("merge style.safetensors:0.7 ink.safetensors:0.3 ./ink.safetensors", READ),
+        ("resize style.safetensors style.safetensors --rank 1", READ),
+        ("resize style.safetensors link.safetensors --rank 1", READ),
+        ("resize style.pt style.safetensors --rank 1", READ),
+        ("convert style.safetensors style.safetensors --to kohya", READ),
+        ("apply model.safetensors style.safetensors model.safetensors", READ),
+        ("apply model.safetensors style.safetensors:0.5 style.safetensors", READ),
+        ("extract model.safetensors style.safetensors style.safetensors --rank 1", READ),
+    ],
+)
+def test_a_file_that_is_read_is_not_overwritten(files, capsys, line, said):
+    (files / "link.safetensors").symlink_to("style.safetensors")
+    before = {name: (files / name).read_bytes() for name in files_in(files)}
+    assert command(f"lora {line}") == 2
+    assert said in capsys.readouterr().err
+    assert {name: (files / name).read_bytes() for name in files_in(files)} == before
+
+
+def test_an_earlier_result_is_overwritten(files):
+    for weight in (0.5, 0.6):
+        assert command(f"lora merge style.safetensors:{weight} ink.safetensors out.safetensors") == 0
+        assert command("lora resize style.safetensors small.safetensors --rank 1") == 0
+
+
+def test_one_lora_is_scaled_into_a_new_file(files):
+    assert command("lora merge style.safetensors:0.5 half.safetensors") == 0
+    assert (files / "half.safetensors").is_file()
