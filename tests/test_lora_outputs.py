@@ -1,8 +1,11 @@
 """`lora COMMAND ... OUT`: no file that is read is overwritten, and a forgotten OUT is noticed."""
 
 import pytest
+import torch
 from commands import files_in
 from lora_cases import command, write_files
+
+from xdiffusion.checkpoints.lora_formats import read_lora
 
 
 @pytest.fixture
@@ -51,3 +54,24 @@ def test_an_earlier_result_is_overwritten(files):
 def test_one_lora_is_scaled_into_a_new_file(files):
     assert command("lora merge style.safetensors:0.5 half.safetensors") == 0
     assert (files / "half.safetensors").is_file()
+
+
+def dtypes(path) -> set[torch.dtype]:
+    return {f.lora_A.dtype for f in read_lora(path).modules.values()}
+
+
+def test_the_default_dtype_is_the_one_of_the_help(files, capsys):
+    assert command("lora convert style.safetensors half.safetensors --to native --dtype float16") == 0
+    lines = {
+        "convert": "half.safetensors out.safetensors --to native",
+        "merge": "half.safetensors half.safetensors out.safetensors",
+        "resize": "half.safetensors out.safetensors --rank 1",
+        "extract": "model.safetensors tuned.safetensors out.safetensors --rank 1",
+    }
+    assert command("lora apply model.safetensors half.safetensors tuned.safetensors") == 0
+    for name, words in lines.items():
+        assert command(f"lora {name} {words}") == 0
+        capsys.readouterr()
+        assert command(f"lora {name} --help") == 0
+        says_float32 = "default: float32" in " ".join(capsys.readouterr().out.split())
+        assert dtypes("out.safetensors") == {torch.float32 if says_float32 else torch.float16}, name

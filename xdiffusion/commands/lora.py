@@ -79,7 +79,7 @@ def _add_inspect(inspect: argparse.ArgumentParser) -> None:
 def _add_convert(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("input", metavar="IN")
     convert.add_argument("output", metavar="OUT")
-    _add_output(convert, FORMATS, required=True)
+    _add_output(convert, FORMATS, converts=True)
 
 
 def _add_merge(merge: argparse.ArgumentParser) -> None:
@@ -126,10 +126,11 @@ def _add_size(added: argparse._ActionsContainer) -> None:
     )
 
 
-def _add_output(added: argparse.ArgumentParser, to_help: str, required: bool = False) -> None:
-    added.add_argument("--to", required=required, metavar="FORMAT", help=to_help)
+def _add_output(added: argparse.ArgumentParser, to_help: str, *, converts: bool = False) -> None:
+    of_dtype = "default: as it is" if converts else "of OUT (default: float32, of which all printed errors are)"
+    added.add_argument("--to", required=converts, metavar="FORMAT", help=to_help)
     added.add_argument("--base", metavar="MODEL", help=BASE_HELP)
-    added.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: as it is")
+    added.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help=of_dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
