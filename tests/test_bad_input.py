@@ -97,6 +97,7 @@ BAD_INPUT = {
         "--lora_path {checkpoint}": "diffusion-2.safetensors is not a LoRA file that is known here",
         "--lora_path {text}": "text.safetensors is no safetensors file: it begins with",
         "--lora_path {lora} --checkpoint {other_base}": "-lora.safetensors was trained on another base",
+        "--lora_path {lora} --checkpoint {other_process}": "-lora.safetensors was trained on another base",
         "--lora_path {matches_nothing}": "matches_nothing.safetensors does not fit this model ... such as elsewhere.",
         "--lora_path {changes_nothing}": "changes_nothing.safetensors: every lora_B is zero",
         "--lora_path {lora}:strong": "'strong' ... must be a number",
@@ -112,6 +113,7 @@ BAD_INPUT = {
         "--dataset_name image/digit": "'image/digit' is unknown, did you mean image/digits?",
         "--dataset_name image/cifar10 --data_dir nowhere": "image/cifar10 ... --data_dir nowhere ... image/digits",
         "--lora_path {lora} --checkpoint {other_base}": "-lora.safetensors was trained on another base",
+        "--lora_path {lora} --checkpoint {other_process}": "-lora.safetensors was trained on another base",
     },
     TRAIN_CLIP: {
         "--num_training_steps 0": "--num_training_steps ... '0' ... at least 1",
@@ -139,6 +141,9 @@ def command(tiny_run, tmp_path_factory):
     base, lora = load_model_file(tiny_run.checkpoint), read_lora(tiny_run.lora)
     tensors = {name: tensor + 1 for name, tensor in base.tensors.items()}
     save_model(path("other_base.safetensors"), tensors, config=base.config, image_shape=base.image_shape, step=2)
+    process = base.config["diffusion"] | {"schedule": {"kind": "betas"}}
+    config = base.config | {"diffusion": process}
+    save_model(path("other_process.safetensors"), tensors, config=config, image_shape=base.image_shape, step=2)
     elsewhere = {f"elsewhere.{name}": factors for name, factors in lora.modules.items()}
     write_lora(replace(lora, modules=elsewhere, base_hash=None), path("matches_nothing.safetensors"), "native")
     zeros = {name: replace(f, lora_B=torch.zeros_like(f.lora_B)) for name, f in lora.modules.items()}

@@ -9,9 +9,11 @@ from omegaconf import OmegaConf
 
 from xdiffusion.build import build_model, build_sampling, load_config
 from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
+from xdiffusion.checkpoints.lora_formats import write_lora
 from xdiffusion.checkpoints.native import load_model_file, save_model
 from xdiffusion.config_files import ConfigError
-from xdiffusion.loading import check_same_architecture, choices_of_run, load_model, load_weights
+from xdiffusion.loading import as_trained, check_same_architecture, choices_of_run, load_model, load_weights
 from xdiffusion.model import generate, generators_for
 
 TINY = """
@@ -123,6 +125,23 @@ def test_what_is_no_architecture_may_differ(saved, config, override):
     check_same_architecture(config(override), load_model_file(saved[1]))
 
 
+def test_the_section_sampling_of_the_named_config_is_used(saved, config, tmp_path, capsys):
+    path, other = saved[1], tmp_path / "other.yaml"
+    content = OmegaConf.to_container(config())
+    content["sampling"] = {"steps": 4, "sampler": {"kind": "heun"}}
+    other.write_text(OmegaConf.to_yaml(content))
+    sampling = load_model(path, other)[1].sampling
+    assert (sampling.steps, sampling.sampler.kind, sampling.cfg_scale) == (4, "heun", config().sampling.cfg_scale)
+    said = capsys.readouterr().err
+    assert (
+        f"{other} beats the checkpoint: sampling.steps=4 (3 there), sampling.sampler.kind=heun (ddim there)\n" in said
+    )
+    del content["sampling"]
+    other.write_text(OmegaConf.to_yaml(content))
+    assert load_model(path, other)[1] == config()
+    assert capsys.readouterr().err == ""
+
+
 def test_a_key_that_is_younger_than_the_file_has_its_default_there(saved, config):
     model, path = saved
     plain = OmegaConf.to_container(config())
@@ -174,3 +193,14 @@ def test_a_model_that_has_weights_keeps_its_own_memory(saved, config):
     load_weights(other, load_model_file(path))
     assert [p.data_ptr() for p in other.parameters()] == before
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values()))
+
+
+def test_another_kind_of_schedule_is_one_line(saved, config, tmp_path, capsys):
+    path = tmp_path / "lora.safetensors"
+    factors = LoRAFactors(torch.ones(1, 2), torch.ones(2, 1), 1.0)
+    write_lora(
+        LoRAFile({"a": factors}, config=OmegaConf.to_container(config("diffusion.schedule.kind=betas"))), path, "native"
+    )
+    assert as_trained(config(), [path]).diffusion.schedule.kind == "betas"
+    said = "was trained with diffusion.schedule.kind=betas, and is drawn so; its base has cosine"
+    assert capsys.readouterr().err == f"{path} {said}\n"

@@ -118,7 +118,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that draws from a finished model: which model, and `SAMPLING_FLAGS`."""
     add = parser.add_argument
     agree = (
-        "optional: a checkpoint of ours carries its config, with which this must agree; for others what they do not say"
+        "optional: a checkpoint of ours carries its config; this must be of the same model, and its section sampling: is "
+        "used (flags beat it); for others what they do not say"
     )
     setting = "set a key of the section sampling:, such as sampling.sampler.eta=1; repeatable"
     add(

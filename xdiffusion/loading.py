@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from xdiffusion.checkpoints.lora_formats.native import trained_config
 from xdiffusion.checkpoints.native import ModelFile, load_model_file
 from xdiffusion.checkpoints.stable_diffusion_files import StableDiffusionFile, part_alone
 from xdiffusion.config import with_overrides, without_unknown
-from xdiffusion.config_files import ConfigError, from_mapping
+from xdiffusion.config_files import ConfigError, from_mapping, load_yaml
 from xdiffusion.model import DiffusionModel
 
 RECORDS = ("training", "optimizer", "checkpoints", "cache", "clip", "lora")  # sections that say how a model was made
@@ -45,8 +45,8 @@ def load_model(
     Args:
         path: a checkpoint of `training/image/train.py`, which carries its config; or Stable Diffusion 1.5 or 2.1, as an
             original file or a folder of diffusers, whose config is the built-in one of its shapes with what the file says.
-        config_path: must agree with the checkpoint's config; needed for a file that carries none (`.pt`), and in the place
-            of what a file of Stable Diffusion says.
+        config_path: must be of the checkpoint's model, and its section sampling: is used; needed for a file that carries no
+            config (`.pt`), and in the place of what a file of Stable Diffusion says.
         dtype: of the network and the text encoder, float32 by default. In the file's own, its tensors are taken over as
             they are; the autoencoder is always in float32.
         ema: see `read_stable_diffusion`.
@@ -67,7 +67,8 @@ def load_model(
 def config_of(file: ModelFile, config_path: str | Path | None = None) -> DictConfig:
     """The config of a checkpoint: its own, else the one that is named, else what a file of Stable Diffusion says.
 
-    What of the latter was assumed, and what is not as the built-in config has it, is told on stderr.
+    On its own the section sampling: of the one that is named is laid. What of a file of Stable Diffusion was assumed, and
+    what is not as the built-in config has it, is told on stderr.
 
     Raises:
         CheckpointError: if its own config and the one named differ in what makes the model.
@@ -78,14 +79,25 @@ def config_of(file: ModelFile, config_path: str | Path | None = None) -> DictCon
         check_same_architecture(given, file)
         for choice in choices_of_run(given, file):
             raise CheckpointError(f"{file.path} is a model of other settings: {choice}")
+        return _sampled_as(own, config_path)
     if own is None and given is None:
         if alone := part_alone(file.tensors):
             raise CheckpointError(f"{file.path} is {alone} alone; {TO_TAKE}")
         raise ConfigError(f"{file.path} carries no config: name it with --config_path")
     if file.stable_diffusion is not None and given is None:
         for note in (*file.stable_diffusion.notes, *_remarks(file.path, file.stable_diffusion, own)):
-            print(note, file=sys.stderr)
-    return given if own is None or (given is not None and not file.config) else own
+            _to_stderr(note)
+    return own if given is None else given
+
+
+def _sampled_as(config: DictConfig, config_path: str | Path) -> DictConfig:
+    """A checkpoint's config with the section sampling: of a YAML on top; what this changes is told on stderr."""
+    section = OmegaConf.masked_copy(load_yaml(config_path), ["sampling"])
+    chosen = resolved(with_overrides(config, section, SCHEMA), str(config_path))
+    changed = [f"{key}={theirs} ({ours} there)" for key, ours, theirs in differences(config, chosen, ["sampling"])]
+    if changed:
+        _to_stderr(f"{config_path} beats the checkpoint: {', '.join(changed)}")
+    return chosen
 
 
 def _own_config(file: ModelFile) -> DictConfig | None:
@@ -255,12 +267,17 @@ def choices_of_run(config: DictConfig, file: ModelFile) -> list[str]:
     return [f"{key}={theirs} there, {ours} in the config" for key, ours, theirs in found if key != guessed]
 
 
-def as_trained(config: DictConfig, loras: Sequence[Path]) -> DictConfig:
-    """A model's config that draws as its LoRAs were trained, see `DRAWN_BY`; what changes is told on stderr.
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def as_trained(config: DictConfig, loras: Sequence[Path], tell: Callable[[str], None] = _to_stderr) -> DictConfig:
+    """A model's config that draws as its LoRAs were trained, see `DRAWN_BY`.
 
     Args:
         config: of the model.
         loras: files; those that say nothing of their training change nothing.
+        tell: is called with a line for each value that changes.
 
     Raises:
         CheckpointError: if they were trained for different predictions or schedules, or a file is damaged.
@@ -275,7 +292,7 @@ def as_trained(config: DictConfig, loras: Sequence[Path]) -> DictConfig:
                 f"these LoRAs cannot be drawn together: {path} was trained with {key}={theirs}, another with {ours}"
             )
         for key, ours, theirs in differences(config, one, DRAWN_BY) if chosen is config else ():
-            print(f"{path} was trained with {key}={theirs}, and is drawn so; its base has {ours}", file=sys.stderr)
+            tell(f"{path} was trained with {key}={theirs}, and is drawn so; its base has {ours}")
         chosen = one
     return chosen
 
@@ -298,6 +315,8 @@ def differences(config: DictConfig, other: DictConfig, keys: Sequence[str]) -> I
 
 def _differing(ours: Any, theirs: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(ours, DictConfig) and isinstance(theirs, DictConfig):
+        if ours.get("kind") != theirs.get("kind"):  # whose other keys then have nothing to do with each other
+            ours, theirs = ({"kind": side.get("kind")} for side in (ours, theirs))
         for name in dict.fromkeys([*ours, *theirs]):
             if name != BEGUN_WITH:
                 yield from _differing(ours.get(name), theirs.get(name), f"{key}.{name}")

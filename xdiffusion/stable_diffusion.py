@@ -9,6 +9,7 @@ images = generate("a beautiful landscape", models=models, steps=20)
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -129,7 +130,8 @@ def load_lora_into_models(
     """
     model = models["model"]
     base_hash = None if allow_other_base else content_hash(model.base_weights())
-    config = as_trained(models["base_config"], [weights_file(path)])
+    notes: list[str] = []
+    config = as_trained(models["base_config"], [weights_file(path)], notes.append)
     replaced = models["lora_words"]
     others = models["clip"].learned_ids.keys() - replaced
     report = load_lora_weights(
@@ -143,6 +145,8 @@ def load_lora_into_models(
     set_process(model, config)
     models["config"] = config
     print(f"{path}: {report}")
+    for note in notes:  # now that it fits: of a LoRA of another base they would say nothing
+        print(note, file=sys.stderr)
     return models
 
 

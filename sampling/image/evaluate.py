@@ -127,9 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.lora_path:
         given, scale = parse_lora_spec(args.lora_path)
         path = weights_file(given)
+        load_lora_weights(model, path, scale=scale, base_hash=None if args.allow_other_base else base_hash)
         config = as_trained(config, [path])
         set_process(model, config)
-        load_lora_weights(model, path, scale=scale, base_hash=None if args.allow_other_base else base_hash)
         said = trained_config(path)
         trained = stored_config(said, path) if said else config
     config = OmegaConf.create(OmegaConf.to_container(config) | {"data": OmegaConf.to_container(trained.data)})

@@ -77,11 +77,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--strength", "S", "how much of it is drawn anew: 0 = nothing, 1 = all (0.8)", type=float)
     add("--mask_image", "FILE", "of the same size: bright where it is drawn anew, dark or transparent where it stays")
     add("--seed", "N", "image i is drawn from the noise of seed + i", type=seed_number, default=0)
-    add(
-        "--output_path",
-        "DIR",
-        "default: output/<dataset>/sample/<name of the config, or of a file of Stable Diffusion>",
-    )
+    by_name = "<that of --config_path, else of the checkpoint's folder; of a file of Stable Diffusion its own>"
+    add("--output_path", "DIR", f"default: output/<dataset>/sample/<name>; the name is {by_name}")
     add("--save_trajectory", help="also write a film of the denoising (GIF)", **switch)
     add(
         "--mixed_precision",
@@ -132,7 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint = weights_file(args.checkpoint)
     loras = [(weights_file(path), scale) for path, scale in map(parse_lora_spec, args.lora_path)]
     model, base_config = load_model(checkpoint, args.config_path, dtype=HALF.get(args.mixed_precision), ema=args.ema)
-    config = as_trained(base_config, [path for path, _ in loras])
+    notes: list[str] = []
+    config = as_trained(base_config, [path for path, _ in loras], notes.append)
     with sampling_overrides(args, FLAG_KEYS) as overrides:
         base_config, config = (override(one, overrides, "command line") for one in (base_config, config))
     set_up(model, args)
@@ -153,12 +151,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag in args.recipe.differing(hashes) if args.recipe else ():
         print(f"warning: --{flag}: other content than what drew the picture, so this is another one", file=sys.stderr)
     place(model, best_device(args.force_cpu), args)  # before the LoRAs, whose factors stay float32
-    strengths = load_loras(model, loras, base_hash)
+    strengths = load_loras(model, loras, base_hash, notes)
     ensure_writable(folder)
 
-    film: Film = []
     paired = bool(strengths) and (args.paired if args.paired is not None else table is not None)
-    by_share = {}
+    film, by_share = [], {}
     for share in (0.0, *PAIRED_SCALES) if paired else (1.0,):
         drawn_by = config if share else base_config
         set_process(model, drawn_by)
@@ -228,8 +225,10 @@ def place(model: DiffusionModel, device: torch.device, args: argparse.Namespace)
         model.to(device)
 
 
-def load_loras(model: DiffusionModel, loras: Sequence[tuple[Path, float]], base_hash: str | None) -> dict[str, float]:
-    """Give the model every LoRA of (file, scale); returns the scales by adapter."""
+def load_loras(
+    model: DiffusionModel, loras: Sequence[tuple[Path, float]], base_hash: str | None, notes: Sequence[str]
+) -> dict[str, float]:
+    """Give the model every LoRA of (file, scale), and tell `notes` on them; returns the scales by adapter."""
     from xdiffusion.lora import load_lora_weights
 
     strengths = {}
@@ -237,6 +236,8 @@ def load_loras(model: DiffusionModel, loras: Sequence[tuple[Path, float]], base_
         report = load_lora_weights(model, path, scale=scale, adapter_name=f"lora_{i}", base_hash=base_hash)
         strengths[f"lora_{i}"] = scale
         print(f"{path}: {report}")
+    for note in notes:  # now that they fit: of a LoRA of another base they would say nothing
+        print(note, file=sys.stderr)
     return strengths
 
 
