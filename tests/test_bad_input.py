@@ -52,7 +52,11 @@ BAD_INPUT = {
         "--set model.text_encoder.pretrained=openai": "pretrained='openai' ... allowed are tiny, null, or a",
         "--dataset_name image/digitz": "'image/digitz' ... image/digits, image/mnist ... also with _inverted",
         "--dataset_name image/mnist --data_dir nowhere": "image/mnist ... --data_dir nowhere ... image/digits",
-        "--config_path nothing.yaml": "no config file at nothing.yaml",
+        "--config_path nothing.yaml": "no config file at nothing.yaml (in the working folder /",
+        "--config_path {folder}": "runs is a folder, not a config file; it holds: config.yaml",
+        "--config_path {folder}/confg.yaml": "no config file at ... confg.yaml; there are: config.yaml",
+        "--resume_from {folder}": "runs is a folder, not a checkpoint; it holds: diffusion-9.safetensors, diffusion-10.",
+        BASE + " {folder}": "runs is a folder, not a checkpoint; it holds: diffusion-9.safetensors, diffusion-10.",
         "--data_dir somewhere": "--data_dir somewhere: ... data.data_dir is unknown; allowed: kind, image_size",
         "--num_training_steps 0": "--num_training_steps ... '0' ... at least 1",
         "--batch_size many": "--batch_size ... 'many' ... at least 1",
@@ -86,14 +90,16 @@ BAD_INPUT = {
         "--set model.network.patch_size=2": "'model.network.patch_size=2': only keys of the section sampling:",
         "--config_path {config}": "another architecture: ... [16, 16] there, [64, 64] in the config",
         "--checkpoint {checkpoint}.pt": "no checkpoint at ... there are: diffusion-2.safetensors",
-        "--checkpoint .": "no checkpoint at .",
+        "--checkpoint .": ". is a folder, not a checkpoint; it holds none",
+        "--checkpoint {folder}": "runs is a folder, not a checkpoint; it holds: diffusion-9.safetensors, diffusion-10.",
         "--checkpoint {text}": "text.safetensors is no safetensors file: it begins with",
         "--checkpoint {truncated}": "truncated.safetensors is not a whole safetensors file",
         "--checkpoint {pickled}": "pickled.safetensors is no safetensors file: it begins with",
         "--checkpoint {damaged}": "damaged.pt is not a torch file of plain weights",
         "--checkpoint {other_weights}": "other_weights.pt carries no config ... --config_path",
         "--checkpoint {lora}": "diffusion-2-lora.safetensors is a LoRA ... --lora_path",
-        "--lora_path nothing.safetensors": "no checkpoint at nothing.safetensors",
+        "--lora_path nothing.safetensors": "no LoRA at nothing.safetensors (in the working folder /",
+        "--lora_path {folder}": "runs is a folder, not a LoRA; it holds: diffusion-9",
         "--lora_path {checkpoint}": "diffusion-2.safetensors is not a LoRA file that is known here",
         "--lora_path {text}": "text.safetensors is no safetensors file: it begins with",
         "--lora_path {lora} --checkpoint {other_base}": "-lora.safetensors was trained on another base",
@@ -132,6 +138,10 @@ def command(tiny_run, tmp_path_factory):
         named[name.partition(".")[0]] = folder / name
         return folder / name
 
+    path("runs").mkdir()
+    named["folder"] = named.pop("runs")
+    for name in ("config.yaml", "diffusion-9.safetensors", "diffusion-10.safetensors"):
+        (named["folder"] / name).touch()
     path("text.safetensors").write_text("this is no checkpoint")
     path("truncated.safetensors").write_bytes(tiny_run.checkpoint.read_bytes()[:-1000])
     path("pickled.safetensors").write_bytes(pickle.dumps({"a": 1}))

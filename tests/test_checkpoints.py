@@ -226,7 +226,7 @@ def test_a_missing_file_is_named_with_what_there_is(tmp_path):
         write_model(tmp_path / f"diffusion-{step}.safetensors")
     with pytest.raises(CheckpointError, match=r"; there are: diffusion-40\.safetensors, diffusion-80\.safetensors$"):
         load_model_file(tmp_path / "diffusion-120.pt")
-    with pytest.raises(CheckpointError, match="no checkpoint at"):
+    with pytest.raises(CheckpointError, match=r"a folder, not a checkpoint; it holds: diffusion-40\.safetensors, diff"):
         existing_weights(tmp_path)
     for load in (load_safetensors, load_pickled):
         with pytest.raises(CheckpointError, match="no file at"):

@@ -13,7 +13,7 @@ PAPER_KEY = re.compile(r"\[([A-Za-z]*[A-Z]\w*\+*)\]")  # a capital somewhere, as
 MAY_IMPORT = {
     "diffusion": set(),
     "layers": set(),
-    "checkpoints": set(),
+    "checkpoints": {"places"},
     "data": {"downloads", "places"},
     "evaluation": set(),
     "signatures": set(),
@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "places": set(),
     "downloads": set(),
     "pictures": {"data"},
-    "config_files": set(),
+    "config_files": {"places"},
     "config": {"config_files", "signatures"},
     "lora": {"checkpoints"},
     "samplers": {"diffusion"},

@@ -247,7 +247,7 @@ def test_dora_folds_and_does_not_merge(work_folder, capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("lora inspect missing.safetensors", "no checkpoint at missing"),
+        ("lora inspect missing.safetensors", "no LoRA at missing"),
         ("lora inspect model.safetensors", "model.safetensors"),
         ("lora convert style.safetensors out.safetensors --to lycoris", "lycoris"),
         ("lora convert style.safetensors out.safetensors --to kohya --base sd99", "sd99"),

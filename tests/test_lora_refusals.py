@@ -33,7 +33,7 @@ def test_layers_that_a_format_has_no_name_for(format, tmp_path):
 
 def test_peft_folders_say_what_is_wrong(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="no checkpoint at"):
+    with pytest.raises(CheckpointError, match="is a folder, not a checkpoint; it holds none"):
         read_lora(tmp_path / "empty")
     path = tmp_path / "peft"
     for change, message in (

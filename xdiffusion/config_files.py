@@ -16,6 +16,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from xdiffusion.places import nothing_at
+
 MAX_BYTES = 2**16  # of a YAML file; the longest here has 2 kB
 MAX_VALUES = 2_000  # of a config with its bases; ours have 70, and each takes a tenth of a millisecond and more
 MAX_DEPTH = 16  # of sections in sections
@@ -71,9 +73,9 @@ def _place(path: Path) -> Path:
     try:
         if path.is_file():
             return path.resolve()
-    except OSError:  # a name that is too long
-        pass
-    raise ConfigError(f"no config file at {path!s:.200}")
+        raise ConfigError(nothing_at(path, "config file", SUFFIXES))
+    except OSError as error:  # a name that is too long
+        raise ConfigError(f"no config file at {path!s:.200}: {error.strerror}") from error
 
 
 def _plain_yaml(path: Path, values: Iterator[int]) -> str:

@@ -1,5 +1,8 @@
-"""Where the commands put what they make, unless a flag or a config says otherwise."""
+"""Where the commands put what they make, unless a flag or a config says otherwise, and what they say of a place without it."""
 
+import difflib
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 OUTPUT_ROOT = Path("output")
@@ -19,3 +22,17 @@ def sample_folder(dataset: str, checkpoint: Path, config_path: str | None, *, in
     else:
         name = path.name if path.is_dir() else path.stem
     return OUTPUT_ROOT / dataset / "sample" / name
+
+
+def nothing_at(path: Path, what: str, suffixes: Sequence[str]) -> str:
+    """Why a path is not the file that is looked for, and which of these suffixes, up to five, may have been meant."""
+    is_folder, place = path.is_dir(), path if path.is_dir() else path.parent
+    there = [p.name for p in place.glob("*") if p.suffix in suffixes and p.is_file()] if place.is_dir() else []
+    there.sort(key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)])
+    if is_folder:
+        return f"{path} is a folder, not a {what}; " + (
+            f"it holds: {', '.join(there[-5:])}" if there else "it holds none"
+        )
+    near = difflib.get_close_matches(path.name, there, n=5, cutoff=0.5)
+    found = f"; there are: {', '.join(name for name in there if name in near)}" if near else ""
+    return f"no {what} at {path}{found}" + ("" if path.is_absolute() else f" (in the working folder {Path.cwd()})")

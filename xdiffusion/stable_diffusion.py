@@ -131,7 +131,7 @@ def load_lora_into_models(
     model = models["model"]
     base_hash = None if allow_other_base else content_hash(model.base_weights())
     notes: list[str] = []
-    config = as_trained(models["base_config"], [weights_file(path)], notes.append)
+    config = as_trained(models["base_config"], [weights_file(path, "LoRA")], notes.append)
     replaced = models["lora_words"]
     others = models["clip"].learned_ids.keys() - replaced
     report = load_lora_weights(

@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text_encoder = copy.deepcopy(model.text_encoder) if args.clip == "own" else None  # a LoRA may change it
     if args.lora_path:
         given, scale = parse_lora_spec(args.lora_path)
-        path = weights_file(given)
+        path = weights_file(given, "LoRA")
         load_lora_weights(model, path, scale=scale, base_hash=None if args.allow_other_base else base_hash)
         config = as_trained(config, [path])
         set_process(model, config)

@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xdiffusion.recipe import file_hashes, fingerprint, png_texts
 
     checkpoint = weights_file(args.checkpoint)
-    loras = [(weights_file(path), scale) for path, scale in map(parse_lora_spec, args.lora_path)]
+    loras = [(weights_file(path, "LoRA"), scale) for path, scale in map(parse_lora_spec, args.lora_path)]
     model, base_config = load_model(checkpoint, args.config_path, dtype=HALF.get(args.mixed_precision), ema=args.ema)
     notes: list[str] = []
     config = as_trained(base_config, [path for path, _ in loras], notes.append)

@@ -7,7 +7,6 @@ A file takes no more memory than its own size lets expect, whatever its header s
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xdiffusion.checkpoints.torch_files import read_torch_file
+from xdiffusion.places import nothing_at
 
 SAFETENSORS = ".safetensors"
 PICKLED = (".pt", ".ckpt", ".bin", ".pth")
@@ -182,22 +182,20 @@ def read_json(path: Path, max_bytes: int = 2**20) -> Any:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error!s:.200})") from error
 
 
-def existing_weights(path: Path) -> tuple[Path, str | None]:
+def existing_weights(path: Path, what: str = "checkpoint") -> tuple[Path, str | None]:
     """The file (of peft and diffusers, the folder) that stands for `path`, and a line to print if it is another one.
 
     Lessons and older commands name `diffusion-10000.pt` where this project writes `diffusion-10000.safetensors`.
 
     Raises:
-        CheckpointError: if neither exists; up to five checkpoints there of a similar name are listed.
+        CheckpointError: if neither exists, calling it `what`; up to five files there of a similar name are listed.
     """
     if path.is_file() or is_adapter_folder(path) or is_pipeline_folder(path):
         return path, None
     if path.suffix in PICKLED and path.with_suffix(SAFETENSORS).is_file():
         twin = path.with_suffix(SAFETENSORS)
         return twin, f"{path} is not there; reading {twin.name} beside it"
-    present = sorted(p.name for p in path.parent.glob(f"*{SAFETENSORS}") if p.is_file()) if path.parent.is_dir() else []
-    near = sorted(difflib.get_close_matches(path.name, present, n=5, cutoff=0.5))
-    raise CheckpointError(f"no checkpoint at {path}" + (f"; there are: {', '.join(near)}" if near else ""))
+    raise CheckpointError(nothing_at(path, what, [SAFETENSORS]))
 
 
 def is_adapter_folder(path: Path) -> bool:
@@ -220,13 +218,13 @@ def refuse_leftover(path: Path) -> None:
         raise CheckpointError(f"{path} of another LoRA would be read with what is to be written: move it away")
 
 
-def weights_file(path: str | Path) -> Path:
+def weights_file(path: str | Path, what: str = "checkpoint") -> Path:
     """`existing_weights` for a command line: the line about another name goes to stderr.
 
     Raises:
         CheckpointError: if there is none.
     """
-    found, note = existing_weights(Path(path))
+    found, note = existing_weights(Path(path), what)
     if note:
         print(note, file=sys.stderr)
     return found

@@ -49,7 +49,7 @@ def read(path: str | Path, names: LayerTable | None) -> LoRAFile:
     Raises:
         CheckpointError: if it is missing, damaged, or needs `names`.
     """
-    path = Path(path) if Path(path).is_dir() else weights_file(path)  # peft's LoRAs are folders
+    path = weights_file(path, "LoRA")
     lora = read_lora(path, names)
     for repair in lora.repairs:
         print(f"{path}: {repair}", file=sys.stderr)
