@@ -23,7 +23,7 @@ LORA = f"--use_lora_training {BASE}"
 BAD_INPUT = {
     TRAIN: {
         "--set optimizer.learning_rat=1": "optimizer.learning_rat is unknown, did you mean learning_rate?; allowed: ",
-        "--set training.seed=true": "training.seed=True must be int",
+        "--set training.seed=true": "training.seed=True must be a whole number",
         "--set training.seed": "'training.seed' must have the form KEY=VALUE",
         "--set training.batch_size=0": "training.batch_size=0 must be at least 1",
         "--set training.gradient_accumulation_steps=3": "steps=3 must divide training.batch_size=4",

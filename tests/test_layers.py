@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "data": {"downloads", "places"},
     "evaluation": set(),
     "signatures": set(),
-    "cli": set(),
+    "cli": {"build", "config"},
     "places": set(),
     "downloads": set(),
     "pictures": {"data"},

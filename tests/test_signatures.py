@@ -105,15 +105,15 @@ def test_everything_fits_where_nothing_is_annotated():
 @pytest.mark.parametrize(
     ("annotation", "text"),
     [
-        ("int", "int"),
-        ("int | None", "int or null"),
+        ("int", "a whole number"),
+        ("int | None", "a whole number or null"),
         ('Literal["no", "fp16"]', "one of no, fp16"),
         ('Literal["only"]', "one of only"),
         ("Sequence[int]", "a list of int"),
         ("tuple[float, float]", "a list of float, float"),
         ("tuple[int, ...]", "a list of int"),
         ("Mapping[str, int] | None", "a mapping of str to int or null"),
-        ("str | Sequence[str]", "str or a list of str"),
+        ("str | Sequence[str]", "text or a list of str"),
     ],
 )
 def test_describe(annotation, text):

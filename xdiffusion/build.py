@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from xdiffusion.config import Overlay, Section, Slot, resolve, with_overrides
+from xdiffusion.config import Overlay, Section, Slot, resolve, with_home, with_overrides
 from xdiffusion.config_files import ConfigError, load_yaml, merge, parse_overrides
 from xdiffusion.signatures import Parameter, signature
 
@@ -66,6 +66,7 @@ TIME_GRIDS = {
 }
 INVERTED = "_inverted"
 WITH_CLASSES = ("image/digits", "image/mnist", "image/fashion_mnist", "image/cifar10")
+PATHS = ("data.data_dir", "cache.folder", "prior.data_dir", "model.text_encoder.pretrained")
 MAX_PARAMETERS = 3_000  # weight tensors of a model that is read from a file; Stable Diffusion has 1,200
 MAX_SIDE = 8192  # pixels of an image
 _PRETRAINED = Parameter("pretrained", ast.parse("str | None", mode="eval").body, "tiny")
@@ -159,7 +160,7 @@ def resolved(config: DictConfig, source: str) -> DictConfig:
     Raises:
         ConfigError: see `resolve`; and for predicting eps at a time without signal ([ZTSNR] section 3.2).
     """
-    whole = resolve(config, SCHEMA, source)
+    whole = resolve(with_home(config, PATHS), SCHEMA, source)
     if whole.diffusion.prediction == "eps" and whole.diffusion.schedule.get("zero_terminal_snr"):
         raise ConfigError(
             f"{source}: diffusion.prediction=eps with diffusion.schedule.zero_terminal_snr=true: at t = 1 nothing but noise "

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import io
 import json
 import math
 import os
+import re
 import runpy
 import shlex
 import signal
@@ -24,6 +26,7 @@ from typing import Any, NoReturn
 REPOSITORY = Path(__file__).resolve().parents[1]
 USAGE_ERROR = 2
 LONGEST_ERROR = 4000  # letters
+AT_HOME = re.compile(r"^(--\w+=|)~/")  # a word of a command line
 
 
 def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
@@ -74,14 +77,50 @@ def _terminating() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A command's flags; its help shows the text as written, and an error is one line, as all errors are."""
+    """A command's flags; its help shows the text as written, and an error is one line, as all errors are.
+
+    `--flag=~/x` is read as `--flag ~/x`, in which a shell puts the home folder.
+    """
 
     def __init__(self, description: str | None = None, **settings: Any):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        self.settable: str | None = None  # how the config keys begin that --set takes
+        self._words: list[str] = []
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        given = sys.argv[1:] if args is None else args
+        self._words = [AT_HOME.sub(rf"\1{Path.home()}/", word) for word in given]
+        return super().parse_known_args(self._words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
+        meant = "".join(self._meant()) if self.add_help else ""  # without help it looks for some flags of many
+        print(f"error: {message}{meant} (--help lists the flags)", file=sys.stderr)
         sys.exit(USAGE_ERROR)
+
+    def flags(self) -> list[str]:
+        """All flags, with those of the sub-commands."""
+        below = [a.choices.values() for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        return [*self._option_string_actions, *(flag for parsers in below for p in parsers for flag in p.flags())]
+
+    def _meant(self) -> Iterator[str]:
+        """What the user may have meant by each flag that there is not."""
+        known = self.flags()
+        for flag in (word.partition("=")[0] for word in self._words if word.startswith("--")):
+            if flag in known or (self.allow_abbrev and any(name.startswith(flag) for name in known)):
+                continue
+            prefix = self.settable
+            keys = [key for key in _config_keys(flag) if key.startswith(prefix)][:2] if prefix is not None else []
+            meant = [f"--set {key}=..." for key in keys] or difflib.get_close_matches(flag, known, n=1)
+            if meant:
+                yield f"; {flag}: did you mean {' or '.join(meant)}?"
+
+
+def _config_keys(flag: str) -> list[str]:
+    """The config keys that are called as a flag is."""
+    from xdiffusion.build import SCHEMA
+    from xdiffusion.config import keys_named
+
+    return keys_named(flag.strip("-").replace("-", "_"), SCHEMA)
 
 
 def call_script(script: str, *arguments: object) -> str:
@@ -114,7 +153,7 @@ SAMPLING_FLAGS = {  # config key by flag
 }
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+def add_model_flags(parser: Parser) -> None:
     """The flags of every command that draws from a finished model: which model, and `SAMPLING_FLAGS`."""
     add = parser.add_argument
     agree = (
@@ -141,9 +180,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--negative_prompt", metavar="TEXT", help="what guidance leads away from (default: nothing)")
     add("--force_cpu", action="store_true", help="do not use a GPU that is there")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
+    parser.settable = "sampling."
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
+def add_run_flags(parser: Parser) -> None:
     """The flags of every command that trains."""
     add = parser.add_argument
     setting = "set any config key, such as optimizer.learning_rate=1e-3; repeatable"
@@ -155,6 +195,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--force_cpu", action="store_true", help="do not use a GPU that is there")
     add("--seed", type=int, metavar="N", help="of weights, data order, noise and captions")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
+    parser.settable = ""
 
 
 def add_ema_flag(parser: argparse.ArgumentParser) -> None:

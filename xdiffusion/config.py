@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -111,6 +112,30 @@ def _slots(children: Mapping[str, Section | Slot | Overlay], where: str = "") ->
             yield from _slots(child.children, f"{where}{key}.")
 
 
+def with_home(config: DictConfig, keys: Sequence[str]) -> DictConfig:
+    """The config with the home folder for `~/` at the beginning of these paths: a shell does so only at that of a word."""
+    found = OmegaConf.create()
+    for key in keys:
+        value = _at(config, key)
+        if isinstance(value, str) and value.startswith("~/"):
+            OmegaConf.update(found, key, str(Path(value).expanduser()))
+    return merge("home", config, found)
+
+
+def keys_named(name: str, schema: Mapping[str, Section | Slot | Overlay]) -> list[str]:
+    """The keys of a config that end in a name, of a slot those of any kind."""
+    found = []
+    for key, child in schema.items():
+        if isinstance(child, Overlay):
+            continue
+        targets = child.kinds.values() if isinstance(child, Slot) else [child.target]
+        if name in {*child.extra, *(own for target in targets for own in _signature(target))} - child.injected:
+            found.append(f"{key}.{name}")
+        if isinstance(child, Section):
+            found += [f"{key}.{below}" for below in keys_named(name, child.children)]
+    return found
+
+
 def resolve(config: DictConfig, schema: Schema, source: str) -> DictConfig:
     """Check every key against the schema and write out every default.
 
@@ -157,6 +182,9 @@ def _resolve_section(given: Any, section: Section, where: str, schema: Schema) -
 
 
 def _resolve_slot(given: Any, slot: Slot, where: str) -> dict[str, Any]:
+    if isinstance(given, str):
+        meant = f"; meant: {where}kind={given}? allowed: {', '.join(slot.kinds)}"
+        raise ConfigError(f"{where.rstrip('.')} must be a mapping of keys, not {given!r}{meant}")
     given = {"kind": slot.default} if given is None else _mapping(given, where)
     kind = given.get("kind", slot.default)
     if kind is None:

@@ -16,6 +16,7 @@ from typing import Any
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = object()
 _SCALARS = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+_IN_WORDS = {"None": "null", "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 _SEQUENCES = ("Sequence", "tuple", "list")
 _MAPPINGS = ("Mapping", "dict")
 
@@ -88,7 +89,7 @@ def describe(annotation: ast.expr | None) -> str:
         if kind in _MAPPINGS:
             return "a mapping of {} to {}".format(*map(ast.unparse, annotation.slice.elts))
     text = "None" if annotation is None else ast.unparse(annotation)
-    return "null" if text == "None" else text
+    return _IN_WORDS.get(text, text)
 
 
 @cache

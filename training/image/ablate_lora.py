@@ -67,6 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="set any key of the runs' config, part of the budget; repeatable",
     )
+    parser.settable = ""
     return parser.parse_args(argv)
 
 
