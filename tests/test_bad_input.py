@@ -100,7 +100,7 @@ BAD_INPUT = {
         "--checkpoint {lora}": "diffusion-2-lora.safetensors is a LoRA ... --lora_path",
         "--lora_path nothing.safetensors": "no LoRA at nothing.safetensors (in the working folder /",
         "--lora_path {folder}": "runs is a folder, not a LoRA; it holds: diffusion-9",
-        "--lora_path {checkpoint}": "diffusion-2.safetensors is not a LoRA file that is known here",
+        "--lora_path {checkpoint}": "diffusion-2.safetensors is a model, not a LoRA: sample.py takes it as --checkpoint",
         "--lora_path {text}": "text.safetensors is no safetensors file: it begins with",
         "--lora_path {lora} --checkpoint {other_base}": "-lora.safetensors was trained on another base",
         "--lora_path {lora} --checkpoint {other_process}": "-lora.safetensors was trained on another base",

@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from xdiffusion.build import build_sampling, override, set_process
-from xdiffusion.checkpoints.files import content_hash, weights_file
+from xdiffusion.checkpoints.files import content_hash
+from xdiffusion.checkpoints.native import lora_file
 from xdiffusion.loading import as_trained, load_model, tell_remarks
 from xdiffusion.lora.adapters import remove_lora, set_lora_scale, swap_lora
 from xdiffusion.lora.inject import apply_lora_to_model, lora_layers
@@ -131,7 +132,7 @@ def load_lora_into_models(
     model = models["model"]
     base_hash = None if allow_other_base else content_hash(model.base_weights())
     notes: list[str] = []
-    config = as_trained(models["base_config"], [weights_file(path, "LoRA")], notes.append)
+    config = as_trained(models["base_config"], [lora_file(path)], notes.append)
     replaced = models["lora_words"]
     others = models["clip"].learned_ids.keys() - replaced
     report = load_lora_weights(

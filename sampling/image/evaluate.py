@@ -110,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xdiffusion.build import build_sampling, image_shape, override, set_process
     from xdiffusion.checkpoints.files import content_hash, ensure_writable, weights_file
     from xdiffusion.checkpoints.lora_formats.native import trained_config
+    from xdiffusion.checkpoints.native import lora_file
     from xdiffusion.data.image_set import ImageSet
     from xdiffusion.loading import as_trained, load_model, stored_config
     from xdiffusion.lora import load_lora_weights
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text_encoder = copy.deepcopy(model.text_encoder) if args.clip == "own" else None  # a LoRA may change it
     if args.lora_path:
         given, scale = parse_lora_spec(args.lora_path)
-        path = weights_file(given, "LoRA")
+        path = lora_file(given)
         load_lora_weights(model, path, scale=scale, base_hash=None if args.allow_other_base else base_hash)
         config = as_trained(config, [path])
         set_process(model, config)

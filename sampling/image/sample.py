@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from xdiffusion.build import build_sampling, override, set_process
     from xdiffusion.checkpoints.files import content_hash, ensure_writable, weights_file
-    from xdiffusion.checkpoints.native import load_model_file
+    from xdiffusion.checkpoints.native import load_model_file, lora_file
     from xdiffusion.data.captions import PROMPT_TABLES
     from xdiffusion.loading import add_learned_tokens, as_trained, load_model, tell_remarks
     from xdiffusion.lora.weights import parse_lora_spec
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xdiffusion.recipe import file_hashes, fingerprint, png_texts
 
     checkpoint = weights_file(args.checkpoint)
-    loras = [(weights_file(path, "LoRA"), scale) for path, scale in map(parse_lora_spec, args.lora_path)]
+    loras = [(lora_file(path), scale) for path, scale in map(parse_lora_spec, args.lora_path)]
     model, base_config = load_model(checkpoint, args.config_path, dtype=HALF.get(args.mixed_precision), ema=args.ema)
     notes: list[str] = []
     config = as_trained(base_config, [path for path, _ in loras], notes.append)

@@ -18,10 +18,13 @@ from torch import Tensor
 
 from xdiffusion.checkpoints.files import (
     PICKLED,
+    SAFETENSORS,
     CheckpointError,
     existing_weights,
+    is_pipeline_folder,
     load_pickled,
     save_safetensors,
+    weights_file,
 )
 from xdiffusion.checkpoints.stable_diffusion_files import StableDiffusionFile, read_stable_diffusion
 from xdiffusion.checkpoints.streaming import StoredTensors
@@ -95,6 +98,23 @@ def load_model_file(path: Path, ema: bool | None = None) -> ModelFile:
         if not isinstance(config, dict | None) or (shape and [type(side) for side in shape] != [int] * 3):
             raise TypeError(f"config={config!r:.100}, image_shape={shape!r:.100}")
         return ModelFile(path, tensors, config, shape, int(metadata.get("step", 0)))
+
+
+def lora_file(path: str | Path) -> Path:
+    """`weights_file` for a LoRA.
+
+    Raises:
+        CheckpointError: if there is none, or it is a model.
+    """
+    found = weights_file(path, "LoRA")
+    is_model = is_pipeline_folder(found)
+    if found.suffix == SAFETENSORS and found.is_file():
+        stored = StoredTensors(found)
+        is_original = any(name.startswith("model.diffusion_model.") for name in stored)
+        is_model = is_original or stored.metadata.get("format") == MODEL_FORMAT
+    if is_model:
+        raise CheckpointError(f"{found} is a model, not a LoRA: sample.py takes it as --checkpoint")
+    return found
 
 
 def header(kind: str, config: Mapping[str, Any], step: int) -> dict[str, str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from xdiffusion.checkpoints.component_names import exchange_name
-from xdiffusion.checkpoints.files import weights_file
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import (
     FORMATS,
@@ -22,6 +21,7 @@ from xdiffusion.checkpoints.lora_formats import (
     unsaid,
     write_lora,
 )
+from xdiffusion.checkpoints.native import lora_file
 from xdiffusion.commands.report import table
 from xdiffusion.lora.merge import merge_loras
 
@@ -49,7 +49,7 @@ def read(path: str | Path, names: LayerTable | None) -> LoRAFile:
     Raises:
         CheckpointError: if it is missing, damaged, or needs `names`.
     """
-    path = weights_file(path, "LoRA")
+    path = lora_file(path)
     lora = read_lora(path, names)
     for repair in lora.repairs:
         print(f"{path}: {repair}", file=sys.stderr)

@@ -26,7 +26,10 @@ def bucket_sizes(image_size: int, multiple: int, max_aspect: float) -> list[Size
         ValueError: for sizes that do not go together.
     """
     if image_size < 1 or multiple < 1 or image_size % multiple:
-        raise ValueError(f"image_size={image_size} must be a multiple of bucket_multiple={multiple}, both above 0")
+        raise ValueError(
+            f"image_size={image_size} must be a multiple of bucket_multiple={multiple}, both above 0: set data.image_size or "
+            "data.bucket_multiple"
+        )
     if not 1 <= max_aspect < math.inf:
         raise ValueError(f"max_aspect={max_aspect} must be a number of at least 1")
     sizes = {(image_size, image_size)}

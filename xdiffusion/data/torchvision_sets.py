@@ -20,6 +20,11 @@ from xdiffusion.downloads import impatient
 from xdiffusion.places import OUTPUT_ROOT
 
 DOWNLOAD_ROOT = OUTPUT_ROOT / "datasets"
+PLACES = {  # of the files below a root
+    "image/mnist": "MNIST/raw",
+    "image/fashion_mnist": "FashionMNIST/raw",
+    "image/cifar10": "cifar-10-batches-py",
+}
 
 
 class DatasetUnavailable(ValueError):
@@ -60,10 +65,13 @@ def _load(name: str, torchvision_name: str, image_size: int, data_dir: str | Non
         with impatient():
             train, test = (read(root, train=train, download=data_dir is None) for train in (True, False))
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AssertionError) as error:
-        reason = textwrap.shorten(str(error), 200, placeholder=" ...") or "damaged files"
+        said = str(error).partition(" You can use download=True")[0]  # which is no word of this project
+        reason = textwrap.shorten(said, 200, placeholder=" ...") or "damaged files"
         if data_dir is None:
             _remove_empty(root)
-        where = f"cannot be read from --data_dir {root}" if data_dir else "cannot be downloaded"
+        where = (
+            f"cannot be read from --data_dir {root}, in {root / PLACES[name]}" if data_dir else "cannot be downloaded"
+        )
         raise DatasetUnavailable(
             f"{name} {where} ({reason}). Point --data_dir at a folder that "
             f"torchvision.datasets.{torchvision_name}(root=FOLDER) reads, or use --dataset_name image/digits, "

@@ -261,6 +261,11 @@ def whole_state(path: Path) -> dict[str, Any]:
         CheckpointError: naming the file that is missing or damaged.
     """
     beside = state_path(path)
+    aside = beside.with_name(beside.name + SET_ASIDE)
+    if aside.is_file() and not beside.is_file():
+        raise CheckpointError(
+            f"no file at {beside}: a run begun anew has set it aside; rename {aside.name} to {beside.name} to go on from it"
+        )
     state = load_pickled(beside)
     if not isinstance(state, dict) or state.pop("hash", None) != _hash_of(state):
         raise CheckpointError(f"{beside} is damaged: its content does not have the hash that it carries")

@@ -1,0 +1,67 @@
+"""Files that are there, and are not what they were named for: what they are is said, and what to do."""
+
+import pytest
+from commands import EVALUATE, SAMPLE, TRAIN, run_script, set_words
+from lora_cases import command
+from PIL import Image
+from sd_files import write_native
+
+from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.native import load_model_file, lora_file
+from xdiffusion.commands import sd
+from xdiffusion.data.torchvision_sets import DatasetUnavailable, load_cifar10, load_mnist
+
+
+def test_a_model_in_the_place_of_a_lora(tiny_run, work_folder, capsys):
+    model = ["--checkpoint", tiny_run.checkpoint]
+    said = f"error: {tiny_run.checkpoint} is a model, not a LoRA: sample.py takes it as --checkpoint\n"
+    for script in (SAMPLE, EVALUATE):
+        assert run_script(script, *model, "--lora_path", tiny_run.checkpoint) == 2
+        assert capsys.readouterr().err == said
+    assert command(f"lora inspect {tiny_run.checkpoint}") == 2
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers", "native"])
+def test_stable_diffusion_in_the_place_of_a_lora(work_folder, layout):
+    write_native("sd15_tiny", work_folder / "model.safetensors")
+    name = "folder" if layout == "diffusers" else "out.safetensors"
+    sd.main(["convert", "model.safetensors", name, "--to", layout])
+    with pytest.raises(CheckpointError, match=f"{name} is a model, not a LoRA"):
+        lora_file(name)
+
+
+def test_a_state_that_a_new_run_has_set_aside_is_named(tiny_run, work_folder, capsys):
+    words = ["--config_path", tiny_run.config_path, *set_words(tiny_run.overrides), "--output_path", "run"]
+    assert run_script(TRAIN, *words) == 0
+    weights = (work_folder / "run/diffusion-2.safetensors").read_bytes()
+    assert run_script(TRAIN, *words, "--num_training_steps", 1, "--save_and_sample_every_n", 1) == 0
+    capsys.readouterr()
+    resumed = [*words, "--num_training_steps", 3, "--resume_from", "run/diffusion-2.safetensors"]
+    assert run_script(TRAIN, *resumed) == 2
+    remedy = "rename diffusion-2.state.pt.earlier to diffusion-2.state.pt to go on from it"
+    assert (
+        f"no file at run/diffusion-2.state.pt: a run begun anew has set it aside; {remedy}" in capsys.readouterr().err
+    )
+    assert (work_folder / "run/diffusion-2.safetensors").read_bytes() == weights
+    (work_folder / "run/diffusion-2.state.pt.earlier").rename("run/diffusion-2.state.pt")
+    assert run_script(TRAIN, *resumed) == 0
+    assert load_model_file(work_folder / "run/diffusion-3.safetensors").step == 3
+
+
+@pytest.mark.parametrize(("load", "place"), [(load_mnist, "MNIST/raw"), (load_cifar10, "cifar-10-batches-py")])
+def test_where_a_set_was_looked_for(tmp_path, load, place):
+    with pytest.raises(DatasetUnavailable) as refusal:
+        load(8, str(tmp_path))
+    assert f"cannot be read from --data_dir {tmp_path}, in {tmp_path / place} (" in str(refusal.value)
+    assert "download=True" not in str(refusal.value)
+
+
+def test_a_size_that_is_no_multiple_names_the_keys_to_set(tiny_run, work_folder, capsys):
+    words = ["--config_path", tiny_run.config_path, *set_words(tiny_run.overrides)]
+    (work_folder / "photos").mkdir()
+    Image.new("L", (30, 30)).save("photos/a.png")
+    folder = ["--dataset_name", "image/folder", "--data_dir", "photos"]
+    assert run_script(TRAIN, *words, *folder) == 2
+    err = capsys.readouterr().err
+    assert "must be a multiple of bucket_multiple=64" in err and "set data.image_size or data.bucket_multiple" in err
