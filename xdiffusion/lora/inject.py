@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -21,6 +22,8 @@ WRAPPERS: dict[type[nn.Module], type[LoRALayer]] = {
 ATTENTION = ("to_q", "to_k", "to_v", "to_out", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 MLP = ("proj_in", "proj_out", "ff.proj_in", "ff.proj_out", "ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2")
 PRESETS = ("attention", "attention+mlp", "all-linear", "all")
+# Classes of diffusers whose forward, while their `lora_layer` is None, only repeats that of their base.
+REPEATS_ITS_BASE = ("LoRACompatibleLinear", "LoRACompatibleConv")
 
 
 def apply_lora_to_model(
@@ -42,7 +45,7 @@ def apply_lora_to_model(
     The output does not change by a bit with init="zero_b", and by rounding with the others.
 
     Args:
-        model: any module; its Linear, Conv1d and Conv2d layers can be targeted.
+        model: any module; its Linear, Conv1d and Conv2d layers can be targeted, and subclasses that keep their forward.
         rank: of the update.
         alpha: lora_alpha; the update is multiplied by alpha / rank.
         dropout: on the input of the low-rank branch, while training.
@@ -84,32 +87,44 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str]) -> list[
         LoRAError: if there is none.
     """
     layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if n and base_class_of(m)}
-    if not isinstance(target_modules, str):
-        found = [n for n in layers if _has_ending(n, target_modules)]
-    elif target_modules == "attention":
-        found = [n for n in layers if _has_ending(n, ATTENTION)]
-    elif target_modules == "attention+mlp":
-        found = [n for n in layers if _has_ending(n, ATTENTION + MLP)]
-    elif target_modules == "all-linear":
-        found = [n for n, m in layers.items() if isinstance(m, nn.Linear)]
-    elif target_modules == "all":
-        found = list(layers)
-    else:
-        try:
-            found = list(filter(module_pattern(target_modules).fullmatch, layers))
-        except ValueError as error:
-            presets = ", ".join(PRESETS)
-            raise LoRAError(
-                f"LoRA targets {target_modules!r} are neither of {presets} nor a regular expression: {error}"
-            ) from error
+    found = _matching(layers, target_modules)
     if not found:
         raise LoRAError(
             f"no layer of {type(model).__name__} matches the LoRA targets {target_modules!r}; allowed: "
             f"{', '.join(PRESETS)}, a list of name endings, or a regular expression; "
             f"its layers are named like {', '.join(list(layers)[:3]) or '(it has none)'}"
         )
+    left_out = [n for n in found if has_own_forward(layers[n])] if target_modules in PRESETS else []
+    if 0 < len(left_out) < len(found):
+        warnings.warn(
+            f"the LoRA targets {target_modules!r} pass by {len(left_out)} layers with a forward of their own, such as "
+            f"{left_out[0]}, a {type(layers[left_out[0]]).__name__}",
+            stacklevel=3,
+        )
+        found = [n for n in found if n not in left_out]
     first_names = {module: name for name, module in model.named_modules()}
     return list(dict.fromkeys(first_names[layers[name]] for name in found))
+
+
+def _matching(layers: Mapping[str, nn.Module], target_modules: str | Sequence[str]) -> list[str]:
+    """The names of `layers` that `target_modules` means, of all kinds."""
+    if not isinstance(target_modules, str):
+        return [n for n in layers if _has_ending(n, target_modules)]
+    if target_modules == "attention":
+        return [n for n in layers if _has_ending(n, ATTENTION)]
+    if target_modules == "attention+mlp":
+        return [n for n in layers if _has_ending(n, ATTENTION + MLP)]
+    if target_modules == "all-linear":
+        return [n for n, m in layers.items() if isinstance(m, nn.Linear)]
+    if target_modules == "all":
+        return list(layers)
+    try:
+        return list(filter(module_pattern(target_modules).fullmatch, layers))
+    except ValueError as error:
+        presets = ", ".join(PRESETS)
+        raise LoRAError(
+            f"LoRA targets {target_modules!r} are neither of {presets} nor a regular expression: {error}"
+        ) from error
 
 
 def lora_layer_at(model: nn.Module, name: str) -> LoRALayer:
@@ -163,6 +178,7 @@ def check_adapter(
         raise LoRAError(f"adapter_name={adapter_name!r} must hold no dot and be no method of nn.ParameterDict")
     for name in names:
         layer = model.get_submodule(name)
+        check_layer(name, layer)
         check_settings(rank, dropout, init, layer.weight.shape, name, lora_alpha)
         if hasattr(layer, "merged_from"):
             raise LoRAError(f"{name} is merged: call unmerge_lora_weights before adding an adapter")
@@ -177,6 +193,30 @@ def check_adapter(
                 f"{name}: the fast path of nn.TransformerEncoderLayer reads its weight without calling it, so that a "
                 "LoRA would have no effect in evaluation; call torch.backends.mha.set_fastpath_enabled(False) first"
             )
+
+
+def check_layer(name: str, layer: nn.Module) -> None:
+    """Complain of a layer whose output is not that of its weight.
+
+    Raises:
+        LoRAError: if it has a forward of its own.
+    """
+    if has_own_forward(layer):
+        raise LoRAError(
+            f"{name} is a {type(layer).__name__} with a forward of its own, which its LoRA would have to repeat: adapters are "
+            f"for nn.Linear, nn.Conv1d, nn.Conv2d and subclasses that leave forward and _conv_forward alone"
+        )
+
+
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether a layer that is no LoRA layer computes in another way than its base class does."""
+    kind, base = type(layer), base_class_of(layer)
+    if isinstance(layer, LoRALayer) or (kind.__name__ in REPEATS_ITS_BASE and layer.lora_layer is None):
+        return False
+    if "forward" in vars(layer) or kind.forward is not base.forward:
+        return True
+    # with `convolve` the LoRA layer knows how to convolve in that way too
+    return base is not nn.Linear and kind._conv_forward is not base._conv_forward and not hasattr(layer, "convolve")
 
 
 def base_class_of(module: nn.Module | None) -> type[nn.Module] | None:

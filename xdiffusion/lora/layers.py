@@ -3,8 +3,8 @@
     W' = W + sum_i scale_i * s_i B_i A_i,    s = lora_alpha / rank
 
 A LoRA layer is its base class plus adapters: `LoRALinear` is an `nn.Linear`, so the names of the base weights do not
-change when a model is wrapped. `scale` is the strength at run time: 0 the base, 1 as trained. A convolution's A is a
-convolution of the same kernel to `rank` channels, its B a 1x1.
+change when a model is wrapped; that of a subclass is of both classes (`subclasses`). `scale` is the strength at run time:
+0 the base, 1 as trained. A convolution's A is a convolution of the same kernel to `rank` channels, its B a 1x1.
 
 DoRA gives each output's weight the length m: W' = m (W + s B A) / |W + s B A| ([DoRA] eq. 5), and a scale between 0 and 1
 lies between W and that W'. Where several adapters are on they act in the order in which they were added, each on what
@@ -21,7 +21,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +42,7 @@ from xdiffusion.lora.functional import (
 )
 from xdiffusion.lora.initialise import initial_factors
 from xdiffusion.lora.settings import DEFAULT_ADAPTER, AdapterSettings, Init, LoRAError, check_factors, check_settings
+from xdiffusion.lora.subclasses import lora_class
 
 
 class LoRALayer(nn.Module):
@@ -69,7 +69,7 @@ class LoRALayer(nn.Module):
     @classmethod
     def wrap(cls, layer: nn.Module) -> LoRALayer:
         """A LoRA layer without adapters that holds the very parameters, hooks and settings of `layer`."""
-        kind = _keeping_convolution(cls, type(layer)) if hasattr(layer, "convolve") else cls
+        kind = lora_class(cls, type(layer))
         wrapped = kind.__new__(kind)
         wrapped.__dict__ = layer.__dict__.copy()
         wrapped._parameters = layer._parameters.copy()
@@ -340,9 +340,3 @@ class LoRAConv1d(_LoRAConv, nn.Conv1d):
     """A 1-D convolution with LoRA, made by `wrap`."""
 
     base_class = nn.Conv1d
-
-
-@cache
-def _keeping_convolution(wrapper: type[LoRALayer], layer_class: type[nn.Module]) -> type[LoRALayer]:
-    """The wrapper for a class that convolves in its own way (`layers.convolution`), so that a fresh LoRA changes no bit."""
-    return type(f"LoRA{layer_class.__name__}", (wrapper, layer_class), {"base_class": layer_class})
