@@ -1,5 +1,8 @@
 """Which layers get an adapter: names and patterns, and what is refused."""
 
+import math
+
+import jaxtyping
 import pytest
 import torch
 from lora_layers import fill_b
@@ -46,6 +49,12 @@ def test_lists_and_patterns(targets, expected):
     assert target_names(model, targets) == expected  # wrapped layers have the same names
 
 
+@pytest.fixture
+def without_type_checks(monkeypatch):
+    """As in use, where annotations are not looked at."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -63,9 +72,22 @@ def test_lists_and_patterns(targets, expected):
         ({"adapter_name": "first", "target_modules": "all"}, "a.to_q has an adapter named 'first' already"),
         ({"adapter_name": "v1.5"}, "adapter_name='v1.5'"),
         ({"adapter_name": "keys"}, "adapter_name='keys'"),
+        ({"init": "zero_a"}, "init='zero_a' must be one of zero_b, pissa, orthogonal"),
+        ({"init": None}, "init=None must be one of"),
+        ({"rank": 2.0}, r"rank=2\.0 must be a whole number in 1\.\.4 for a.to_q"),
+        ({"rank": True}, r"rank=True must be a whole number in 1\.\.4"),
+        ({"rank": "2"}, r"rank='2' must be a whole number in 1\.\.4"),
+        ({"rank_pattern": {"b.to_q": 2.5}}, r"rank=2\.5 must be a whole number in 1\.\.4 for b.to_q"),
+        ({"alpha": "1"}, "lora_alpha='1' of a.to_q must be a number"),
+        ({"alpha_pattern": {"b.to_q": None}}, "lora_alpha=None of b.to_q must be a number"),
+        ({"dropout": math.nan}, r"dropout=nan must be in \[0, 1\)"),
+        ({"dropout": "0"}, r"dropout='0' must be in \[0, 1\)"),
+        ({"adapter_name": ""}, "adapter_name='' must"),
+        ({"adapter_name": "training"}, "adapter_name='training' must"),  # an attribute of every module
+        ({"adapter_name": 7}, "adapter_name=7 must"),
     ],
 )
-def test_a_refused_call_leaves_the_model_as_it_was(arguments, message):
+def test_a_refused_call_leaves_the_model_as_it_was(arguments, message, without_type_checks):
     model = small_model()
     apply_lora_to_model(model, 1, 1.0, 0.0, ["a.to_q"], "first")
     model["b"].requires_grad_(True)
@@ -95,6 +117,24 @@ def test_get_lora_parameters():
     assert len(get_lora_parameters(model)) == 6
     assert {id(p) for p in get_lora_parameters(model)} == {id(p) for n, p in model.named_parameters() if ".lora_" in n}
     assert shapes("third") == []
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, "1", None])
+def test_a_scale_that_is_no_number_is_refused(scale, without_type_checks):
+    model = apply_lora_to_model(small_model(), target_modules=["to_q"])
+    with pytest.raises(LoRAError, match=f"LoRA scale={scale!r} must be a finite number"):
+        set_lora_scale(model, scale)
+    assert [layer.adapters["default"].scale for _, layer in lora_layers(model)] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "keys", "training"])
+def test_a_layer_of_its_own_refuses_such_names_too(name):
+    layer = LoRALinear(4, 4, rank=1)
+    with pytest.raises(LoRAError, match=f"adapter_name={name!r} must"):
+        layer.add_adapter(name, 1, 1.0)
+    with pytest.raises(LoRAError, match=f"adapter_name={name!r} must"):
+        layer.set_factors(name, layer.factors("default"))
+    assert list(layer.adapters) == list(layer.lora_A) == ["default"]
 
 
 @pytest.mark.parametrize(("setting", "value"), [(set_lora_enabled, False), (set_lora_scale, 0.0)])

@@ -216,6 +216,11 @@ def assert_refused(target, path, message, **arguments):
     assert [type(layer) for layer in target] == kinds
 
 
+def test_a_strength_that_is_no_number_changes_nothing(tmp_path):
+    save_lora_weights(adapted(MIXED), tmp_path / "lora.safetensors")
+    assert_refused(model(), tmp_path / "lora.safetensors", "LoRA scale=nan must be a finite number", scale=math.nan)
+
+
 def test_a_name_that_the_model_has_is_refused_before_anything_changes(tmp_path):
     save_lora_weights(adapted(MIXED), tmp_path / "lora.safetensors")
     target = model()

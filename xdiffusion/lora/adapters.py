@@ -10,7 +10,7 @@ from torch import nn
 from xdiffusion.checkpoints.lora_file import LoRAFactors
 from xdiffusion.lora.inject import base_class_of, check_adapter, lora_layers, lora_layers_at, replace_modules
 from xdiffusion.lora.layers import LoRALayer
-from xdiffusion.lora.settings import DEFAULT_ADAPTER, AdapterSettings, LoRAError, check_factors
+from xdiffusion.lora.settings import DEFAULT_ADAPTER, AdapterSettings, LoRAError, check_factors, check_scale
 
 
 def get_lora_parameters(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
@@ -38,8 +38,9 @@ def set_lora_scale(model: nn.Module, scale: float, adapter_name: str | None = No
     """Set the run-time strength of one adapter, or of all: 0 is the base, 1 as trained.
 
     Raises:
-        LoRAError: if the model has no such adapter.
+        LoRAError: if the model has no such adapter, or the scale is no finite number.
     """
+    check_scale(scale)
     for settings in _settings(model, adapter_name):
         settings.scale = scale
 

@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from xdiffusion.checkpoints.patterns import is_ending, module_pattern
 from xdiffusion.lora.layers import LoRAConv1d, LoRAConv2d, LoRALayer, LoRALinear
-from xdiffusion.lora.settings import DEFAULT_ADAPTER, Init, LoRAError, check_settings
+from xdiffusion.lora.settings import DEFAULT_ADAPTER, Init, LoRAError, check_adapter_name, check_settings
 
 WRAPPERS: dict[type[nn.Module], type[LoRALayer]] = {
     nn.Linear: LoRALinear,
@@ -174,8 +174,7 @@ def check_adapter(
     Raises:
         LoRAError: if an adapter of these settings and this name cannot be given to one of the named layers.
     """
-    if "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):
-        raise LoRAError(f"adapter_name={adapter_name!r} must hold no dot and be no method of nn.ParameterDict")
+    check_adapter_name(adapter_name)
     for name in names:
         layer = model.get_submodule(name)
         check_layer(name, layer)

@@ -41,7 +41,15 @@ from xdiffusion.lora.functional import (
     row_norms,
 )
 from xdiffusion.lora.initialise import initial_factors
-from xdiffusion.lora.settings import DEFAULT_ADAPTER, AdapterSettings, Init, LoRAError, check_factors, check_settings
+from xdiffusion.lora.settings import (
+    DEFAULT_ADAPTER,
+    AdapterSettings,
+    Init,
+    LoRAError,
+    check_adapter_name,
+    check_factors,
+    check_settings,
+)
 from xdiffusion.lora.subclasses import lora_class
 
 
@@ -101,8 +109,9 @@ class LoRALayer(nn.Module):
         """Add an adapter; see `apply_lora_to_model` and `initial_factors`.
 
         Raises:
-            LoRAError: for settings that this weight cannot have, or a name that is taken.
+            LoRAError: for settings that this weight cannot have, or a name that is taken or cannot be.
         """
+        check_adapter_name(name)
         check_settings(rank, dropout, init, self.weight.shape, lora_alpha=alpha)
         if name in self.adapters:
             raise LoRAError(f"this layer has an adapter named {name!r} already")
@@ -151,17 +160,13 @@ class LoRALayer(nn.Module):
         Parameters whose shape stays are overwritten in place, so that an optimizer still knows them.
 
         Raises:
-            LoRAError: if the shapes do not fit the weight; the layer is unchanged then.
+            LoRAError: if the shapes do not fit the weight, or for a name that cannot be; the layer is unchanged then.
         """
+        check_adapter_name(name)
         check_factors(factors, self.weight.shape)
         old = self.adapters.get(name, AdapterSettings(factors.rank, factors.lora_alpha))
-        self.adapters[name] = replace(
-            old,
-            rank=factors.rank,
-            lora_alpha=factors.lora_alpha,
-            use_rslora=factors.use_rslora,
-            use_dora=factors.magnitude is not None,
-        )
+        given = {"rank": factors.rank, "lora_alpha": factors.lora_alpha, "use_rslora": factors.use_rslora}
+        self.adapters[name] = replace(old, **given, use_dora=factors.magnitude is not None)
         values = factors.lora_A, factors.lora_B, factors.magnitude, None, None
         for parameters, value in zip(self._parameter_dicts(), values):
             self._put(parameters, name, value)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral, Real
+from typing import Literal, get_args
+
+from torch import nn
 
 from xdiffusion.checkpoints.lora_file import LoRAFactors
 
@@ -56,22 +59,53 @@ def check_settings(
     """Complain of an adapter that a weight (out, in, *kernel) cannot have; `layer` is its name, where it is known.
 
     Raises:
-        LoRAError: for a lora_alpha of 0, NaN or infinity, or of PiSSA, which takes its root, below 0; a dropout outside
-            [0, 1), a rank outside 1..the larger side of the flattened weight, an odd rank with orthogonal factors, or a
-            rank too large for PiSSA, which needs as many singular vectors and is saved with twice the rank.
+        LoRAError: for an init that is none of the three; a lora_alpha that is no finite number, 0, or, of PiSSA, which takes
+            its root, below 0; a dropout outside [0, 1); a rank that is no whole number in 1..the larger side of the
+            flattened weight, an odd rank with orthogonal factors, or a rank too large for PiSSA, which needs as many
+            singular vectors and is saved with twice the rank.
     """
-    if not math.isfinite(lora_alpha) or lora_alpha == 0 or (init == "pissa" and lora_alpha < 0):
-        raise LoRAError(f"lora_alpha={lora_alpha}{f' of {layer}' if layer else ''} must be a number above 0")
-    if not 0 <= dropout < 1:
-        raise LoRAError(f"LoRA dropout={dropout} must be in [0, 1)")
+    if init not in get_args(Init):
+        raise LoRAError(f"LoRA init={init!r} must be one of {', '.join(get_args(Init))}")
+    if not _is_number(lora_alpha) or lora_alpha == 0 or (init == "pissa" and lora_alpha < 0):
+        raise LoRAError(f"lora_alpha={lora_alpha!r}{f' of {layer}' if layer else ''} must be a number above 0")
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        raise LoRAError(f"LoRA dropout={dropout!r} must be in [0, 1)")
     sides = sorted((weight_shape[0], math.prod(weight_shape[1:])))
     largest = min(sides[0], sides[1] // 2) if init == "pissa" else sides[1]
     of = f" of init={init!r}" if init == "pissa" else ""
-    if not 1 <= rank <= largest:
+    whole = isinstance(rank, Integral) and not isinstance(rank, bool)
+    if not whole or not 1 <= rank <= largest:
         where = f"{layer}, a weight" if layer else "a weight"
-        raise LoRAError(f"LoRA rank={rank}{of} must be in 1..{largest} for {where} {tuple(weight_shape)}")
+        kind = "" if whole else " a whole number"
+        raise LoRAError(f"LoRA rank={rank!r}{of} must be{kind} in 1..{largest} for {where} {tuple(weight_shape)}")
     if init == "orthogonal" and rank % 2:
         raise LoRAError(f"LoRA rank={rank} must be even for init='orthogonal', which halves it")
+
+
+def check_adapter_name(adapter_name: str) -> None:
+    """Complain of a name that parameters cannot have.
+
+    Raises:
+        LoRAError: if it is no string, empty, has a dot, or is an attribute of nn.ParameterDict.
+    """
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise LoRAError(f"adapter_name={adapter_name!r} must be a string of at least one letter that holds no dot")
+    if hasattr(nn.ParameterDict(), adapter_name):
+        raise LoRAError(f"adapter_name={adapter_name!r} must be no attribute of nn.ParameterDict")
+
+
+def check_scale(scale: float) -> None:
+    """Complain of a strength that would make NaN of every output.
+
+    Raises:
+        LoRAError: if it is no finite number.
+    """
+    if not _is_number(scale):
+        raise LoRAError(f"LoRA scale={scale!r} must be a finite number")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def check_factors(factors: LoRAFactors, weight_shape: Sequence[int], layer: str = "a layer") -> None:

@@ -19,7 +19,7 @@ from xdiffusion.checkpoints.lora_formats.factors import fitted, said_of_xl
 from xdiffusion.lora.base_identity import check_base, sample_of
 from xdiffusion.lora.inject import base_class_of, check_adapter, lora_layer_at, lora_layers
 from xdiffusion.lora.layers import LoRALayer
-from xdiffusion.lora.settings import DEFAULT_ADAPTER, LoRAError
+from xdiffusion.lora.settings import DEFAULT_ADAPTER, LoRAError, check_scale
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,10 @@ def load_lora_weights(
     Raises:
         CheckpointError: if the file is missing, damaged, or of no known format.
         LoRAError: if nothing or not everything matches, a factor is of a wrong shape or not finite, the update is zero,
-            the model has an adapter of that name that changes something, the file was trained on another base, or a
-            learned word of it stands for another embedding already or is of another width.
+            the model has an adapter of that name that changes something, the scale is no finite number, the file was trained
+            on another base, or a learned word of it stands for another embedding already or is of another width.
     """
+    check_scale(scale)
     path = weights_file(path)
     lora = read_lora(path, LayerTable.of(model))
     modules, left_out = _by_own_names(model, lora.modules, path)
