@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from lora_layers import fill_b
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from xdiffusion.layers.convolution import Conv3x3
 from xdiffusion.lora import (
@@ -167,3 +168,35 @@ def test_no_file_and_no_swap_gives_it_one(make, tmp_path):
     assert_refused(model, "own is a", lambda model: load_lora_weights(model, tmp_path / "lora.safetensors"))
     factors = {"own": source["own"].factors("default")}
     assert_refused(model, "own is a", lambda model: swap_lora(model, factors))
+
+
+# weights that are formed on each call, or not yet there
+
+FORMED = {
+    "weight_norm": lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
+    "spectral_norm": lambda: parametrizations.spectral_norm(nn.Conv2d(4, 4, 1)),
+    "old weight_norm": lambda: nn.utils.weight_norm(nn.Conv1d(4, 4, 1)),
+    "old spectral_norm": lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
+    "prune": lambda: prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5),
+    "of the bias": lambda: parametrizations.weight_norm(nn.Linear(4, 4), "bias", dim=None),
+}
+
+
+@pytest.mark.parametrize("targets", ["all", ["0", "1"]])
+@pytest.mark.parametrize("make", FORMED.values(), ids=FORMED)
+def test_a_weight_that_is_formed_on_each_call_is_refused(make, targets):
+    model = nn.Sequential(nn.Linear(4, 4), make())
+    message = "1 forms its weight or bias anew on each call"
+    assert_refused(model, message, lambda model: apply_lora_to_model(model, 2, target_modules=targets))
+
+
+@pytest.mark.parametrize("targets", ["all", ["0", "1"]])
+def test_a_lazy_layer_is_refused_until_it_has_seen_an_input(targets):
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))
+    apply = lambda model: apply_lora_to_model(model, 2, target_modules=targets)  # noqa: E731
+    assert_refused(model, "1 has no weight yet: call the model once", apply)
+    source = apply(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    assert_refused(model, "1 has no weight yet", lambda model: swap_lora(model, {"1": source[1].factors("default")}))
+    x = torch.ones(1, 4)
+    expected = model(x)
+    assert torch.equal(apply(model)(x), expected)

@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from torch import nn
 
 from xdiffusion.checkpoints.lora_file import LoRAFactors
-from xdiffusion.lora.inject import base_class_of, check_adapter, lora_layers, lora_layers_at, replace_modules
+from xdiffusion.lora.inject import (
+    base_class_of,
+    check_adapter,
+    check_layer,
+    lora_layers,
+    lora_layers_at,
+    replace_modules,
+)
 from xdiffusion.lora.layers import LoRALayer
 from xdiffusion.lora.settings import DEFAULT_ADAPTER, AdapterSettings, LoRAError, check_factors, check_scale
 
@@ -87,7 +94,8 @@ def swap_lora(model: nn.Module, modules: Mapping[str, LoRAFactors], adapter_name
         adapter_name: of the adapter.
 
     Raises:
-        LoRAError: if a module is not there, is merged or has a weight of another shape; the model is unchanged then.
+        LoRAError: if a module is not there, is merged, cannot have an adapter or has a weight of another shape; the model
+            is unchanged then.
     """
     present = dict(model.named_modules())
     old = {n: layer.adapters[adapter_name] for n, layer in lora_layers(model) if adapter_name in layer.adapters}
@@ -95,6 +103,7 @@ def swap_lora(model: nn.Module, modules: Mapping[str, LoRAFactors], adapter_name
         layer = present.get(name)
         if base_class_of(layer) is None or hasattr(layer, "merged_from"):
             raise LoRAError(f"{type(model).__name__} has no unmerged layer named {name}")
+        check_layer(name, layer)
         check_factors(factors, layer.weight.shape, name)
         if name not in old:
             check_adapter(model, [name], factors.rank, 0.0, adapter_name)

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from xdiffusion.checkpoints.patterns import is_ending, module_pattern
 from xdiffusion.lora.layers import LoRAConv1d, LoRAConv2d, LoRALayer, LoRALinear
@@ -195,15 +197,24 @@ def check_adapter(
 
 
 def check_layer(name: str, layer: nn.Module) -> None:
-    """Complain of a layer whose output is not that of its weight.
+    """Complain of a layer of a kind that has adapters, but whose weight an adapter cannot be added to.
 
     Raises:
-        LoRAError: if it has a forward of its own.
+        LoRAError: if it has a forward of its own, or a weight that is formed on each call or is not there yet.
     """
     if has_own_forward(layer):
         raise LoRAError(
             f"{name} is a {type(layer).__name__} with a forward of its own, which its LoRA would have to repeat: adapters are "
             f"for nn.Linear, nn.Conv1d, nn.Conv2d and subclasses that leave forward and _conv_forward alone"
+        )
+    if is_parametrized(layer) or "weight" not in layer._parameters:
+        raise LoRAError(
+            f"{name} forms its weight or bias anew on each call (weight_norm, spectral_norm, prune or another parametrization): "
+            "make that permanent first, as by torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    if is_lazy(layer.weight):
+        raise LoRAError(
+            f"{name} has no weight yet: call the model once, so that {type(layer).__name__} knows its inputs"
         )
 
 
