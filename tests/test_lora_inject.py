@@ -280,3 +280,20 @@ def test_a_layer_that_torchs_fast_path_would_pass_by_is_refused():
 @torch.no_grad()
 def inferred_by(model, x):
     return model(x)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["to_q", "to_vv"], "'to_vv' of the LoRA targets matches no layer of ModuleDict, .* near to it: to_v"),
+        (["a.to_v", "c.to_q"], "'c.to_q' of .* near to it: .*a.to_q"),
+        (["to_q", "norm"], "'norm' of the LoRA targets matches no layer"),  # it cannot have an adapter
+        (["to_q", "xyz"], "'xyz' of .* matches no layer of ModuleDict, a Linear or a convolution$"),
+    ],
+)
+def test_an_entry_of_a_list_that_matches_nothing_is_refused(targets, message):
+    block = lambda: nn.ModuleDict({"to_q": nn.Linear(4, 4), "to_v": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})  # noqa: E731
+    model = nn.ModuleDict({"a": block(), "b": block()})
+    with pytest.raises(LoRAError, match=message):
+        apply_lora_to_model(model, 2, target_modules=targets)
+    assert lora_layers(model) == [] and all(p.requires_grad for p in model.parameters())

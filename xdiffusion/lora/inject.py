@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 
 import torch
 from torch import nn
@@ -65,8 +66,8 @@ def apply_lora_to_model(
         The same model.
 
     Raises:
-        LoRAError: if no layer matches, a pattern matches none of those that do, or a layer cannot have such an adapter;
-            the model is unchanged then.
+        LoRAError: if no layer matches the targets or one entry of their list, a pattern matches none of those that do, or
+            a layer cannot have such an adapter; the model is unchanged then.
     """
     names = target_names(model, target_modules)
     ranks = _by_pattern(names, rank, rank_pattern, "rank_pattern")
@@ -86,7 +87,7 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str]) -> list[
     A layer that has several names is known by its first, whichever of them matches.
 
     Raises:
-        LoRAError: if there is none.
+        LoRAError: if there is none, or none for one of the entries of a list.
     """
     layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if n and base_class_of(m)}
     found = _matching(layers, target_modules)
@@ -96,6 +97,8 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str]) -> list[
             f"{', '.join(PRESETS)}, a list of name endings, or a regular expression; "
             f"its layers are named like {', '.join(list(layers)[:3]) or '(it has none)'}"
         )
+    if not isinstance(target_modules, str):
+        _check_each_matches(type(model).__name__, list(layers), target_modules)
     left_out = [n for n in found if has_own_forward(layers[n])] if target_modules in PRESETS else []
     if 0 < len(left_out) < len(found):
         warnings.warn(
@@ -127,6 +130,17 @@ def _matching(layers: Mapping[str, nn.Module], target_modules: str | Sequence[st
         raise LoRAError(
             f"LoRA targets {target_modules!r} are neither of {presets} nor a regular expression: {error}"
         ) from error
+
+
+def _check_each_matches(model: str, names: Sequence[str], endings: Sequence[str]) -> None:
+    for ending in endings:
+        if not any(_has_ending(name, [ending]) for name in names):
+            known = {name.split(".", i)[-1] for name in names for i in range(name.count(".") + 1)}
+            near = get_close_matches(ending, sorted(known))
+            raise LoRAError(
+                f"{ending!r} of the LoRA targets matches no layer of {model}, a Linear or a convolution"
+                + (f"; near to it: {', '.join(near)}" if near else "")
+            )
 
 
 def lora_layer_at(model: nn.Module, name: str) -> LoRALayer:
@@ -209,7 +223,7 @@ def check_layer(name: str, layer: nn.Module) -> None:
         )
     if is_parametrized(layer) or "weight" not in layer._parameters:
         raise LoRAError(
-            f"{name} forms its weight or bias anew on each call (weight_norm, spectral_norm, prune or another parametrization): "
+            f"{name} forms its weight or bias anew on each call (weight_norm, spectral_norm, prune, a parametrization): "
             "make that permanent first, as by torch.nn.utils.parametrize.remove_parametrizations"
         )
     if is_lazy(layer.weight):

@@ -115,9 +115,10 @@ def load_lora_weights(
 
     Raises:
         CheckpointError: if the file is missing, damaged, or of no known format.
-        LoRAError: if nothing or not everything matches, a factor is of a wrong shape or not finite, the update is zero,
-            the model has an adapter of that name that changes something, the scale is no finite number, the file was trained
-            on another base, or a learned word of it stands for another embedding already or is of another width.
+        LoRAError: if nothing or not everything matches, a layer cannot have an adapter, a factor is of a wrong shape or not
+            finite, the update is zero, the model has an adapter of that name that changes something, the scale is no finite
+            number, the file was trained on another base, or a learned word of it stands for another embedding already or is of
+            another width.
     """
     check_scale(scale)
     path = weights_file(path)
