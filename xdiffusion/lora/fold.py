@@ -1,10 +1,14 @@
 """Putting adapters into the weights: for a while, so that the model is as fast as its base, or for good.
 
 A merged layer is a plain layer (or, where some of its adapters are still apart, a LoRA layer of the others) that holds
-W + their updates and remembers the LoRA layer it stands for. Nothing is ever subtracted, so unmerging is exact.
+W + their updates and remembers the LoRA layer it stands for. Nothing is ever subtracted, so unmerging is exact. The
+remembered layer follows the merged one in dtype and device; other weights would reach only one of the two, and are refused.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +21,7 @@ from xdiffusion.lora.settings import LoRAError
 def merge_lora_weights(model: nn.Module, adapter_name: str | None = None) -> None:
     """Put one adapter, or all, into the weights, each at its present strength; `unmerge_lora_weights` takes it out.
 
-    A layer all of whose adapters are merged is a plain layer.
+    A layer all of whose adapters are merged is a plain layer. Until it is unmerged or folded it takes no load_state_dict.
 
     Raises:
         LoRAError: if there is nothing to merge, or only some of the adapters where one of them is DoRA.
@@ -37,6 +41,8 @@ def merge_lora_weights(model: nn.Module, adapter_name: str | None = None) -> Non
 
 def unmerge_lora_weights(model: nn.Module, adapter_name: str | None = None) -> None:
     """Undo `merge_lora_weights` for one adapter, or for all: the base weights are bit for bit as they were before.
+
+    Where the model has been cast or moved meanwhile they are those in the dtype and on the device that it has now.
 
     Raises:
         LoRAError: if the model, or the adapter, is not merged.
@@ -63,23 +69,47 @@ def fold_lora_weights(model: nn.Module) -> None:
     layers = [m for m in model.modules() if isinstance(m, LoRALayer) or hasattr(m, "merged_from")]
     if not layers:
         raise LoRAError(f"{type(model).__name__} has no LoRA to fold")
-    new = {layer: _merged(layer, apart=[]) for layer in layers}
-    for plain in new.values():
-        del plain.merged_from
+    new = {}
+    for layer in layers:
+        original = _original(layer)
+        new[layer] = _with_updates(original, list(original.adapters)).train(layer.training)
     replace_modules(model, new)
 
 
-@torch.no_grad()
 def _merged(layer: nn.Module, apart: list[str]) -> nn.Module:
     """The LoRA layer that `layer` is or stands for, with all adapters but those in `apart` in its weight."""
-    original = layer.merged_from[0] if hasattr(layer, "merged_from") else layer
+    original = _original(layer)
     inside = [name for name in original.adapters if name not in apart]
     if not inside:
         return original.train(layer.training)
-    merged = original.unwrap()
-    merged.weight = nn.Parameter(original.effective_weight(inside).clone(), requires_grad=False)
+    merged = _with_updates(original, inside)
     if apart:
         merged = type(original).wrap(merged)
         merged.share_adapters(original, apart)
     merged.merged_from = (original,)  # in a tuple, so that it is no submodule
+    merged._load_state_dict_pre_hooks = merged._load_state_dict_pre_hooks.copy()  # so far the original's own
+    merged._register_load_state_dict_pre_hook(_refuse_other_weights)
     return merged.train(layer.training)
+
+
+def _original(layer: nn.Module) -> LoRALayer:
+    """The LoRA layer that `layer` is or stands for, in the dtype and on the device of `layer`."""
+    if not hasattr(layer, "merged_from"):
+        return layer
+    (original,) = layer.merged_from
+    if original.weight.dtype != layer.weight.dtype:  # else the factors keep theirs
+        original.to(layer.weight.dtype)
+    return original.to(layer.weight.device)
+
+
+@torch.no_grad()
+def _with_updates(original: LoRALayer, names: list[str]) -> nn.Module:
+    """The plain layer with these adapters in its weight."""
+    plain = original.unwrap()
+    plain.weight = nn.Parameter(original.effective_weight(names).clone(), requires_grad=False)
+    return plain
+
+
+def _refuse_other_weights(state_dict: Mapping[str, Any], prefix: str, *rest: object) -> None:
+    name = prefix.removesuffix(".") or "the layer"
+    raise LoRAError(f"{name} is merged: call unmerge_lora_weights, or fold_lora_weights, before load_state_dict")
