@@ -1,6 +1,7 @@
 """Layers that are more than nn.Linear or a convolution: which take a LoRA, and which are refused."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -200,3 +201,24 @@ def test_a_lazy_layer_is_refused_until_it_has_seen_an_input(targets):
     x = torch.ones(1, 4)
     expected = model(x)
     assert torch.equal(apply(model)(x), expected)
+
+
+# pickles
+
+
+@pytest.mark.parametrize("make", [lambda: Named(4, "a"), lambda: Conv3x3(4, 4)], ids=["subclass", "conv3x3"])
+@pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])  # torch.save's, and that of processes
+def test_a_lora_on_a_subclass_can_be_pickled_merged_or_not(make, protocol):
+    plain = nn.Sequential(make())
+    model = apply_lora_to_model(copy.deepcopy(plain), 2, target_modules="all")
+    fill_b(model)
+    x = torch.randn((2, 4) if isinstance(plain[0], nn.Linear) else (2, 4, 5, 5))
+    expected = model(x)
+    read = pickle.loads(pickle.dumps(model, protocol))
+    assert type(read[0]) is type(model[0]) and torch.equal(read(x), expected)
+    merge_lora_weights(model)
+    read = pickle.loads(pickle.dumps(model, protocol))
+    assert type(read[0]) is type(plain[0])
+    assert torch.equal(unmerged(read)(x), expected)
+    remove_lora(read)
+    assert torch.equal(read(x), plain(x))
