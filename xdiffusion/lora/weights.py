@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from xdiffusion.checkpoints.component_names import component_of, exchange_name
 from xdiffusion.checkpoints.files import PICKLED, SAFETENSORS, weights_file
@@ -17,7 +18,15 @@ from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import LayerTable, read_lora, write_lora
 from xdiffusion.checkpoints.lora_formats.factors import fitted, said_of_xl
 from xdiffusion.lora.base_identity import check_base, sample_of
-from xdiffusion.lora.inject import base_class_of, check_adapter, lora_layer_at, lora_layers
+from xdiffusion.lora.inject import (
+    COMPILED,
+    base_class_of,
+    check_adapter,
+    check_layer,
+    lora_layer_at,
+    lora_layers,
+    plain_name,
+)
 from xdiffusion.lora.layers import LoRALayer
 from xdiffusion.lora.settings import DEFAULT_ADAPTER, LoRAError, check_scale
 
@@ -68,6 +77,7 @@ def save_lora_weights(
 ) -> Path:
     """Write the factors of one adapter, by module name, with their lora_alpha, and learned tokens, in our format.
 
+    The names are those in the model itself, also where torch.compile, DataParallel or DistributedDataParallel is around it.
     `dtype` is that of the factors in the file; None keeps theirs. Where a path ends in .pt, .safetensors takes its place, as
     everywhere here; reading takes that for it too.
 
@@ -75,15 +85,19 @@ def save_lora_weights(
         The path of the file.
 
     Raises:
-        LoRAError: if no layer of the model has that adapter.
+        LoRAError: if no layer of the model has that adapter, or the model is itself a layer, without a name.
         CheckpointError: if `dtype` cannot hold the factors, or the file cannot be written.
     """
-    modules = {
-        name: layer.factors(adapter_name) for name, layer in lora_layers(model) if adapter_name in layer.adapters
-    }
-    if not modules:
+    layers = {plain_name(model, name): layer for name, layer in lora_layers(model) if adapter_name in layer.adapters}
+    if not layers:
         raise LoRAError(f"{type(model).__name__} has no LoRA adapter named {adapter_name!r} to save")
-    sample = sample_of({name: model.get_submodule(name).weight for name in modules}) if base_hash else {}
+    if "" in layers:
+        raise LoRAError(
+            f"the {type(layers['']).__name__} itself was given: a file knows layers by their names in a model; save one that "
+            "holds it, such as nn.ModuleDict(layer=...)"
+        )
+    modules = {name: layer.factors(adapter_name) for name, layer in layers.items()}
+    sample = sample_of({name: layer.weight for name, layer in layers.items()}) if base_hash else {}
     lora = LoRAFile(modules, tokens=tokens or {}, base_hash=base_hash, base_sample=sample, config=config, step=step)
     path = Path(path).with_suffix(SAFETENSORS) if Path(path).suffix in PICKLED else Path(path)
     write_lora(lora, path, "native", dtype=dtype)
@@ -122,9 +136,10 @@ def load_lora_weights(
     """
     check_scale(scale)
     path = weights_file(path)
-    lora = read_lora(path, LayerTable.of(model))
+    lora = read_lora(path, _table_of(model))
     modules, left_out = _by_own_names(model, lora.modules, path)
-    other_form = check_base(lora, base_hash, {name: model.get_submodule(name).weight for name in modules}, path)
+    weights = {plain_name(model, name): model.get_submodule(name).weight for name in modules}
+    other_form = check_base(lora, base_hash, weights, path)
     modules = _checked(model, modules, adapter_name, path)
     text_encoder = getattr(model, "text_encoder", None)
     takes_tokens = hasattr(text_encoder, "add_tokens")
@@ -161,15 +176,24 @@ def parse_lora_spec(text: str) -> tuple[Path, float]:
     return Path(path), value
 
 
+def _table_of(model: nn.Module) -> LayerTable:
+    """The layers that have a shape, by their names in the model itself."""
+    layers = {plain_name(model, n): m for n, m in model.named_modules() if base_class_of(m) and not is_lazy(m.weight)}
+    return LayerTable((exchange_name(name), tuple(layer.weight.shape)) for name, layer in layers.items())
+
+
 def _by_own_names(
     model: nn.Module, modules: Mapping[str, LoRAFactors], path: str | Path
 ) -> tuple[dict[str, LoRAFactors], list[str]]:
     """The file's factors by the model's module names, and a line for each component that the model does not have."""
-    own = {exchange_name(name): name for name, module in model.named_modules() if base_class_of(module) and name}
+    layers = [name for name, module in model.named_modules() if base_class_of(module) and name]
+    own = {exchange_name(plain_name(model, name)): name for name in layers}
     components = {component_of(name) for name in own}
     found, absent, unexpected = {}, {}, []
     for name, factors in sorted(modules.items()):
         exchange = exchange_name(name)
+        if exchange not in own:  # of a file that was saved with a wrapper's names
+            exchange = exchange_name(name.replace(f"{COMPILED}.", "").removeprefix("module."))
         component = component_of(exchange)
         if exchange in own:
             found[own[exchange]] = factors
@@ -193,7 +217,9 @@ def _checked(
     """The factors in the dimensions of the model's weights."""
     checked = {}
     for name, factors in modules.items():
-        weight = model.get_submodule(name).weight
+        layer = model.get_submodule(name)
+        check_layer(name, layer)
+        weight = layer.weight
         checked[name] = fitted(factors, tuple(weight.shape))
         if checked[name] is None:
             raise LoRAError(
@@ -203,7 +229,6 @@ def _checked(
         tensors = (factors.lora_A, factors.lora_B, factors.magnitude)
         if not all(tensor.isfinite().all() for tensor in tensors if tensor is not None):
             raise LoRAError(f"{path}: the factors of {name} are not finite")
-        layer = model.get_submodule(name)
         if adapter_name not in getattr(layer, "adapters", ()) or layer.delta(adapter_name).any():
             check_adapter(model, [name], factors.rank, 0.0, adapter_name)
     if not any(f.lora_B.any() or f.magnitude is not None for f in checked.values()):
