@@ -21,7 +21,10 @@ from xdiffusion.lora.settings import DEFAULT_ADAPTER, AdapterSettings, LoRAError
 
 
 def get_lora_parameters(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
-    """A, B and DoRA's magnitudes of one adapter, or of all: what an optimizer takes."""
+    """A, B and DoRA's magnitudes of one adapter, or of all: what an optimizer takes.
+
+    Adapters that a model had before another was added are frozen (`requires_grad`) as its base is.
+    """
     return [
         parameter
         for _, layer in lora_layers(model)
