@@ -46,7 +46,8 @@ def apply_lora_to_model(
 ) -> nn.Module:
     """Freeze `model` and give every targeted layer a trainable adapter, in place.
 
-    Adapters that it has already are frozen too. The output does not change by a bit with init="zero_b", and by rounding with the others.
+    Adapters that it has already are frozen too. The output does not change by a bit with init="zero_b", and by rounding with
+    the others.
 
     Args:
         model: any module; its Linear, Conv1d and Conv2d layers can be targeted, and subclasses that keep their forward.
