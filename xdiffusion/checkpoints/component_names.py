@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import re
 
+from torch import nn
+
 from xdiffusion.checkpoints.diffusers import unet_name_from_diffusers, unet_name_to_diffusers
 
 COMPONENTS = ("unet", "text_encoder")
+COMPILED = "_orig_mod"  # the name of a module in its torch.compile
 _IN_UNET = re.compile(
     r"(?:network\.|unet\.)(.+)|((?:conv_in|conv_out|time_embedding|down_blocks|mid_block|up_blocks)(?:\..+)?)"
 )
@@ -54,3 +57,14 @@ def component_of(name: str) -> str | None:
     """ "unet" or "text_encoder" of an exchange name; None for the layer of another model."""
     component = name.partition(".")[0]
     return component if component in COMPONENTS else None
+
+
+def plain_name(model: nn.Module, name: str) -> str:
+    """A module's name without what torch.compile, DataParallel and DistributedDataParallel put into it."""
+    parts, parent = [], model
+    for part in filter(None, name.split(".")):
+        parallel = isinstance(parent, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        if part != COMPILED and not (part == "module" and parallel):
+            parts.append(part)
+        parent = parent._modules[part]
+    return ".".join(parts)

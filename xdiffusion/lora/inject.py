@@ -25,7 +25,6 @@ WRAPPERS: dict[type[nn.Module], type[LoRALayer]] = {
 ATTENTION = ("to_q", "to_k", "to_v", "to_out", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 MLP = ("proj_in", "proj_out", "ff.proj_in", "ff.proj_out", "ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2")
 PRESETS = ("attention", "attention+mlp", "all-linear", "all")
-COMPILED = "_orig_mod"  # the name of a module in its torch.compile
 # Classes of diffusers whose forward, while their `lora_layer` is None, only repeats that of their base.
 REPEATS_ITS_BASE = ("LoRACompatibleLinear", "LoRACompatibleConv")
 
@@ -162,17 +161,6 @@ def lora_layers_at(model: nn.Module, names: Iterable[str]) -> dict[str, LoRALaye
 def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
     """(name, layer) of all LoRA layers, in module order."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer)]
-
-
-def plain_name(model: nn.Module, name: str) -> str:
-    """A module's name without what torch.compile, DataParallel and DistributedDataParallel put into it."""
-    parts, parent = [], model
-    for part in filter(None, name.split(".")):
-        parallel = isinstance(parent, nn.DataParallel | nn.parallel.DistributedDataParallel)
-        if part != COMPILED and not (part == "module" and parallel):
-            parts.append(part)
-        parent = parent._modules[part]
-    return ".".join(parts)
 
 
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:

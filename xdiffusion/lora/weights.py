@@ -10,23 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from xdiffusion.checkpoints.component_names import component_of, exchange_name
+from xdiffusion.checkpoints.component_names import COMPILED, component_of, exchange_name, plain_name
 from xdiffusion.checkpoints.files import PICKLED, SAFETENSORS, weights_file
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import LayerTable, read_lora, write_lora
 from xdiffusion.checkpoints.lora_formats.factors import fitted, said_of_xl
 from xdiffusion.lora.base_identity import check_base, sample_of
-from xdiffusion.lora.inject import (
-    COMPILED,
-    base_class_of,
-    check_adapter,
-    check_layer,
-    lora_layer_at,
-    lora_layers,
-    plain_name,
-)
+from xdiffusion.lora.inject import base_class_of, check_adapter, check_layer, lora_layer_at, lora_layers
 from xdiffusion.lora.layers import LoRALayer
 from xdiffusion.lora.settings import DEFAULT_ADAPTER, LoRAError, check_scale
 
@@ -136,7 +127,7 @@ def load_lora_weights(
     """
     check_scale(scale)
     path = weights_file(path)
-    lora = read_lora(path, _table_of(model))
+    lora = read_lora(path, LayerTable.of(model))
     modules, left_out = _by_own_names(model, lora.modules, path)
     weights = {plain_name(model, name): model.get_submodule(name).weight for name in modules}
     other_form = check_base(lora, base_hash, weights, path)
@@ -174,12 +165,6 @@ def parse_lora_spec(text: str) -> tuple[Path, float]:
     if not math.isfinite(value):
         raise LoRAError(f"{text!r}: the scale {scale!r} behind the colon must be a number, as in FILE:0.8")
     return Path(path), value
-
-
-def _table_of(model: nn.Module) -> LayerTable:
-    """The layers that have a shape, by their names in the model itself."""
-    layers = {plain_name(model, n): m for n, m in model.named_modules() if base_class_of(m) and not is_lazy(m.weight)}
-    return LayerTable((exchange_name(name), tuple(layer.weight.shape)) for name, layer in layers.items())
 
 
 def _by_own_names(

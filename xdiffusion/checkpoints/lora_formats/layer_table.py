@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from xdiffusion.checkpoints.component_names import component_of, exchange_name
+from xdiffusion.checkpoints.component_names import component_of, exchange_name, plain_name
 from xdiffusion.checkpoints.files import CheckpointError
 
 Shape = tuple[int, ...]
@@ -22,10 +23,13 @@ class LayerTable(dict[str, Shape]):
 
     @classmethod
     def of(cls, model: nn.Module) -> LayerTable:
-        """The linear and convolution layers of a model (ours, diffusers', transformers', any other)."""
+        """The linear and convolution layers, of known shape, of a model (ours, diffusers', transformers', any other)."""
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
-        layers = ((name, module) for name, module in model.named_modules() if name and isinstance(module, kinds))
-        return cls((exchange_name(name), tuple(layer.weight.shape)) for name, layer in layers)
+        layers = {plain_name(model, name): m for name, m in model.named_modules() if isinstance(m, kinds)}
+        shapes = {
+            name: tuple(layer.weight.shape) for name, layer in layers.items() if name and not is_lazy(layer.weight)
+        }
+        return cls((exchange_name(name), shape) for name, shape in shapes.items())
 
     def part(self, component: str) -> LayerTable:
         """The layers of "unet" or of "text_encoder"."""
