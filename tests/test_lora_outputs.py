@@ -1,4 +1,4 @@
-"""`lora COMMAND ... OUT`: no file that is read is overwritten, and a forgotten OUT is noticed."""
+"""`lora COMMAND ... OUT`, and `lora_add`: no file that is read is overwritten, and a forgotten OUT is noticed."""
 
 import pytest
 import torch
@@ -22,25 +22,27 @@ READ = "would be overwritten"
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("merge style.safetensors ink.safetensors", MISSING),
-        ("merge style.safetensors:0.7 ink.safetensors", MISSING),
-        ("merge style.safetensors:0.7 ink.safetensors:0.3", MISSING),
-        ("merge style.safetensors ink.safetensors none.safetensors:-1e-1", MISSING),
-        ("merge style.safetensors ink.safetensors style.safetensors", READ),
-        ("merge style.safetensors:0.7 ink.safetensors:0.3 ./ink.safetensors", READ),
-        ("resize style.safetensors style.safetensors --rank 1", READ),
-        ("resize style.safetensors link.safetensors --rank 1", READ),
-        ("resize style.pt style.safetensors --rank 1", READ),
-        ("convert style.safetensors style.safetensors --to kohya", READ),
-        ("apply model.safetensors style.safetensors model.safetensors", READ),
-        ("apply model.safetensors style.safetensors:0.5 style.safetensors", READ),
-        ("extract model.safetensors style.safetensors style.safetensors --rank 1", READ),
+        ("lora merge style.safetensors ink.safetensors", MISSING),
+        ("lora merge style.safetensors:0.7 ink.safetensors", MISSING),
+        ("lora merge style.safetensors:0.7 ink.safetensors:0.3", MISSING),
+        ("lora merge style.safetensors ink.safetensors none.safetensors:-1e-1", MISSING),
+        ("lora merge style.safetensors ink.safetensors style.safetensors", READ),
+        ("lora merge style.safetensors:0.7 ink.safetensors:0.3 ./ink.safetensors", READ),
+        ("lora resize style.safetensors style.safetensors --rank 1", READ),
+        ("lora resize style.safetensors link.safetensors --rank 1", READ),
+        ("lora resize style.pt style.safetensors --rank 1", READ),
+        ("lora convert style.safetensors style.safetensors --to kohya", READ),
+        ("lora apply model.safetensors style.safetensors model.safetensors", READ),
+        ("lora apply model.safetensors style.safetensors:0.5 style.safetensors", READ),
+        ("lora extract model.safetensors style.safetensors style.safetensors --rank 1", READ),
+        ("lora_add style.safetensors ink.safetensors ink.safetensors 0.5", READ),
+        ("lora_add model.safetensors style.safetensors model.safetensors 1 upl", READ),
     ],
 )
 def test_a_file_that_is_read_is_not_overwritten(files, capsys, line, said):
     (files / "link.safetensors").symlink_to("style.safetensors")
     before = {name: (files / name).read_bytes() for name in files_in(files)}
-    assert command(f"lora {line}") == 2
+    assert command(line) == 2
     assert said in capsys.readouterr().err
     assert {name: (files / name).read_bytes() for name in files_in(files)} == before
 

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -216,6 +216,18 @@ def refuse_leftover(path: Path) -> None:
     """
     if path.exists():
         raise CheckpointError(f"{path} of another LoRA would be read with what is to be written: move it away")
+
+
+def refuse_overwriting(read: Sequence[Path], output: Path) -> None:
+    """Complain of an output that is one of the files or folders that are read for it.
+
+    Raises:
+        CheckpointError: if it is one.
+    """
+    for path in read:
+        there = path if path.exists() else path.with_suffix(SAFETENSORS)  # which is read in its place
+        if there.exists() and output.exists() and there.samefile(output):
+            raise CheckpointError(f"{output} would be overwritten, and is read: name another output")
 
 
 def weights_file(path: str | Path, what: str = "checkpoint") -> Path:

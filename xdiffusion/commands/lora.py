@@ -151,16 +151,14 @@ def check_output(args: argparse.Namespace) -> None:
     Raises:
         ValueError: if it is a file that is read, or looks like the last FILE of a merge without OUT.
     """
+    from xdiffusion.checkpoints.files import refuse_overwriting
     from xdiffusion.lora.weights import parse_lora_spec
 
     given, output = vars(args), Path(args.output)
     specs = [*given.get("inputs", []), *([args.lora] if "lora" in given else [])]
     read = [parse_lora_spec(spec)[0] for spec in specs]
     read += [Path(given[name]) for name in ("input", "model", "tuned") if name in given]
-    for path in read:
-        there = path if path.exists() else path.with_suffix(".safetensors")  # which is read in its place
-        if there.exists() and output.exists() and there.samefile(output):
-            raise ValueError(f"OUT {output} would be overwritten, and is read: name another file")
+    refuse_overwriting(read, output)
     if "inputs" in given and (WEIGHT.search(args.output) or (len(read) == 1 and output.exists())):
         raise ValueError(
             f"OUT is missing? the last name is that of the file to write; {output} looks like a FILE to merge"
