@@ -121,6 +121,10 @@ def test_resuming_under_other_conditions_is_said(tmp_path, signals, capfd):
     capfd.readouterr()
     assert run_script(TRAIN, *words, "--set", "optimizer.learning_rate=1e-5") == 0
     assert "resumed under other conditions: optimizer.learning_rate=0.004 before, 1e-05 now" in capfd.readouterr().err
+    config = (tmp_path / "config.yaml").read_text()
+    assert "learning_rate: 1.0e-05" in config
+    assert run_script(TRAIN, *words, "--set", "optimizer.learning_rate=7") == 0  # it has taken all of its steps
+    assert (tmp_path / "config.yaml").read_text() == config
 
 
 def test_training_on_from_a_files_weights_leaves_the_file(tmp_path):

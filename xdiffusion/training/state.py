@@ -35,8 +35,6 @@ from xdiffusion.training.settings import CheckpointSettings
 from xdiffusion.training.sharded_weights import host_copy, laid_out_as, local, rows_of
 from xdiffusion.training.weights_files import WeightsFiles
 
-SET_ASIDE = ".earlier"
-
 
 class RunCheckpoints:
     """Writes and reads the checkpoints of one run.
@@ -170,7 +168,7 @@ class RunCheckpoints:
         """
         later = [step for step in self._states() if step > after]
         for step in later:
-            state_path(self.path(step)).replace(self._set_aside(step))
+            state_path(self.path(step)).replace(aside_path(self.path(step)))
         return later
 
     def _newest_whole(self, before: float = math.inf) -> tuple[Path, dict[str, Any]] | None:
@@ -217,17 +215,13 @@ class RunCheckpoints:
     def _present(self) -> list[int]:
         """The steps that have a state or weights, without those whose state is set aside."""
         weights = {
-            s for s in self._numbers(".safetensors") if self.path(s).is_file() and not self._set_aside(s).exists()
+            s for s in self._numbers(".safetensors") if self.path(s).is_file() and not aside_path(self.path(s)).exists()
         }
         return sorted(weights.union(self._states()))
 
     def _numbers(self, ending: str) -> set[int]:
         names = (path.name.split("-")[1].split(".")[0] for path in self.folder.glob(f"{self.files.prefix}-*{ending}"))
         return {int(name) for name in names if name.isascii() and name.isdigit()}
-
-    def _set_aside(self, step: int) -> Path:
-        state = state_path(self.path(step))
-        return state.with_name(state.name + SET_ASIDE)
 
     def _steps(self) -> list[int]:
         """The steps that have a state and weights, whole or not."""
@@ -261,7 +255,7 @@ def whole_state(path: Path) -> dict[str, Any]:
         CheckpointError: naming the file that is missing or damaged.
     """
     beside = state_path(path)
-    aside = beside.with_name(beside.name + SET_ASIDE)
+    aside = aside_path(path)
     if aside.is_file() and not beside.is_file():
         raise CheckpointError(
             f"no file at {beside}: a run begun anew has set it aside; rename {aside.name} to {beside.name} to go on from it"
@@ -277,6 +271,12 @@ def whole_state(path: Path) -> dict[str, Any]:
 def state_path(weights: Path) -> Path:
     """diffusion-N.safetensors -> diffusion-N.state.pt."""
     return weights.with_suffix(".state.pt")
+
+
+def aside_path(weights: Path) -> Path:
+    """Where `RunCheckpoints.set_aside` puts the state beside a weights file."""
+    state = state_path(weights)
+    return state.with_name(f"{state.name}.earlier")
 
 
 def frozen_factors(trainer: Trainer) -> dict[str, Tensor]:

@@ -86,8 +86,8 @@ class AdapterWeights(WeightsFiles):
 
     def __init__(self, config: DictConfig, base_hash: str | None = None):
         super().__init__(config, base_hash)
-        self.dtype = getattr(torch, config.checkpoints.lora_dtype)
-        self.rounds = self.dtype is not torch.float32
+        self.rounds = config.checkpoints.lora_dtype != "float32"
+        self.dtype = getattr(torch, config.checkpoints.lora_dtype) if self.rounds else None  # None: as they are trained
 
     def save(self, model: DiffusionModel, path: Path, step: int, writes: bool) -> Callable[[], None]:
         if writes:  # small: written here and now
