@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -263,13 +264,16 @@ def draw_singular_values(path: Path, loras: Mapping[tuple[str, int, int], Mappin
 
 
 def draw_subspaces(path: Path, loras: Mapping[tuple[str, int, int], Mapping[str, Any]]) -> None:
-    """similarity(i, j) of A_1 and A_2, mean over layers, a row for each target.
+    """similarity(i, j) of A_1 and A_2, mean over layers, a row for each target that has two LoRAs; nothing, where none has.
 
     A_2 is of the largest rank and the first seed, A_1 of the next smaller rank, of another seed, and random.
     """
     from matplotlib.figure import Figure
 
-    targets = sorted({target for target, _, _ in loras})
+    runs = Counter(target for target, _, _ in loras)
+    targets = sorted(target for target, count in runs.items() if count > 1)
+    if not targets:
+        return
     figure = Figure(figsize=(10, 3.2 * len(targets)), layout="constrained")
     panels = figure.subplots(len(targets), 3, squeeze=False)
     for row, target in zip(panels, targets):
