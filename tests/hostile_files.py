@@ -98,6 +98,28 @@ def _write_lora(folder: Path, name: str, format: str) -> None:
     write_lora(LoRAFile({LAYER: LoRAFactors(torch.randn(1, 320), torch.randn(320, 1), 2.0)}), folder / name, format)
 
 
+def _write_products(folder: Path) -> None:
+    """LyCORIS' kinds, on an attention layer and on two convolutions."""
+    linear, conv = (
+        f"lora_unet_down_blocks_0_{name}"
+        for name in ("attentions_0_transformer_blocks_0_attn1_to_q", "resnets_0_conv1")
+    )
+    shapes = {
+        f"{linear}.hada_w1_a": (320, 1),
+        f"{linear}.hada_w1_b": (1, 320),
+        f"{linear}.hada_w2_a": (320, 1),
+        f"{linear}.hada_w2_b": (1, 320),
+        f"{conv}.lokr_w1": (4, 4),
+        f"{conv}.lokr_t2": (1, 1, 3, 3),
+        f"{conv}.lokr_w2_a": (1, 80),
+        f"{conv}.lokr_w2_b": (1, 80),
+        "lora_unet_conv_in.lora_up.weight": (320, 1, 1, 1),
+        "lora_unet_conv_in.lora_mid.weight": (1, 1, 3, 3),
+        "lora_unet_conv_in.lora_down.weight": (1, 4, 1, 1),
+    }
+    save_file({key: torch.randn(shape) for key, shape in shapes.items()}, folder / "a.safetensors")
+
+
 def _write_shard(folder: Path) -> None:
     with tarfile.open(folder / "a.tar", "w") as tar:
         for name, content in (
@@ -224,6 +246,7 @@ READERS: Mapping[str, Reader] = {
     "LoRA, kohya": Reader(
         "a.safetensors", partial(_write_lora, name="a.safetensors", format="kohya"), lambda f: read_lora(f / "a.safetensors")
     ),
+    "LoRA, LyCORIS": Reader("a.safetensors", _write_products, lambda f: read_lora(f / "a.safetensors")),
     "LoRA, peft config": Reader(
         "a/unet/adapter_config.json", partial(_write_lora, name="a", format="peft"), lambda f: read_lora(f / "a")
     ),

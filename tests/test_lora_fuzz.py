@@ -41,8 +41,8 @@ STEM = DOWN.split(".")[0]
     [
         ({}, "it holds no factors"),
         ({"weight": torch.ones(2)}, "'weight' is a key of no LoRA format"),
-        ({f"{STEM}.hada_w1_a": torch.ones(2)}, "LoHa .*hada_w1_a'"),
-        ({f"{STEM}.lora_mid.weight": torch.ones(2), **kohya_tensors()}, "LoCon .*lora_mid.weight'"),
+        ({f"{STEM}.hada_w1_a": torch.ones(2)}, "is no whole LoHa, it has hada_w1_a"),
+        ({f"{STEM}.lora_mid.weight": torch.ones(2), **kohya_tensors()}, "which the LoCon .* does not fit: .*lora_mid"),
         ({DOWN: torch.ones(2, 320)}, "one factor of .*to_q is missing: lora_B"),
         ({**kohya_tensors(), DOWN: torch.ones(3, 320)}, "have no common rank"),
         ({**kohya_tensors(), DOWN: torch.ones(2, 320, dtype=torch.int64)}, "no plain float tensor"),

@@ -6,10 +6,12 @@ import pytest
 import torch
 from lora_files import SD15, TEXT, assert_equal_products, converted, mixed, path_of, random_factors
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from xdiffusion.checkpoints.files import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import read_lora
+from xdiffusion.lora import load_lora_weights, merge_lora_weights
 
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 STEM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -108,16 +110,83 @@ def test_a_pickle_with_its_tensors_under_state_dict_is_read(suffix, tmp_path):
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
-        ("hada_w1_a", "a LoHa"),
-        ("hada_t1", "a LoHa"),
-        ("lokr_w1", "a LoKr"),
-        ("lokr_w2_b", "a LoKr"),
-        ("lora_mid.weight", "a LoCon with lora_mid"),
         ("oft_blocks", "an OFT"),
+        ("a1.weight", "a GLoRA"),
+        ("on_input", "an IA3"),
         ("diff", "a difference of whole weights"),
+        ("w_norm", "a difference of whole weights"),
     ],
 )
 def test_other_methods_are_named(key, kind, tmp_path):
     save_file({f"{STEM}.alpha": torch.tensor(1.0), f"{STEM}.{key}": torch.ones(2, 2)}, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match=rf"a.safetensors is {kind}.*, which is not read here: .*{key}"):
         read_lora(tmp_path / "a.safetensors")
+
+
+def loha(rank=2, **others):
+    """The parts of a LoHa of a layer of 320 x 320."""
+    up, down = torch.randn(320, rank), torch.randn(rank, 320)
+    parts = {"hada_w1_a": up, "hada_w1_b": down, "hada_w2_a": up.flip(0), "hada_w2_b": down + 1, **others}
+    return {part: tensor for part, tensor in parts.items() if tensor is not None}
+
+
+def written(parts, folder):
+    save_file({f"{STEM}.{part}": tensor.contiguous() for part, tensor in parts.items()}, folder / "a.safetensors")
+    return folder / "a.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("beside", "scaling"),
+    [({}, 1.0), ({"alpha": 3.0}, 1.5), ({"alpha": 0.0}, 1.0), ({"alpha": 3.0, "scale": 0.25}, 0.25)],
+)
+def test_the_scaling_of_a_loha_is_by_its_own_rank(beside, scaling, tmp_path):
+    parts = loha()
+    factors = read_lora(written(parts | {k: torch.tensor(v) for k, v in beside.items()}, tmp_path)).modules[LAYER]
+    product = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
+    assert (factors.rank, factors.scaling) == (4, scaling)
+    torch.testing.assert_close(factors.delta(), scaling * product)
+
+
+def test_a_lokr_of_whole_matrices_has_no_alpha(tmp_path):
+    """LyCORIS writes its rank there, which is none."""
+    parts = {"lokr_w1": torch.randn(8, 4), "lokr_w2": torch.randn(40, 80)}
+    factors = read_lora(written(parts | {"alpha": torch.tensor(1e9)}, tmp_path)).modules[LAYER]
+    torch.testing.assert_close(factors.delta(), torch.kron(parts["lokr_w1"], parts["lokr_w2"]))
+    assert factors.rank == 4 * 40
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (loha(hada_w2_b=None), "is no whole LoHa, it has hada_w1_a, hada_w1_b, hada_w2_a$"),
+        (loha(**{"lora_down.weight": torch.ones(1, 320)}), "is no whole LoHa, it has hada_w1_a.*lora_A"),
+        (loha(hada_t1=torch.ones(2, 2, 3, 3)), "is no whole LoHa"),
+        ({"lokr_w1": torch.ones(2, 2), "lokr_t2": torch.ones(2, 2, 3, 3)}, "is no whole LoKr, it has lokr_t2, lokr_w1"),
+        (loha(hada_w1_b=torch.ones(3, 320)), r"\(320, 320\), which the LoHa .* not fit: .*hada_w1_b \(3, 320\)"),
+        (loha(hada_w1_b=torch.ones(0, 320), hada_w1_a=torch.ones(320, 0)), "which the LoHa of the file does not fit"),
+        (loha(hada_w1_b=torch.ones(2)), r"not fit: .*hada_w1_b \(2,\)"),
+        (loha(hada_w1_a=torch.ones(319, 2)), "which the LoHa of the file does not fit"),
+        ({"lokr_w1": torch.ones(900, 900), "lokr_w2": torch.ones(900, 900)}, "which the LoKr of the file does not fit"),
+        ({"lokr_w1": torch.ones(8), "lokr_w2": torch.ones(40, 320)}, "which the LoKr of the file does not fit"),
+        (loha(alpha=torch.ones(2)), "alpha of .* is .2,., not one number"),
+        (loha(hada_w1_a=torch.ones(320, 2, dtype=torch.int32)), "int32"),
+    ],
+)
+def test_products_that_are_damaged_are_refused(parts, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        read_lora(written(parts, tmp_path))
+
+
+def test_products_are_loaded_into_any_model_of_named_layers(tmp_path):
+    """With the layers of the model in the place of Stable Diffusion's; what it cannot be told by is named."""
+    model = nn.ModuleDict({"unet": nn.ModuleDict({"to_q": nn.Linear(6, 8)})})
+    before = model["unet"]["to_q"].weight.detach().clone()
+    parts = {"lokr_w1": torch.randn(2, 3), "lokr_w2": torch.randn(4, 2), "alpha": torch.tensor(1.0)}
+    save_file({f"lora_unet_to_q.{part}": tensor for part, tensor in parts.items()}, tmp_path / "lokr.safetensors")
+    report = load_lora_weights(model, tmp_path / "lokr.safetensors", scale=0.5)
+    assert "1 modules of LoKr read as LoRAs of higher rank, with the same updates" in str(report)
+    merge_lora_weights(model)
+    after = dict(model.named_modules())["unet.to_q"].weight
+    torch.testing.assert_close(after, before + 0.5 * torch.kron(parts["lokr_w1"], parts["lokr_w2"]))
+    with pytest.raises(CheckpointError, match="1 of its 1 modules are no layers of Stable Diffusion"):
+        read_lora(tmp_path / "lokr.safetensors")

@@ -15,7 +15,9 @@ from torch import Tensor
 from xdiffusion.checkpoints.files import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors
 
-Parts = dict[str, dict[str, Tensor]]  # module -> {"lora_A", "lora_B" and, if there, "alpha", "scale", "magnitude"}
+Parts = dict[
+    str, dict[str, Tensor]
+]  # module -> {"lora_A", "lora_B" and, if there, "alpha", "scale", "magnitude"}; `lycoris`
 _OF_XL = re.compile(r"te2_|text_encoder_2\.")
 _OF_CONTEXT = re.compile(r"attn2[._]to_[kv]$")
 MOST_ROUNDING = 0.01  # of an update; bfloat16 makes some 0.003 of plain factors

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xdiffusion.checkpoints.component_names import exchange_name
 from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.lora_formats import lycoris
 from xdiffusion.checkpoints.lora_formats.factors import Parts
 
 _PEFT_PART = r"\.(?P<part>lora_[AB]|lora_magnitude_vector|alpha)(?:\.(?!weight$)(?P<adapter>\w+))?(?:\.weight)?"
@@ -18,7 +19,8 @@ _PEFT_PART = r"\.(?P<part>lora_[AB]|lora_magnitude_vector|alpha)(?:\.(?!weight$)
 _KEYS = {
     "cloneofsimo": r"(?P<module>\w+:[0-9]+):(?P<part>down|up)",
     "native": r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude)",
-    "kohya": r"(?P<module>lora_\w+|diffusion_model\.[\w.]+)\.(?P<part>lora_(?:down|up|A|B)\.weight|alpha|scale|dora_scale)",
+    "kohya": r"(?P<module>(?:lora|lycoris)_\w+|diffusion_model\.[\w.]+)"
+    rf"\.(?P<part>lora_(?:down|up|A|B)\.weight|alpha|scale|dora_scale|{lycoris.KEY_PARTS})",
     "diffusers-processors": r"(?P<module>.+?)(?:\.processor)?\.(?P<projection>to_[qkv]|to_out)_lora\.(?P<part>down|up)\.weight",
     "peft": rf"base_model\.model\.(?P<module>.+?){_PEFT_PART}",
     "diffusers": rf"(?P<module>.+?){_PEFT_PART}",
@@ -30,17 +32,17 @@ _PAIRS = {  # that diffusers' own scripts wrote into one file -> the dialect it 
 }
 KEYS = {dialect: re.compile(pattern) for dialect, pattern in _KEYS.items()}
 _OTHER_METHODS = {  # a key's ending -> what has it, of LyCORIS
-    r"hada_[wt]\d(_[ab])?": "a LoHa",
-    r"lokr_[wt]\d(_[ab])?": "a LoKr",
-    r"lora_mid\.weight": "a LoCon with lora_mid, a convolution in three factors",
     r"oft_\w+": "an OFT",
-    r"diff(_b)?": "a difference of whole weights",
+    r"[ab][12]\.weight": "a GLoRA",
+    "on_input": "an IA3",
+    r"[bw]_norm|diff(_b)?": "a difference of whole weights",
 }
 _PARTS = {
     "down": "lora_A",
     "lora_down.weight": "lora_A",
     "lora_A.weight": "lora_A",
     "up": "lora_B",
+    "lora_mid.weight": "lora_mid",
     "lora_up.weight": "lora_B",
     "lora_B.weight": "lora_B",
     "dora_scale": "magnitude",

@@ -1,7 +1,7 @@
 """The files of kohya-ss/sd-scripts and of the A1111 web UI: `lora_unet_<path with underscores>.lora_down.weight`.
 
 Read are also the original names of a UNet, `lora_unet_input_blocks_1_1_...`, as A1111 reads them, and those with dots,
-`diffusion_model.input_blocks.1.1...`, of ComfyUI.
+`diffusion_model.input_blocks.1.1...`, of ComfyUI; and LyCORIS' products, see `lycoris`.
 
 Scaling is alpha / rank with alpha a tensor of each module, or A1111's `scale`; a file without either means alpha = rank.
 Underscores for dots are not unique, so module names come from a table of the model's layers, never from the key alone.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,14 @@ from xdiffusion.checkpoints.diffusers import unet_name_from_diffusers
 from xdiffusion.checkpoints.drawn_by import drawn_by
 from xdiffusion.checkpoints.files import CheckpointError, write_atomically
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
-from xdiffusion.checkpoints.lora_formats.factors import assemble, folded, said_of_xl
+from xdiffusion.checkpoints.lora_formats import lycoris
+from xdiffusion.checkpoints.lora_formats.factors import Parts, assemble, folded, said_of_xl
 from xdiffusion.checkpoints.lora_formats.keys import Loose
-from xdiffusion.checkpoints.lora_formats.layer_table import LayerTable, sd_base_of, sd_layer_table
+from xdiffusion.checkpoints.lora_formats.layer_table import SD_BASES, LayerTable, sd_base_of, sd_layer_table
 from xdiffusion.checkpoints.stable_diffusion import unet_name_to_original
 
 _PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-_OTHER_PREFIXES = {"lora_te1_": "lora_te_", "diffusion_model.": "lora_unet_"}
+_OTHER_PREFIXES = {"lora_te1_": "lora_te_", "diffusion_model.": "lora_unet_", "lycoris_": "lora_unet_"}
 _MODEL_VERSION = {"sd15": {"ss_base_model_version": "sd_v1", "ss_v2": "False"},
                   "sd21": {"ss_base_model_version": "sd_v2", "ss_v2": "True"}}  # fmt: skip
 
@@ -48,9 +50,10 @@ def read(loose: Loose, path: Path, names: LayerTable | None) -> dict[str, LoRAFa
     """Factors by exchange name.
 
     Raises:
-        CheckpointError: if a module is none of the table's, nor of Stable Diffusion's.
+        CheckpointError: if a module is none of the table's, nor of Stable Diffusion's, or its product does not fit it.
     """
-    sd = sd_layer_table("sd21")  # its names hold those of 1.5
+    tables = [*([names] if names else []), *map(sd_layer_table, SD_BASES)]
+    sd = tables[-1]  # the names of 2.1 hold those of 1.5
     known = {_flat(_original_name(name)): name for name in sd.part("unet")} | {_flat(name): name for name in sd}
     known |= {_flat(name): name for name in names or () if component_of(name)}
     parts = {}
@@ -69,7 +72,19 @@ def read(loose: Loose, path: Path, names: LayerTable | None) -> dict[str, LoRAFa
             f"{' nor of this model' if names else ''}, such as {unknown[0]}"
             + said_of_xl({module: t["lora_A"] for module, t in loose.parts.items() if "lora_A" in t})
         )
-    return assemble(parts, path, loose.repairs)
+    return assemble(_without_products(parts, tables, path, loose.repairs), path, loose.repairs)
+
+
+def _without_products(parts: Parts, tables: list[LayerTable], path: Path, repairs: list[str]) -> Parts:
+    """The parts with LoRAs in the place of LyCORIS' other methods, told in `repairs`."""
+    methods = {name: method for name, tensors in parts.items() if (method := lycoris.method_of(tensors))}
+    plain = dict(parts)
+    for name in methods:
+        shapes = dict.fromkeys(table[name] for table in tables if name in table)
+        plain[name] = lycoris.as_lora(parts[name], shapes, name, path)
+    for method, count in Counter(methods.values()).items():
+        repairs.append(f"{count} modules of {method} read as LoRAs of higher rank, with the same updates")
+    return plain
 
 
 def write(lora: LoRAFile, path: Path) -> None:
