@@ -88,6 +88,11 @@ def test_only_files_are_cached(cache):
         check_together(tiny_config(f"{cache}=true"), lora=False)
 
 
+def test_class_images_stand_beside_files_alone():
+    with pytest.raises(ValueError, match="prior: is for image/folder and image/hugging_face, not for image/digits"):
+        check_together(tiny_config("prior.prompt=a dog", "prior.data_dir=dogs"), lora=False)
+
+
 @pytest.mark.parametrize("token", ["<dog>", "<DOG>"])
 def test_captions_beside_the_pictures_may_name_the_word(token, work_folder, capsys):
     write_pictures(work_folder / "set", [(16, 16)] * 2, ["a <dog>", "a picture"])

@@ -16,7 +16,7 @@ OF_README = (
     ROOT / "configs/image/mnist/ddpm_32x32_v_continuous_clip.yaml"
 )  # tests/test_lessons.py runs it, and it is large
 FAST = ["--set", "model.text_encoder.pretrained=null", "--num_training_steps", "2", "--batch_size", "2", "--force_cpu"]
-FAST += ["--set", "sampling.steps=1"]
+FAST += ["--set", "sampling.steps=1", "--set", "sampling.cfg_scale=1"]
 
 
 def main_of(script: str):

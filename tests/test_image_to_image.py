@@ -9,7 +9,7 @@ from xdiffusion.samplers.ddim import sample_ddim
 from xdiffusion.samplers.dpm_solver import sample_dpm_solver
 from xdiffusion.samplers.euler import sample_euler, sample_euler_ancestral
 from xdiffusion.samplers.heun import sample_heun
-from xdiffusion.samplers.image_to_image import MaskedDenoiser, noised, times_from
+from xdiffusion.samplers.image_to_image import MaskedDenoiser, noised, steps_left, times_from
 from xdiffusion.samplers.time_grids import uniform_times
 
 SCHEDULE = CosineSchedule(-10, 10)
@@ -42,6 +42,13 @@ def test_a_strength_that_leaves_no_step_is_refused():
         ValueError, match=r"strength=0.05 of 10 steps is less than one: take more steps, or at least 0.100"
     ):
         times_from(TIMES, 0.05)
+
+
+def test_the_strength_that_is_asked_for_leaves_one_step():
+    for steps in [*range(1, 1100), 9999, 10_000, 10_001, 99_999]:
+        with pytest.raises(ValueError, match=f"of {steps} steps is less than one") as refused:
+            steps_left(steps, 0.5 / steps)
+        assert steps_left(steps, float(str(refused.value).split()[-1])) == 1
 
 
 def test_the_start_is_the_data_with_the_noise_of_its_time(generator):

@@ -41,6 +41,21 @@ def test_the_second_run_computes_nothing(folder, capsys):
     assert first.step(1).loss == second.step(1).loss
 
 
+def test_of_several_processes_each_computes_in_an_order_of_its_own(folder, monkeypatch):
+    """And finds what another has put there while it computed."""
+    config = tiny_sd_config(folder)
+    data, autoencoder = build_data(config), tiny_sd_model(config).autoencoder
+    cache = cache_for(autoencoder, OmegaConf.to_container(config.model.autoencoder), folder / "own")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    orders = []
+    for rank in range(4):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        orders.append([index for index, *_ in LatentCache(data, autoencoder, cache).entries])
+    assert all(sorted(order) == list(range(4)) for order in orders)
+    assert len(set(map(tuple, orders))) > 2
+    assert orders[0] == list(range(4))
+
+
 def test_every_step_draws_its_own_latent(folder):
     batches = tiny_sd_trainer(tiny_sd_config(folder, "training.batch_size=1")).task.batches
     by_picture = {}

@@ -20,7 +20,8 @@ from xdiffusion.cli import run
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs/lessons").glob("*.md"))]
 FEW_STEPS = "2"
-FEW = f"--num_training_steps {FEW_STEPS} --batch_size 2 --set sampling.steps=1 --set clip.training.num_training_steps=2"
+FEW = f"--num_training_steps {FEW_STEPS} --batch_size 2 --set sampling.steps=1 --set sampling.cfg_scale=1"
+FEW += " --set clip.training.num_training_steps=2"
 ONE = f"--num_training_steps {FEW_STEPS} --num_samples 10 --ranks 8 --targets config --set training.batch_size=2"
 SHORT = {
     "training/image/train.py": FEW.split(),

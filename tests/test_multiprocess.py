@@ -34,7 +34,7 @@ def free_port():
         return str(probe.getsockname()[1])
 
 
-def start(words, processes=2, words_of_last=()):
+def start(words, processes=2, words_of_last=(), script=ROOT / TRAIN):
     """The processes of one run, as torchrun starts them but without its watch over them."""
     shared = {
         "PYTHONPATH": str(ROOT),
@@ -42,7 +42,7 @@ def start(words, processes=2, words_of_last=()):
         "MASTER_PORT": free_port(),
         "WORLD_SIZE": str(processes),
     }
-    command = [sys.executable, str(ROOT / TRAIN), *map(str, words)]
+    command = [sys.executable, str(script), *map(str, words)]
     return [
         subprocess.Popen(
             [*command, *(words_of_last if rank == processes - 1 else [])],
@@ -103,6 +103,33 @@ def wait_for_steps(folder, count):
 
 def curve(folder):
     return [m["loss"] for m in read_metrics(folder / "metrics.jsonl")]
+
+
+FIRST_ONES = """
+import sys, time
+from datetime import timedelta
+from accelerate import PartialState
+from xdiffusion.training.processes import first_ones_first
+process = PartialState(cpu=True, timeout=timedelta(seconds=2))
+with first_ones_first(process):
+    if process.is_main_process:
+        time.sleep(5)
+        if "fail" in sys.argv:
+            raise ValueError("no download")
+    print(process.process_index, time.time())
+"""
+
+
+@pytest.mark.parametrize("words", [[], ["fail"]], ids=["long", "failing"])
+def test_what_the_first_process_makes_may_take_longer_than_torch_waits(words, tmp_path):
+    (tmp_path / "first_ones.py").write_text(FIRST_ONES)
+    statuses, outputs, errors = zip(*map(finish, start(words, script=tmp_path / "first_ones.py")))
+    if words:
+        assert 0 not in statuses and "no download" in errors[0], errors
+        return
+    assert statuses == (0, 0), errors
+    (first, first_at), (second, second_at) = (map(float, out.split()) for out in outputs)
+    assert (first, second) == (0, 1) and first_at < second_at
 
 
 def test_two_processes_have_the_losses_of_one_and_one_goes_on_where_two_stopped(tmp_path):

@@ -309,6 +309,15 @@ def test_a_run_does_not_go_on_beside_another_frozen_part(tmp_path):
         files.resume(other, "auto")
 
 
+def test_optimizer_settings_are_those_of_the_config_that_resumes(tmp_path):
+    trainer, files = fresh(tmp_path)
+    train(trainer, files)
+    other, files = fresh(tmp_path, ["optimizer.weight_decay=0.5", "optimizer.betas=[0.5, 0.6]"])
+    assert files.resume(other, "auto") == 5
+    assert {(g["weight_decay"], tuple(g["betas"])) for g in other.optimizer.param_groups} == {(0.5, (0.5, 0.6))}
+    assert equal_bits(optimizer_tensors(other), optimizer_tensors(trainer))
+
+
 def test_saving_changes_nothing(tmp_path):
     trainer, files = fresh(tmp_path, lora=True)
     trainer.step(1)

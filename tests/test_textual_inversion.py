@@ -6,7 +6,7 @@ from picture_folders import write_pictures
 from tiny import copies, equal_bits
 from tiny_sd import tiny_sd_config, tiny_sd_model, tiny_sd_trainer
 
-from xdiffusion.checkpoints.files import content_hash
+from xdiffusion.checkpoints.files import CheckpointError, content_hash
 from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
 from xdiffusion.checkpoints.lora_formats import LayerTable, read_lora, write_lora
 from xdiffusion.lora import load_lora_weights
@@ -36,7 +36,7 @@ def trainer_of(folder, lora, *overrides):
 
 def checkpoints_of(folder, trainer, config, lora):
     base_hash = content_hash(trainer.model.base_weights())
-    return RunCheckpoints(folder, AdapterWeights(config, base_hash) if lora else TokenWeights(config))
+    return RunCheckpoints(folder, (AdapterWeights if lora else TokenWeights)(config, base_hash))
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["textual inversion", "pivotal tuning"])
@@ -97,6 +97,20 @@ def test_a_resumed_run_is_the_whole_one(folder, lora):
     assert files.resume(resumed, str(files.path(2))) == 2
     assert [resumed.step(step).loss for step in (3, 4)] == losses[2:]
     assert equal_bits(copies(resumed.trainable), copies(whole.trainable))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["textual inversion", "pivotal tuning"])
+def test_a_run_does_not_go_on_with_another_base(folder, lora):
+    trainer, config = trainer_of(folder, lora)
+    files = checkpoints_of(folder / "run", trainer, config, lora)
+    files.save(trainer, 1)
+    files.finish()
+    other, _ = trainer_of(folder, lora)
+    with torch.no_grad():
+        other.model.network.conv_in.weight[0, 0] += 1
+    files = checkpoints_of(folder / "run", other, config, lora)
+    with pytest.raises(CheckpointError, match=rf"is of another base: \w+, this run's is {files.files.base_hash}"):
+        files.resume(other, "auto")
 
 
 def test_what_is_saved_is_read_by_sampling(folder):

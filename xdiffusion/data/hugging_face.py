@@ -41,7 +41,9 @@ def load_hugging_face(
     rows = _rows(dataset_name, split, data_dir)
     wanted = [image_column] if captions else [image_column, caption_column]
     if missing := [column for column in wanted if column not in rows.column_names]:
-        raise ValueError(f"{dataset_name} has no column {missing[0]!r}; its columns are {', '.join(rows.column_names)}")
+        raise ValueError(
+            f"{data_dir or dataset_name} has no column {missing[0]!r}; its columns are {', '.join(rows.column_names)}"
+        )
     images = CaptionedImages(
         f"image/hugging_face {data_dir or dataset_name}",
         _pictures(rows, image_column, None if captions else caption_column),

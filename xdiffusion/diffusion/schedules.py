@@ -122,7 +122,7 @@ class BetaSchedule:
     def _log_ratio_at(self, t: Tensor) -> Tensor:
         """log(sigma / alpha) at t, -inf at t = 0; linear between grid points n / N with n >= 1, flat below the first."""
         table = self._table_for(t)
-        # index 0 is one step; rounding to 1e-4 keeps n / N in float32 on its grid point
+        # index 0 is one step; rounding to 1e-4 keeps n / N in float32 on its grid point, up to N = 1000
         index = ((t * self.num_timesteps - 1) * 1e4).round() / 1e4
         low = index.floor().clamp(0, self.num_timesteps - 2).long()
         weight = (index - low).clamp(0, 1).to(table.dtype)

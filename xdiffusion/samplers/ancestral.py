@@ -26,7 +26,7 @@ def sample_ancestral(
     Args:
         denoiser: `(xt, t) -> x0`, with `.schedule`.
         x_T: the starting noise, unit variance.
-        times: decreasing grid from 1 to 0 (see `time_grids`).
+        times: decreasing, from where x_T is to where the sample ends (see `time_grids`).
         variance: of the reverse step: "posterior" (beta tilde, [DDPM] eq. 7) or "beta" (its upper bound, section 3.2).
         generator: source of the noise.
         on_step: called as on_step(i, xt, x0) after each step.

@@ -23,7 +23,7 @@ def sample_dpm_solver(
     Args:
         denoiser: `(xt, t) -> x0`, with `.schedule`.
         x_T: the starting noise, unit variance.
-        times: decreasing grid from 1 to 0 (see `time_grids`).
+        times: decreasing, from where x_T is to where the sample ends (see `time_grids`).
         generator: unused, the method is deterministic.
         on_step: called as on_step(i, xt, x0) after each step.
     """

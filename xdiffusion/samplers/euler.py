@@ -29,7 +29,7 @@ def sample_euler(
     Args:
         denoiser: `(xt, t) -> x0`, with `.schedule`.
         x_T: the starting noise, unit variance.
-        times: decreasing grid from 1 to 0 (see `time_grids`).
+        times: decreasing, from where x_T is to where the sample ends (see `time_grids`).
         generator: unused, the method is deterministic.
         on_step: called as on_step(i, xt, x0) after each step.
     """
@@ -56,12 +56,12 @@ def sample_euler_ancestral(
     generator: Generators | None = None,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "B C H W"]:
-    """Follow `times` from noise to data, with fresh noise at every step but one that ends at t = 0.
+    """Follow `times` from noise to data, with fresh noise at every step but one that ends at a level of 0.
 
     Args:
         denoiser: `(xt, t) -> x0`, with `.schedule`.
         x_T: the starting noise, unit variance.
-        times: decreasing grid from 1 to 0 (see `time_grids`).
+        times: decreasing, from where x_T is to where the sample ends (see `time_grids`).
         generator: source of the noise.
         on_step: called as on_step(i, xt, x0) after each step.
 

@@ -9,6 +9,8 @@ it in the samplers.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -27,8 +29,10 @@ def steps_left(steps: int, strength: float) -> int:
         raise ValueError(f"strength={strength} must be in [0, 1]: 0 keeps the image, 1 draws it anew")
     left = int(steps * strength)
     if strength > 0 and not left:
+        digits = max(3, len(str(steps)))
+        least = math.ceil(10**digits / steps) / 10**digits
         raise ValueError(
-            f"strength={strength} of {steps} steps is less than one: take more steps, or at least {1 / steps:.3f}"
+            f"strength={strength} of {steps} steps is less than one: take more steps, or at least {least:.{digits}f}"
         )
     return left
 

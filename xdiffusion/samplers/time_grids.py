@@ -1,7 +1,7 @@
 """Time grids: the decreasing times t_0 > t_1 > ... > t_n at which a sampler visits the process.
 
-All grids are float64 tensors of n + 1 times on the CPU, from `t_max` (1 = noise) down to 0 (= data), so that one
-sampler step runs from times[i] to times[i + 1].
+All grids are float64 tensors of n + 1 times on the CPU, from `t_max` (1 = noise) down to 0 (= data), or to the
+first noise level where `last="first"` asks for that, so that one sampler step runs from times[i] to times[i + 1].
 """
 
 from __future__ import annotations

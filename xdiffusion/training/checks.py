@@ -26,6 +26,8 @@ def check_together(config: DictConfig, *, lora: bool) -> None:
     if gamma is not None and not gamma > 0:
         raise ValueError(f"diffusion.min_snr_gamma={gamma} must be above 0, or null")
     batch_size, cache, data = config.training.batch_size, config.cache, config.data
+    if "prior" in config and data.kind not in OF_FILES:
+        raise ValueError(f"prior: is for {' and '.join(OF_FILES)}, not for {data.kind}")
     if "prior" in config and batch_size % 2:
         raise ValueError(f"training.batch_size={batch_size} must be even: class images are half of a batch (prior:)")
     for name in ("latents", "text_embeddings"):

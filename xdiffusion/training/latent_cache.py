@@ -5,7 +5,8 @@ They are read from the disk when a step needs them; the embeddings of the first 
     latents:     hash of the picture's bytes, shape, flip | hash and settings of the autoencoder -> (mean, std)
     embeddings:  caption | hash and settings of the text encoder -> (L, D)
 
-Each step still draws its own latent from N(mean, std^2), and crops stay at the centre.
+Each step still draws its own latent from N(mean, std^2), and crops stay at the centre. Several processes share
+the work: each goes through it in an order of its own, and finds what the others have computed by then.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from xdiffusion.data.buckets import Size
 from xdiffusion.data.captioned_images import CaptionedImages, Crop
 from xdiffusion.data.image_files import DamagedImage
 from xdiffusion.data.image_set import to_unit_range
+from xdiffusion.training.processes import in_own_order
 
 MAX_BYTES = 256 * 2**20  # of embeddings in memory; a caption of Stable Diffusion 1.5 has 0.24 MB
 
@@ -56,7 +58,7 @@ class LatentCache:
         self.cache = cache
         self.computed = 0
         self.entries: dict[tuple[int, Size, bool], tuple[int, str]] = {}  # -> (picture, key)
-        for index in tqdm(range(len(images)), desc="latents", unit="picture", leave=False, disable=None):
+        for index in tqdm(in_own_order(range(len(images))), desc="latents", unit="picture", leave=False, disable=None):
             for shape in shapes or [images.sizes[index]]:
                 for flip in (False, True) if images.flip else (False,):
                     if not self._find(index, shape, flip):
@@ -124,7 +126,8 @@ class EmbeddingCache:
         self.device = device
         self.computed = 0
         self.kept: dict[str, Tensor] = {}
-        for prompt in tqdm(dict.fromkeys(prompts), desc="captions", unit="caption", leave=False, disable=None):
+        once = in_own_order(list(dict.fromkeys(prompts)))
+        for prompt in tqdm(once, desc="captions", unit="caption", leave=False, disable=None):
             if not cache.holds(prompt):
                 self._compute(prompt)
 

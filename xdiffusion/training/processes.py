@@ -10,8 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
+import torch.distributed
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
@@ -21,6 +24,8 @@ from xdiffusion.training.settings import TrainingSettings
 from xdiffusion.training.task import Task
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+PATIENCE = timedelta(days=2)  # for a download, or class images that are drawn; torch's own is 10 or 30 minutes
+Item = TypeVar("Item")
 
 
 def check_shares(accelerator: Accelerator, task: Task) -> None:
@@ -54,10 +59,30 @@ def check_precision(accelerator: Accelerator, settings: TrainingSettings) -> Non
 def first_ones_first(process: PartialState) -> Iterator[None]:
     """The first process of all goes through this block, then the first of every other machine, then the others.
 
-    So what is downloaded or made is there once for a machine, whether the machines share a disk or not.
+    So what is downloaded or made is there once for a machine, whether the machines share a disk or not. The others wait as
+    long as that takes; one that fails ends the wait.
     """
-    with process.main_process_first(), process.local_main_process_first():
+    if process.num_processes == 1:
         yield
+        return
+    waiting = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    turn = 0 if process.is_main_process else 1 if process.is_local_main_process else 2
+    for _ in range(turn):
+        torch.distributed.barrier(waiting)
+    yield
+    for _ in range(turn, 2):
+        torch.distributed.barrier(waiting)
+
+
+def in_own_order(items: Sequence[Item]) -> list[Item]:
+    """All items, in an order that each process has to itself.
+
+    Processes that leave out what another has put on their disk by then share the work almost evenly, with nothing to wait for,
+    and whether all of them share a disk or those of each machine do.
+    """
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(rank)) if rank else range(len(items))
+    return [items[int(i)] for i in order]
 
 
 def check_same_everywhere(hashes: Mapping[str, str]) -> None:

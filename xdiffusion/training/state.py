@@ -129,6 +129,9 @@ class RunCheckpoints:
             averaged = self.files.read(path)
             state = whole_state(path)
             self.origin = self.folder if path.parent.resolve() == self.folder.resolve() else path.parent
+        own_base = self.files.base_hash
+        if (base := state.get("base", own_base)) != own_base:
+            raise CheckpointError(f"{path} is of another base: {base}, this run's is {own_base}")
         try:
             _check_frozen(trainer.model, averaged)
             average = state.get("average") or {
@@ -139,7 +142,9 @@ class RunCheckpoints:
             _copy_into(frozen_factors(trainer), state["frozen"])
             trainer.packed.check_groups(state["optimizer"])
             _lay_out_moments(state["optimizer"], trainer.packed.parameters)
-            trainer.optimizer.load_state_dict(trainer.packed.packed_state(state["optimizer"]))
+            settings = trainer.optimizer.state_dict()["param_groups"]  # of the config, which may say others now
+            moments = trainer.packed.packed_state(state["optimizer"])
+            trainer.optimizer.load_state_dict(moments | {"param_groups": settings})
             if trainer.accelerator.scaler is not None and state["scaler"]:
                 trainer.accelerator.scaler.load_state_dict(state["scaler"])
             trainer.watch.restore(state["losses"])
@@ -231,6 +236,7 @@ class RunCheckpoints:
         scaler = trainer.accelerator.scaler
         return {
             "step": step,
+            "base": self.files.base_hash,
             "trained": trainer.by_name(trainer.ema.trained()),
             "average": {n: p.data for n, p in trainer.trainable.items()} if self.files.rounds else None,
             "frozen": frozen_factors(trainer),
