@@ -46,8 +46,16 @@ def test_every_combination_is_run_once_and_later_commands_add(tiny_run, work_fol
         assert all((factors.magnitude is not None) == (result["variant"] == "dora") for factors in modules)
     assert {f"output/ablation/{name}" for name in REPORT} <= files_in(work_folder)
     assert [(folder / name).read_text().count("\n") for name in REPORT if name.endswith(".md")] == [2 + 4, 2 + 3]
+    assert run_script(ABLATE, *words, "--dataset_name", "image/digits") == 2
+    assert "--dataset_name image/digits: the gap is measured on an inverted set" in capsys.readouterr().err
+    config = work_folder / "other.yaml"
+    config.write_text(
+        f"base: {ROOT}/configs/image/digits/ddpm_24x24_v_continuous_clip.yaml\nlora: {{optimizer: {{weight_decay: 0.5}}}}\n"
+    )
+    assert run_script(ABLATE, *words, "--config_path", config) == 2
+    assert "another base, config or budget" in capsys.readouterr().err
     assert run_script(ABLATE, *words, "--num_training_steps", 1) == 2
-    assert "another base or budget" in capsys.readouterr().err
+    assert "another base, config or budget" in capsys.readouterr().err
 
 
 def test_what_a_combination_changes_in_the_config():

@@ -12,7 +12,10 @@ from tiny_sd import CONFIGS, SMALLER, tiny_sd_model
 
 from xdiffusion.build import load_config
 from xdiffusion.checkpoints.native import save_model
+from xdiffusion.text_encoders.clip import CLIPTextEncoder
 from xdiffusion.training.checks import check_captions, check_together
+from xdiffusion.training.contrastive import ContrastiveModel, ContrastiveTask
+from xdiffusion.training.settings import OptimizerSettings, TrainingSettings
 
 INVERSION, DREAMBOOTH = "sd15_textual_inversion_tiny", "sd15_dreambooth_lora_tiny"
 
@@ -91,6 +94,20 @@ def test_only_files_are_cached(cache):
 def test_class_images_stand_beside_files_alone():
     with pytest.raises(ValueError, match="prior: is for image/folder and image/hugging_face, not for image/digits"):
         check_together(tiny_config("prior.prompt=a dog", "prior.data_dir=dogs"), lora=False)
+
+
+def test_a_class_without_images_is_named():
+    model = ContrastiveModel(CLIPTextEncoder(width=8, layers=1, heads=2), image_size=12, channels=1)
+    images = tiny_images()
+    threes = images.train.labels == 3
+    images.train.labels[threes] = 4
+    with pytest.raises(ValueError, match="has no training image of 3: the tiny CLIP needs one of each class"):
+        ContrastiveTask(
+            ContrastiveModel(CLIPTextEncoder(width=8, layers=1, heads=2), image_size=12, channels=1),
+            images,
+            TrainingSettings(batch_size=20),
+            OptimizerSettings(),
+        )
 
 
 @pytest.mark.parametrize("token", ["<dog>", "<DOG>"])

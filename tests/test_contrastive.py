@@ -245,7 +245,8 @@ def test_null_keeps_random_weights():
     "override",
     ["data.image_size=16", "data.kind=image/mnist", "model.text_encoder.width=16", "model.text_encoder.layers=2",
      "model.text_encoder.heads=4", "model.text_encoder.context_length=9", "training.seed=1",
-     "clip.training.num_training_steps=3", "clip.optimizer.learning_rate=2e-3"],
+     "model.text_encoder.activation=quick_gelu", "model.text_encoder.pad_with_end_token=true",
+     "model.text_encoder.embed_dim=32", "clip.training.num_training_steps=3", "clip.optimizer.learning_rate=2e-3"],
 )  # fmt: skip
 def test_tiny_has_a_file_for_all_that_its_weights_depend_on(override, tmp_path):
     """A trial with few steps is not what later runs find."""

@@ -96,7 +96,7 @@ def test_a_process_lost_in_the_picture_that_a_kill_left_out(tmp_path, monkeypatc
     words = [*COMMON, "--num_training_steps", 2, "--output_path", tmp_path, "--resume_from", "auto"]
     assert run_script(TRAIN, *words) == 0
     (tmp_path / "samples/sample-2.png").unlink()
-    monkeypatch.setattr(previews, "draw_samples", gone)
+    monkeypatch.setattr(previews, "draw_sample_grid", gone)
     assert run_script(TRAIN, *words) == 1
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.startswith("error: training stopped after step 2, another process of this run is gone")

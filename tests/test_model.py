@@ -137,6 +137,8 @@ def test_a_mask_keeps_what_is_dark(model):
     ("start_image", "message"),
     [
         (StartImage(picture(), 1.5), r"strength=1.5 must be in \[0, 1\]"),
+        (StartImage(picture(2), 0.5), "2 start images or masks, not 1 nor 3, the number of prompts"),
+        (StartImage(picture(), 0.5, torch.ones(2, 1, 12, 12)), "2 start images or masks, not 1 nor 3"),
         (StartImage(torch.zeros(1, 1, 8, 8)), r"the start image has shape \(1, 8, 8\), the model \(1, 12, 12\)"),
         (StartImage(picture(), 0.5, torch.ones(1, 1, 8, 12)), r"the mask is \(8, 12\) pixels, the image \(12, 12\)"),
         (

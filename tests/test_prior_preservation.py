@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from commands import ROOT, TRAIN, run_script
 from picture_folders import truncate, write_pictures
 from PIL import Image
+from sd_files import write_native
 from tiny_sd import tiny_sd_config, tiny_sd_model, tiny_sd_trainer
 
 from xdiffusion.build import build_sampling
 from xdiffusion.checkpoints.files import content_hash
 from xdiffusion.pictures import read_metadata
+from xdiffusion.training import prior_preservation
 from xdiffusion.training.prior_preservation import prepare_class_images
 from xdiffusion.training.run import begin
 from xdiffusion.training.state import RunCheckpoints
@@ -45,6 +48,22 @@ def test_missing_class_images_are_drawn_by_the_base(config_of, tmp_path, capsys)
 
 def test_a_bracket_in_their_prompt_is_no_weight(config_of):
     assert prepare(config_of("prior.prompt='a photo of a (dog'")).captions[0] == ("a photo of a (dog",)
+
+
+@pytest.mark.parametrize("flag", [[], ["--no-sample_with_guidance"]])
+def test_they_are_guided_as_the_config_says(flag, tmp_path, monkeypatch, capsys):
+    """The flag is for the sample grids; class images stay, and later runs take them."""
+    write_pictures(tmp_path / "set", [(16, 16)])
+    write_native("sd15_tiny", tmp_path / "base.safetensors")
+
+    def seen(model, config, sampling, device):
+        raise ValueError(f"drawn with {sampling}")
+
+    monkeypatch.setattr(prior_preservation, "prepare_class_images", seen)
+    words = ["--config_path", ROOT / "configs/image/sd/sd15_dreambooth_lora_tiny.yaml", "--use_lora_training"]
+    words += ["--load_model_weights_from_checkpoint", tmp_path / "base.safetensors", "--data_dir", tmp_path / "set"]
+    assert run_script(TRAIN, *words, "--output_path", tmp_path / "run", *flag) == 2
+    assert "cfg_scale=7.5" in capsys.readouterr().err
 
 
 def test_class_images_that_are_there_are_left_alone(config_of, tmp_path):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from xdiffusion.layers.embeddings import sinusoidal_embedding
+from xdiffusion.layers.resnet import Downsample
 from xdiffusion.networks.unet import UNet
 
 TINY = {"in_channels": 1, "context_dim": 12, "channels": (16, 32), "transformer_depth": (0, 1), "num_res_blocks": 1,
@@ -126,11 +127,19 @@ def test_time_embedding_by_hand():
         ({"head_dim": None}, "either head_dim or num_heads"),
         ({"head_dim": 5}, "head_dim=5 does not divide 16"),
         ({"norm_groups": 5}, "norm_groups=5 does not divide"),
+        ({"channels": (15, 30), "head_dim": 5, "norm_groups": 5}, r"channels=\[15, 30\]: the first width must be even"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         UNet(**{**TINY, **arguments})
+
+
+@pytest.mark.parametrize("kind", ["conv", "resample"])
+@pytest.mark.parametrize(("size", "half"), [(8, 4), (7, 4), (2, 1), (1, 1)])
+def test_half_of_an_odd_size_is_rounded_up(kind, size, half):
+    x = torch.randn(2, 4, size, size + 1)
+    assert Downsample(4, kind)(x).shape == (2, 4, half, (size + 2) // 2)
 
 
 def test_a_patch_must_divide_the_image():

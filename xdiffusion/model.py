@@ -91,11 +91,11 @@ class StartImage:
         return None if self.mask is None else F.interpolate(self.mask.float(), size=latent_shape[1:])
 
     def rows(self, block: slice, count: int) -> StartImage:
-        """What belongs to a block of the `count` images that are drawn."""
-        images, mask = (
-            given if given is None else given.expand(count, -1, -1, -1)[block] for given in (self.images, self.mask)
-        )
-        return StartImage(images, self.strength, mask)
+        """What belongs to a block of the `count` images that are drawn; a ValueError where there are neither 1 nor `count`."""
+        given = {name: rows for name in ("images", "mask") if (rows := getattr(self, name)) is not None}
+        if wrong := {len(rows) for rows in given.values()} - {1, count}:
+            raise ValueError(f"{min(wrong)} start images or masks, not 1 nor {count}, the number of prompts")
+        return replace(self, **{name: rows.expand(count, -1, -1, -1)[block] for name, rows in given.items()})
 
 
 class ImagesNotFinite(ValueError):

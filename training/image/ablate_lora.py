@@ -14,6 +14,7 @@ spectra.md, singular_values.png, subspaces.png      the subspaces that the plain
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -74,15 +75,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    from xdiffusion.build import load_config
+    from omegaconf import OmegaConf
+
+    from xdiffusion.build import INVERTED, load_config
     from xdiffusion.checkpoints.files import content_hash, write_atomically
     from xdiffusion.checkpoints.native import load_model_file
 
+    if not args.dataset_name.endswith(INVERTED):
+        raise ValueError(
+            f"--dataset_name {args.dataset_name}: the gap is measured on an inverted set, image/<name>{INVERTED}"
+        )
     config = load_config(args.config_path, args.set, True)
     steps = args.num_training_steps or config.training.num_training_steps
     weights = load_model_file(args.checkpoint).tensors
     budget = {
         "base": content_hash(weights),
+        "config": hashlib.blake2b(OmegaConf.to_yaml(config).encode(), digest_size=8).hexdigest(),
         "dataset": args.dataset_name,
         "num_training_steps": steps,
         "num_samples": args.num_samples,
@@ -91,7 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = args.output_path / "results.jsonl"
     results = [json.loads(line) for line in record.read_text().splitlines()] if record.is_file() else []
     if any(result["budget"] != budget for result in results):
-        raise ValueError(f"{record} holds runs on another base or budget; name another folder with --output_path")
+        raise ValueError(
+            f"{record} holds runs on another base, config or budget; name another folder with --output_path"
+        )
     # ranks change slowest, so that a stopped command has something of every target
     for rank, target, variant, seed in itertools.product(args.ranks, args.targets, args.variants, args.seed):
         combination = {"target": target, "variant": variant, "rank": rank, "seed": seed}

@@ -87,7 +87,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    from xdiffusion.build import build_data, build_model, build_sampling, build_schedule, load_config, override
+    from xdiffusion.build import build_data, build_model, load_config
     from xdiffusion.training.checks import check_captions, check_together
     from xdiffusion.training.settings import check_settings
 
@@ -105,8 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xdiffusion.training.processes import LostProcess, leaving_together, noticing_lost_processes
     from xdiffusion.training.trainable import describe_model, make_trainable
 
-    unguided = [] if args.sample_with_guidance else ["sampling.cfg_scale=1.0"]
-    sampling = build_sampling(override(config, unguided, "--no-sample_with_guidance"), build_schedule(config))
+    sampling = sampling_of(config)
     torch.manual_seed(config.training.seed)
     if args.dry_run or "prior" in config:  # else what cannot be trained is said after hours of drawing class images
         outline = build_model(config, without_weights=True)
@@ -139,7 +138,7 @@ def set_up_and_train(
     from xdiffusion.training.checks import check_captions
     from xdiffusion.training.diffusion_task import DiffusionTask
     from xdiffusion.training.loop import Trainer
-    from xdiffusion.training.previews import draw_samples
+    from xdiffusion.training.previews import draw_sample_grid
     from xdiffusion.training.prior_preservation import prepare_class_images
     from xdiffusion.training.processes import check_same_everywhere, first_ones_first
     from xdiffusion.training.run import run_folder, train
@@ -181,11 +180,19 @@ def set_up_and_train(
     trainer = Trainer(DiffusionTask(model, data, config, class_images=class_images), force_cpu=args.force_cpu)
     kind = AdapterWeights if args.use_lora_training else TokenWeights if adapts else ModelWeights
     checkpoints = RunCheckpoints(folder, kind(config, base_hash))
-    draw = partial(draw_samples, model, data.prompts, sampling, autocast=HALF.get(config.training.mixed_precision))
-    command = {"script": SCRIPT, "words": words, "resume_from": args.resume_from}
-    status = train(trainer, checkpoints, config, draw, **command)
+    sampling = sampling_of(config, guided=args.sample_with_guidance)  # class images are drawn as the config says
+    draw = partial(draw_sample_grid, model, data.prompts, sampling, autocast=HALF.get(config.training.mixed_precision))
+    status = train(trainer, checkpoints, config, draw, script=SCRIPT, words=words, resume_from=args.resume_from)
     assert not adapts or content_hash(model.base_weights()) == frozen_hash, "an adapter changed its frozen base"
     return status
+
+
+def sampling_of(config: DictConfig, *, guided: bool = True) -> dict[str, Any]:
+    """How the run draws pictures; see `build_sampling`."""
+    from xdiffusion.build import build_sampling, build_schedule, override
+
+    unguided = [] if guided else ["sampling.cfg_scale=1.0"]
+    return build_sampling(override(config, unguided, "--no-sample_with_guidance"), build_schedule(config))
 
 
 def base_file(config: DictConfig, args: argparse.Namespace, *, says: bool) -> ModelFile:

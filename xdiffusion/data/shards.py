@@ -37,7 +37,7 @@ MAX_TEXT_BYTES = 2**20
 MAX_SHARDS = 100_000
 MAX_DAMAGED = 100  # pictures one after another
 PREVIEWED = 4
-HELD = 4096  # names and captions of the pictures asked for last: two batches, whose rows may come in any order
+HELD = 2**16  # names and captions of the pictures asked for last: two batches, whose rows may come in any order
 
 
 class ShardError(ValueError):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def sinusoidal_embedding(time: Float[Tensor, " B"], dim: int, max_period: float = 10_000.0) -> Float[Tensor, "B D"]:
-    """cos and sin of `time` at dim / 2 frequencies, from 1 down to 1 / max_period ([Attention] section 3.5), in float32.
+    """cos and sin of `time`, float32, at dim / 2 frequencies max_period^(-2i / dim), i = 0, 1, ... ([Attention] section 3.5).
 
     Raises:
         ValueError: if dim is odd.

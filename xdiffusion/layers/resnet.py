@@ -58,11 +58,11 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the resolution: a strided convolution, or 2x2 average pooling."""
+    """Half the resolution, rounded up: a strided convolution, or 2x2 average pooling."""
 
     def __init__(self, channels: int, kind: Literal["conv", "resample"] = "conv"):
         super().__init__()
-        self.conv = Conv3x3(channels, channels, stride=2) if kind == "conv" else nn.AvgPool2d(2)
+        self.conv = Conv3x3(channels, channels, stride=2) if kind == "conv" else nn.AvgPool2d(2, ceil_mode=True)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C h w"]:
         return self.conv(x)

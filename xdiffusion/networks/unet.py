@@ -226,6 +226,8 @@ def _check_widths(channels, transformer_depth, head_dim, num_heads, norm_groups)
     for name, value in (heads | {"norm_groups": norm_groups, "channels": min(channels)}).items():
         if value < 1:
             raise ValueError(f"{name}={list(channels) if name == 'channels' else value} must be at least 1")
+    if channels[0] % 2:
+        raise ValueError(f"channels={list(channels)}: the first width must be even, as the time embedding has it")
     if min(transformer_depth) < 0:
         raise ValueError(f"transformer_depth={list(transformer_depth)} must be at least 0")
     for width in channels:

@@ -126,6 +126,10 @@ class ContrastiveTask(Task[Pairs]):
             )
         self.contrast = ClipLoss()
         self.by_class = [torch.nonzero(data.train.labels == k).flatten() for k in range(classes)]
+        if empty := [data.prompts.captions[k][0] for k in range(classes) if not len(self.by_class[k])]:
+            raise ValueError(
+                f"{data.name} has no training image of {', '.join(empty)}: the tiny CLIP needs one of each class"
+            )
 
     def prepare(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator

@@ -25,7 +25,7 @@ def preview_prompts(table: PromptTable, rows: int = ROWS) -> list[str]:
     return [captions[row % len(captions)] for row in range(rows) for captions in table.captions]
 
 
-def draw_samples(
+def draw_sample_grid(
     model: DiffusionModel,
     table: PromptTable,
     sampling: Mapping[str, Any],

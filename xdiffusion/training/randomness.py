@@ -49,10 +49,11 @@ class DataOrder:
         return torch.cat(pieces)
 
     def _permutation(self, epoch: int) -> Int[Tensor, " N"]:
-        if epoch not in self._epochs:
-            self._epochs = {e: order for e, order in self._epochs.items() if e == epoch - 1}
-            self._epochs[epoch] = torch.randperm(self.size, generator=generator_at(self.seed, "order", epoch))
-        return self._epochs[epoch]
+        epochs = self._epochs  # another thread, which reads ahead, may replace it meanwhile
+        if (order := epochs.get(epoch)) is None:
+            order = torch.randperm(self.size, generator=generator_at(self.seed, "order", epoch))
+            self._epochs = {e: kept for e, kept in epochs.items() if e == epoch - 1} | {epoch: order}
+        return order
 
 
 class Consecutive:

@@ -188,7 +188,7 @@ def on_a_log_scale(axes: Axes) -> None:
 
 
 def smoothed(steps: Float64[np.ndarray, " N"], losses: Float64[np.ndarray, " N"]) -> tuple[np.ndarray, np.ndarray]:
-    """Means over windows of a tenth of the run, at most SMOOTHING steps, and the steps in the middle of each."""
+    """Means over windows of a tenth of the run, SMOOTHING and its middle at most, and the steps in the middle of each."""
     window = min(SMOOTHING, len(losses) // 10) | 1
     half = window // 2
     means = np.convolve(losses, np.ones(window) / window, mode="valid")

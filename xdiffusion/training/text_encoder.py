@@ -129,7 +129,8 @@ def tiny_clip_path(config: DictConfig, data: Any, output_root: Path) -> Path:
     slot = config.model.text_encoder
     size = f"{config.data.image_size}px_width{slot.width}_layers{slot.layers}_heads{slot.heads}_tokens{slot.context_length}"
     training = {key: value for key, value in config.training.items() if key in DECISIVE}
-    made_by = json.dumps([training, OmegaConf.to_container(config.optimizer), data_fingerprint(data)])
+    encoder = {key: value for key, value in slot.items() if key not in ("kind", "pretrained")}
+    made_by = json.dumps([encoder, training, OmegaConf.to_container(config.optimizer), data_fingerprint(data)])
     digest = hashlib.blake2b(made_by.encode(), digest_size=4).hexdigest()
     return output_root / config.data.kind / "clip" / f"clip_{size}_{digest}{SAFETENSORS}"
 
