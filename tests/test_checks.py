@@ -102,12 +102,7 @@ def test_a_class_without_images_is_named():
     threes = images.train.labels == 3
     images.train.labels[threes] = 4
     with pytest.raises(ValueError, match="has no training image of 3: the tiny CLIP needs one of each class"):
-        ContrastiveTask(
-            ContrastiveModel(CLIPTextEncoder(width=8, layers=1, heads=2), image_size=12, channels=1),
-            images,
-            TrainingSettings(batch_size=20),
-            OptimizerSettings(),
-        )
+        ContrastiveTask(model, images, TrainingSettings(batch_size=20), OptimizerSettings())
 
 
 @pytest.mark.parametrize("token", ["<dog>", "<DOG>"])
