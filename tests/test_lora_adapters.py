@@ -262,3 +262,19 @@ def test_a_swap_that_does_not_fit_changes_nothing(name, message):
     merge_lora_weights(model)
     with pytest.raises(LoRAError, match="no unmerged layer named 0"):
         swap_lora(model, factors, "a")
+
+
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}])
+def test_an_adapter_s_dropout_is_its_own(variant):
+    """A trained adapter computes as before while a new one is trained beside it with dropout."""
+    model = adapted({"old": "all"}, **variant)
+    expected = model(sample())
+    apply_lora_to_model(model, 2, 3.0, dropout=0.5, target_modules="all", adapter_name="new", **variant)
+    torch.testing.assert_close(model.train()(sample()), expected)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.lora_B["new"].normal_()
+    assert not torch.equal(model(sample()), model(sample()))
+    torch.testing.assert_close(
+        torch.stack([model[0](sample()) for _ in range(20_000)]).mean(0), model[0].eval()(sample()), rtol=0.1, atol=0.1
+    )

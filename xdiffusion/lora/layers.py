@@ -237,18 +237,21 @@ class LoRALayer(nn.Module):
         if not names:
             return self._base_forward(x, self.weight, self.bias)
         if self.keeps_weight and self._holds_updates(names):
-            if self.kept_weight is None:
-                self.kept_weight = self.effective_weight()
+            self.kept_weight = self.effective_weight() if self.kept_weight is None else self.kept_weight
             return self._base_forward(x, self.kept_weight, self.bias)
-        dropout = max(self.adapters[name].dropout for name in names) if self.training else 0.0
-        if self._is_product(names):
-            return self._lora_forward(x, dropout, self._product_of(names))
-        exact = self._holds_updates(names)
-        weight = self.effective_weight() if exact else self._unrounded_weight(names)
-        if exact and not dropout:
-            return self._base_forward(x, weight, self.bias)
-        update = (weight - self.weight).to(self.weight.dtype)  # rounded apart from W, in which it would be lost
-        return self._base_forward(x, self.weight, self.bias) + self._base_forward(F.dropout(x, dropout), update, None)
+        dropouts = [self.adapters[name].dropout if self.training else 0.0 for name in names]
+        if len(set(dropouts)) == 1 and self._is_product(names):
+            return self._lora_forward(x, dropouts[0], self._product_of(names))
+        weight_with = self.effective_weight if self._holds_updates(names) else self._unrounded_weight
+        if self._holds_updates(names) and not any(dropouts):
+            return self._base_forward(x, weight_with(names), self.bias)
+        result, before = self._base_forward(x, self.weight, self.bias), self.weight
+        for i, dropout in enumerate(dropouts, 1):
+            if dropouts[i : i + 1] != [dropout]:  # the next adapter drops out other inputs
+                weight = weight_with(names[:i])
+                update = (weight - before).to(self.weight.dtype)  # rounded apart from W, in which it would be lost
+                result, before = result + self._base_forward(F.dropout(x, dropout), update, None), weight
+        return result
 
     def keep_results(self, weight: Tensor | None = None) -> None:
         """Compute with this W' until `drop_results`, or (None) with that of the next call."""
