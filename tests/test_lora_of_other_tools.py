@@ -1,16 +1,19 @@
 """LoRA files as A1111, ComfyUI and LyCORIS write them: read to the same updates, or refused by the name of what they are."""
 
+import copy
 import re
 
+import peft
 import pytest
 import torch
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from lora_files import SD15, TEXT, assert_equal_products, converted, mixed, path_of, random_factors
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from xdiffusion.checkpoints.files import CheckpointError
-from xdiffusion.checkpoints.lora_file import LoRAFile
-from xdiffusion.checkpoints.lora_formats import read_lora
+from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
+from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
 from xdiffusion.lora import load_lora_weights, merge_lora_weights
 
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -190,3 +193,83 @@ def test_products_are_loaded_into_any_model_of_named_layers(tmp_path):
     torch.testing.assert_close(after, before + 0.5 * torch.kron(parts["lokr_w1"], parts["lokr_w2"]))
     with pytest.raises(CheckpointError, match="1 of its 1 modules are no layers of Stable Diffusion"):
         read_lora(tmp_path / "lokr.safetensors")
+
+
+def test_whole_numbers_are_alphas(tmp_path):
+    """diffusers' own export to kohya writes them so."""
+    factors = random_factors(LAYER, 4, 4.0)
+    theirs = {"unet." + LAYER.removeprefix("unet.") + ".lora_A.weight": factors.lora_A}
+    theirs["unet." + LAYER.removeprefix("unet.") + ".lora_B.weight"] = factors.lora_B
+    kohyas = convert_state_dict_to_kohya(theirs)
+    assert kohyas[f"{STEM}.alpha"].dtype == torch.int64
+    save_file(kohyas, tmp_path / "theirs.safetensors")
+    assert_equal_products(read_lora(tmp_path / "theirs.safetensors"), LoRAFile({LAYER: factors}))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("lora_te_text_model_encoder", "text_encoders.clip_l.transformer.text_model.encoder"),
+        ("lora_te_text_model_encoder", "lora_te_encoder"),
+        ("lora_unet_down", "lycoris_down"),
+    ],
+)
+def test_other_spellings_of_a_component(ours, theirs, tmp_path):
+    tensors = kohya_tensors(mixed(), tmp_path)
+    respelt = {key.replace(ours, theirs): tensor for key, tensor in tensors.items()}
+    assert respelt.keys() != tensors.keys()
+    save_file(respelt, tmp_path / "theirs.safetensors")
+    assert_equal_products(read_lora(tmp_path / "theirs.safetensors"), mixed())
+
+
+@pytest.mark.parametrize("key", ["<s1>", "bundle_emb.<s1>.string_to_param.*"])
+def test_learned_words_in_a_file_of_kohya_s_are_kept(key, tmp_path):
+    words = torch.randn(2, 768)
+    save_file(kohya_tensors(mixed(), tmp_path) | {key: words}, tmp_path / "words.safetensors")
+    tokens = read_lora(tmp_path / "words.safetensors").tokens
+    assert tokens.keys() == {"<s1>"} and torch.equal(tokens["<s1>"], words)
+
+
+def test_magnitudes_of_inputs_are_refused_for_square_convolutions_too(tmp_path):
+    tensors = kohya_tensors(mixed(), tmp_path)
+    stem = "lora_unet_down_blocks_0_resnets_0_conv1"
+    save_file(tensors | {f"{stem}.dora_scale": torch.ones(1, 320, 1, 1)}, tmp_path / "inputs.safetensors")
+    with pytest.raises(CheckpointError, match=r"DoRA magnitude of .*conv1 is .*LyCORIS' magnitudes of inputs"):
+        read_lora(tmp_path / "inputs.safetensors")
+
+
+class Nested(nn.Module):
+    """Layers of which one's name ends another's."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.a, self.b = (nn.ModuleDict({"fc": nn.Linear(8, 8)}) for _ in "ab")
+
+    def forward(self, x):
+        return self.b["fc"](self.a["fc"](self.fc(x)))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
+def test_factors_that_belong_to_a_changed_base_are_refused(init, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["fc"], init_lora_weights=init)
+    peft.get_peft_model(Nested(), config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"init_lora_weights='{init}': peft takes the first factors out"):
+        read_lora(tmp_path)
+
+
+def test_names_that_end_others_keep_their_own_rank_and_alpha_in_peft_s_form(tmp_path):
+    torch.manual_seed(0)
+    modules = {
+        name: LoRAFactors(torch.randn(rank, 8), torch.randn(8, rank), alpha)
+        for name, rank, alpha in (("fc", 4, 4.0), ("a.fc", 2, 8.0), ("b.fc", 2, 8.0))
+    }
+    write_lora(LoRAFile(modules), tmp_path / "peft", "peft")
+    assert_equal_products(read_lora(tmp_path / "peft"), LoRAFile(modules))
+    model, x = Nested(), torch.randn(3, 8)
+    ours = copy.deepcopy(model)
+    write_lora(LoRAFile(modules), tmp_path / "ours.safetensors", "native")
+    load_lora_weights(ours, tmp_path / "ours.safetensors")
+    torch.testing.assert_close(
+        peft.PeftModel.from_pretrained(model, tmp_path / "peft")(x), ours(x), rtol=1e-4, atol=1e-3
+    )

@@ -1,18 +1,25 @@
 """What LoRA formats cannot hold, and what stands in their way, is said before anything is written."""
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from lora_files import SD15, WRITTEN, assert_equal_products, mixed, path_of
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sd_files import sd_config
+from torch import nn
 
 from xdiffusion.build import build_model
+from xdiffusion.checkpoints.component_names import exchange_name
 from xdiffusion.checkpoints.files import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
-from xdiffusion.lora import LoRAError, load_lora_weights
+from xdiffusion.commands import lora_add
+from xdiffusion.commands.base_weights import fold, open_base
+from xdiffusion.lora import LoRAError, apply_lora_to_model, load_lora_weights, save_lora_weights
+from xdiffusion.lora.merge import merge_loras
 
 
 def test_formats_that_are_not_written(tmp_path):
@@ -81,3 +88,84 @@ def test_a_lora_of_stable_diffusion_xl_is_called_so(module, context, tmp_path):
     model = build_model(sd_config("sd15"), without_weights=True)
     with pytest.raises((CheckpointError, LoRAError), match=r"xl.safetensors.*: it is a LoRA for Stable Diffusion XL"):
         load_lora_weights(model, tmp_path / "xl.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [("kohya", "a.pt"), ("native", "a.ckpt"), ("diffusers", "a.bin"), ("cloneofsimo-pt", "a.safetensors")],
+)
+def test_an_ending_that_is_another_kind_of_file_s_is_refused(format, name, tmp_path):
+    with pytest.raises(CheckpointError, match=rf"{name}: the format {format} is written as \.(safetensors|pt)"):
+        write_lora(replace(mixed(), tokens={}), tmp_path / name, format, SD15)
+    assert list(tmp_path.iterdir()) == []
+
+
+ALIKE = ("encoder.layers.0.mlp.fc1", "layers.0.mlp.fc1")  # of which transformers knows one
+
+
+def add_layer(model, name):
+    *places, last = name.split(".")
+    for place in places:
+        if not hasattr(model, place):
+            model.add_module(place, nn.Module())
+        model = getattr(model, place)
+    model.add_module(last, nn.Linear(4, 4))
+
+
+def test_two_names_that_other_formats_have_once_stay_two_in_ours(tmp_path):
+    lora = LoRAFile({name: LoRAFactors(torch.randn(1, 4), torch.randn(4, 1), 1.0) for name in ALIKE})
+    assert len({exchange_name(name) for name in ALIKE}) == 1
+    write_lora(lora, tmp_path / "ours.safetensors", "native")
+    model = nn.Module()
+    for name in ALIKE:
+        add_layer(model, name)
+    report = load_lora_weights(model, tmp_path / "ours.safetensors")
+    assert sorted(report.matched) == sorted(ALIKE)
+    for name in ALIKE:
+        torch.testing.assert_close(model.get_submodule(name).delta("default"), lora.modules[name].delta())
+    with pytest.raises(CheckpointError, match="has one name for two of the 2 modules"):
+        write_lora(lora, tmp_path / "theirs", "peft")
+
+
+@pytest.mark.parametrize("alpha", ["nan", "inf"])
+def test_a_weight_that_is_no_number_is_refused(alpha, capsys):
+    with pytest.raises(SystemExit):
+        lora_add.parse(["a.safetensors", "b.safetensors", "out.safetensors", alpha])
+    assert f"ALPHA must be a finite number, not {alpha}" in capsys.readouterr().err
+    with pytest.raises(LoRAError, match=f"weights of a merge must be finite numbers, not {alpha}, 1.0"):
+        merge_loras([(mixed(), float(alpha)), (mixed(), 1.0)], "concat")
+
+
+def base_file_of_a_layer(folder):
+    save_file({"network.conv.weight": torch.randn(4, 4)}, folder / "base.safetensors", {"format": "xdiffusion-model"})
+    return open_base(folder / "base.safetensors")
+
+
+def dora(**changes):
+    factors = LoRAFactors(torch.randn(1, 4), torch.zeros(4, 1), 1.0, magnitude=torch.full((4,), 2.0))
+    return LoRAFile({"network.conv": replace(factors, **changes)})
+
+
+def test_a_magnitude_is_folded_in_and_seen_to_be_finite(tmp_path):
+    base, output = base_file_of_a_layer(tmp_path), tmp_path / "out.safetensors"
+    with pytest.raises(LoRAError, match=r"the factors of unet\.conv are not finite"):
+        fold(base, dora(magnitude=torch.full((4,), float("nan"))), 1.0, output, {})
+    with pytest.raises(CheckpointError, match=r"out.ckpt: the result is a .safetensors file"):
+        fold(base, dora(), 1.0, tmp_path / "out.ckpt", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
+    assert fold(base, dora(), 1.0, output, {}) == 1
+    norms = load_file(output)["network.conv.weight"].norm(dim=1)
+    torch.testing.assert_close(norms, torch.full((4,), 2.0))
+
+
+@pytest.mark.parametrize("init", ["pissa", "orthogonal"])
+def test_a_fresh_adapter_of_another_init_takes_a_file_in(init, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8))
+    saved = apply_lora_to_model(copy.deepcopy(model), 2, 2.0, target_modules="all")
+    with torch.no_grad():
+        saved[0].lora_B["default"].normal_()
+    save_lora_weights(saved, tmp_path / "lora.safetensors")
+    target = apply_lora_to_model(model, 2, 2.0, target_modules="all", init=init)
+    load_lora_weights(target, tmp_path / "lora.safetensors")
+    torch.testing.assert_close(target(torch.ones(8)), saved(torch.ones(8)))

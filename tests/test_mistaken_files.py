@@ -1,12 +1,16 @@
 """Files that are there, and are not what they were named for: what they are is said, and what to do."""
 
 import pytest
+import torch
 from commands import EVALUATE, SAMPLE, TRAIN, run_script, set_words
 from lora_cases import command
 from PIL import Image
+from safetensors.torch import save_file
 from sd_files import write_native
 
 from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
+from xdiffusion.checkpoints.lora_formats import write_lora
 from xdiffusion.checkpoints.native import load_model_file, lora_file
 from xdiffusion.commands import sd
 from xdiffusion.data.torchvision_sets import DatasetUnavailable, load_cifar10, load_mnist
@@ -65,3 +69,27 @@ def test_a_size_that_is_no_multiple_names_the_keys_to_set(tiny_run, work_folder,
     assert run_script(TRAIN, *words, *folder) == 2
     err = capsys.readouterr().err
     assert "must be a multiple of bucket_multiple=64" in err and "set data.image_size or data.bucket_multiple" in err
+
+
+KEYS = {
+    "diffusers-sd15": "unet.mid_block.attentions.0.to_q.lora.down.weight",
+    "processors": "mid_block.attn1.processor.to_q_lora.down.weight",
+    "cloneofsimo": "unet:0:up",
+    "LyCORIS": "lora_unet_mid_block_to_q.hada_w1_a",
+    "kohya": "lora_unet_mid_block_to_q.lora_down.weight",
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+def test_a_lora_of_any_format_in_the_place_of_a_model(key, suffix, tmp_path):
+    path = tmp_path / f"lora{suffix}"
+    save_file({key: torch.ones(2, 2)}, path) if suffix == ".safetensors" else torch.save({key: torch.ones(2, 2)}, path)
+    with pytest.raises(CheckpointError, match="is a LoRA, not a model"):
+        load_model_file(path)
+
+
+def test_a_folder_of_peft_in_the_place_of_a_model(tmp_path):
+    write_lora(LoRAFile({"a": LoRAFactors(torch.ones(1, 2), torch.ones(2, 1), 1.0)}), tmp_path / "lora", "peft")
+    with pytest.raises(CheckpointError, match="is a LoRA, not a model"):
+        load_model_file(tmp_path / "lora")

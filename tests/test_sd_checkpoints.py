@@ -317,6 +317,13 @@ def test_other_models_and_damaged_files_are_refused(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=r"cut.safetensors is not a whole safetensors file"):
         load_model(tmp_path / "cut.safetensors")
+    text = random_sd("sd21_base_tiny").state_dict()
+    layer = "cond_stage_model.model.transformer.resblocks.0.ls_1.weight"
+    save(to_original(text, "open_clip") | {layer: torch.zeros(4)}, tmp_path / "scaled.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"scaled.safetensors.* transformer.resblocks.0.ls_1.weight is of no layer"
+    ):
+        load_model(tmp_path / "scaled.safetensors")
     save({"weight": torch.zeros(2)}, tmp_path / "none.safetensors")
     with pytest.raises(ConfigError, match="carries no config"):
         load_model(tmp_path / "none.safetensors")

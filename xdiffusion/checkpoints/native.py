@@ -7,6 +7,7 @@ first four entries, are in `lora_formats`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from xdiffusion.checkpoints.files import (
     SAFETENSORS,
     CheckpointError,
     existing_weights,
+    is_adapter_folder,
     is_pipeline_folder,
     load_pickled,
     save_safetensors,
@@ -31,6 +33,7 @@ from xdiffusion.checkpoints.streaming import StoredTensors
 
 MODEL_FORMAT = "xdiffusion-model"
 LORA_FORMAT = "xdiffusion-lora"
+_OF_A_LORA = re.compile(r"[._]lora[._]|\.(hada|lokr)_|^\w+:\d+:(up|down)$")  # a key of any format
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,21 @@ def load_model_file(path: Path, ema: bool | None = None) -> ModelFile:
         CheckpointError: if it is missing, unreadable, or a LoRA, or `ema` asks for what it does not hold.
     """
     path, _ = existing_weights(path)
+    if is_adapter_folder(path) and not is_pipeline_folder(path):
+        raise _is_a_lora(path)
     if found := read_stable_diffusion(path, ema):
         return ModelFile(path, found.tensors, None, None, 0, found)
     if ema is not None:
         raise CheckpointError(f"{path} holds one set of weights: --ema and --no-ema are for files of Stable Diffusion")
     if path.suffix in PICKLED:
-        return ModelFile(path, _flat_tensors(load_pickled(path), path), None, None, 0)
+        flat = _flat_tensors(load_pickled(path), path)
+        if any(map(_OF_A_LORA.search, flat)):
+            raise _is_a_lora(path)
+        return ModelFile(path, flat, None, None, 0)
     stored = StoredTensors(path)
     tensors, metadata = dict(stored), stored.metadata
-    if metadata.get("format") == LORA_FORMAT or any(".lora_" in name for name in tensors):
-        raise CheckpointError(
-            f"{path} is a LoRA, not a model: sample.py takes it as --lora_path, beside its base model"
-        )
+    if metadata.get("format") == LORA_FORMAT or any(map(_OF_A_LORA.search, tensors)):
+        raise _is_a_lora(path)
     with reading_header(path):
         config = json.loads(metadata["config"]) if "config" in metadata else None
         shape = tuple(json.loads(metadata["image_shape"])) if "image_shape" in metadata else None
@@ -132,6 +138,10 @@ def reading_header(path: Path) -> Iterator[None]:
         raise
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is damaged ({type(error).__name__}: {error})") from error
+
+
+def _is_a_lora(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is a LoRA, not a model: sample.py takes it as --lora_path, beside its base model")
 
 
 def _flat_tensors(content: Any, path: Path) -> dict[str, Tensor]:

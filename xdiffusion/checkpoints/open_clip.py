@@ -25,7 +25,11 @@ _QKV = ("to_q", "to_k", "to_v")
 
 
 def text_encoder_from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's text weights (a whole CLIP's state dict, or its text tower's) under the names of `CLIPTextEncoder`."""
+    """open_clip's text weights (a whole CLIP's state dict, or its text tower's) under the names of `CLIPTextEncoder`.
+
+    Raises:
+        ValueError: for a layer that it does not have.
+    """
     ours: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         name = name.removeprefix("text.")
@@ -37,6 +41,8 @@ def text_encoder_from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tens
         elif layer and layer[2] == "attn.in_proj":
             for projection, part in zip(_QKV, tensor.chunk(3)):
                 ours[f"layers.{layer[1]}.attn.{projection}.{layer[3]}"] = part
+        elif layer and layer[2] not in _IN_LAYER:
+            raise ValueError(f"{name} is of no layer of CLIP's text transformer that is known here")
         elif layer:
             ours[f"layers.{layer[1]}.{_IN_LAYER[layer[2]]}.{layer[3]}"] = tensor
     return ours

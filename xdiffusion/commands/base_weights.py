@@ -151,6 +151,8 @@ def fold(
         return weight if factors is None else folded_weight(weight, factors, scale)
 
     if not base.path.is_dir():
+        if output.suffix in PICKLED:
+            raise CheckpointError(f"{output}: the result is a {SAFETENSORS} file; name such a one")
         copy_safetensors(base.files[0], output, change, {**base.files[0].metadata, **metadata}, progress)
         return len(fitting)
     if output.exists():
@@ -286,9 +288,10 @@ def _fitting(shapes: Mapping[str, tuple[int, ...]], path: Path, lora: LoRAFile) 
         if name not in shapes or (shapes[name][0], math.prod(shapes[name][1:])) != update:
             there = f"has weight {shapes[name]}" if name in shapes else "is not there"
             raise LoRAError(f"the LoRA does not fit {path}: {name} {there}, its update is {update}")
-        if not (factors.lora_A.isfinite().all() and factors.lora_B.isfinite().all()):
+        tensors = (factors.lora_A, factors.lora_B, factors.magnitude)
+        if not all(tensor.isfinite().all() for tensor in tensors if tensor is not None):
             raise LoRAError(f"the factors of {name} are not finite")
-    if not any(f.lora_B.any() and f.lora_A.any() for f in fitting.values()):
+    if not any((f.lora_B.any() and f.lora_A.any()) or f.magnitude is not None for f in fitting.values()):
         raise LoRAError(f"the LoRA would change nothing in {path}")
     if left_out:
         print(f"{len(left_out)} modules of the {component_of(left_out[0])} left out: not in {path}", file=sys.stderr)

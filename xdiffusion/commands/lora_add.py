@@ -25,6 +25,7 @@ merged with itself come out right. --legacy gives that rule, to repeat old resul
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,6 +64,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if missing or len(args.words) > 5:
         parser.error(f"missing: {', '.join(missing)}" if missing else f"too many words: {args.words[5:]}")
     args.alpha = 0.5 if args.alpha is None else args.alpha
+    if not math.isfinite(args.alpha):
+        parser.error(f"ALPHA must be a finite number, not {args.alpha}")
     args.mode = args.mode or "lpl"
     if args.mode not in MODES:
         parser.error(f"MODE must be one of {', '.join(MODES)}, not {args.mode!r}")

@@ -88,7 +88,7 @@ def merge_and_write(
     parts = list(zip(_in_one_spelling(loras), weights))
     merged, errors = merge_loras(parts, method, rank=rank, energy=energy, progress=progress("merging"))
     if merged.base_hash is None and any(lora.base_hash for lora in loras):
-        print("the LoRAs name different bases, so the result names none", file=sys.stderr)
+        print("the LoRAs do not all name the same base, so the result names none", file=sys.stderr)
     for repair in merged.repairs:
         print(f"{output}: {repair}", file=sys.stderr)
     rows = [(name, merged.modules[name].rank, f"{e:.1e}", f"{e * e:.1e}") for name, e in errors.items()]

@@ -87,6 +87,8 @@ def merge_factors(
     """`merge_loras` for the factors of one module, which is called `name` in errors."""
     if not all(math.isfinite(f.scaling) and f.lora_A.isfinite().all() and f.lora_B.isfinite().all() for f, _ in parts):
         raise LoRAError(f"the factors of {name} are not finite")
+    if not all(math.isfinite(weight) for _, weight in parts):
+        raise LoRAError(f"the weights of a merge must be finite numbers, not {', '.join(str(w) for _, w in parts)}")
     if any(factors.magnitude is not None for factors, _ in parts):
         raise LoRAError(
             f"{name} is DoRA, whose update is no product B A and cannot be summed; fold it into its base "

@@ -172,7 +172,8 @@ def _by_own_names(
 ) -> tuple[dict[str, LoRAFactors], list[str]]:
     """The file's factors by the model's module names, and a line for each component that the model does not have."""
     layers = [name for name, module in model.named_modules() if base_class_of(module) and name]
-    own = {exchange_name(plain_name(model, name)): name for name in layers}
+    exact = {plain_name(model, name): name for name in layers}
+    own = {exchange_name(plain): name for plain, name in exact.items()}
     components = {component_of(name) for name in own}
     found, absent, unexpected = {}, {}, []
     for name, factors in sorted(modules.items()):
@@ -180,8 +181,8 @@ def _by_own_names(
         if exchange not in own:  # of a file that was saved with a wrapper's names
             exchange = exchange_name(name.replace(f"{COMPILED}.", "").removeprefix("module."))
         component = component_of(exchange)
-        if exchange in own:
-            found[own[exchange]] = factors
+        if place := exact.get(name) or own.get(exchange):
+            found[place] = factors
         elif component and component not in components:
             absent.setdefault(component, []).append(name)
         else:
@@ -214,11 +215,16 @@ def _checked(
         tensors = (factors.lora_A, factors.lora_B, factors.magnitude)
         if not all(tensor.isfinite().all() for tensor in tensors if tensor is not None):
             raise LoRAError(f"{path}: the factors of {name} are not finite")
-        if adapter_name not in getattr(layer, "adapters", ()) or layer.delta(adapter_name).any():
+        if adapter_name not in getattr(layer, "adapters", ()) or _changes(layer, adapter_name):
             check_adapter(model, [name], factors.rank, 0.0, adapter_name)
     if not any(f.lora_B.any() or f.magnitude is not None for f in checked.values()):
         raise LoRAError(f"{path}: every lora_B is zero, so it would change nothing")
     return checked
+
+
+def _changes(layer: LoRALayer, adapter_name: str) -> bool:
+    """Whether an adapter changes its weight by more than the rounding of an init whose first factors cancel."""
+    return bool(layer.delta(adapter_name).norm() > 1e-6 * layer.weight.float().norm())
 
 
 @torch.no_grad()

@@ -160,7 +160,7 @@ def read_lora(path: Path, names: LayerTable | None = None) -> LoRAFile:
             else _read_keys(content, metadata, path, names)
         )
     if not FORMATS[lora.format].has_tokens:
-        lora = replace(lora, tokens=_tokens_beside(path))
+        lora = replace(lora, tokens={**lora.tokens, **_tokens_beside(path)})
     for token, vector in lora.tokens.items():
         check_tensor(vector, token, path)
     lora = replace(lora, path=path)
@@ -194,11 +194,15 @@ def write_lora(
     if format not in writable:
         raise CheckpointError(f"LoRA format {format!r} is none that is written here: {', '.join(writable)}")
     kind, path = FORMATS[format], Path(path)
+    if kind.suffix and (path.suffix in PICKLED) != (kind.suffix in PICKLED):
+        raise CheckpointError(f"{path}: the format {format} is written as {kind.suffix}; name such a file")
     if not lora.modules:
         raise CheckpointError(f"{path} is not written: the LoRA holds no factors")
     modules = dict(lora.modules)
     if format != "native":
         modules = {exchange_name(name): factors for name, factors in modules.items()}
+        if len(modules) < len(lora.modules):
+            raise CheckpointError(f"the format {format} has one name for two of the {len(lora.modules)} modules")
     if not kind.has_dora and any(f.magnitude is not None for f in modules.values()):
         raise CheckpointError(f"the format {format} cannot hold DoRA's magnitudes")
     if not kind.has_alpha:

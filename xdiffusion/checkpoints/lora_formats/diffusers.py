@@ -23,7 +23,7 @@ from xdiffusion.checkpoints.files import CheckpointError, save_safetensors
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats.factors import assemble
 from xdiffusion.checkpoints.lora_formats.keys import Loose, named_as_exchanged
-from xdiffusion.checkpoints.lora_formats.peft import alpha_from, config_of, magnitude_of
+from xdiffusion.checkpoints.lora_formats.peft import alpha_from, check_init, config_of, magnitude_of
 from xdiffusion.checkpoints.native import reading_header
 
 METADATA = "lora_adapter_metadata"
@@ -36,6 +36,8 @@ def read(loose: Loose, metadata: Mapping[str, str], path: Path) -> dict[str, LoR
         return assemble(parts, path, loose.repairs)
     with reading_header(path):
         configs = _by_component(json.loads(metadata[METADATA]))
+        for config in configs.values():
+            check_init(config, path)
 
         def alpha_of(module: str, rank: int) -> tuple[float, bool]:
             component, _, name = module.partition(".")

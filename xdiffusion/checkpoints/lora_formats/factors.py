@@ -15,13 +15,13 @@ from torch import Tensor
 from xdiffusion.checkpoints.files import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors
 
-Parts = dict[
-    str, dict[str, Tensor]
-]  # module -> {"lora_A", "lora_B" and, if there, "alpha", "scale", "magnitude"}; `lycoris`
+# module -> {"lora_A", "lora_B" and, if there, "alpha", "scale", "magnitude"}, or what `lycoris` makes those of
+Parts = dict[str, dict[str, Tensor]]
 _OF_XL = re.compile(r"te2_|text_encoder_2\.")
 _OF_CONTEXT = re.compile(r"attn2[._]to_[kv]$")
 MOST_ROUNDING = 0.01  # of an update; bfloat16 makes some 0.003 of plain factors
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def assemble(
@@ -29,6 +29,8 @@ def assemble(
     path: Path,
     repairs: list[str],
     alpha_of: Callable[[str, int], tuple[float, bool]] | None = None,
+    *,
+    of_peft: bool = True,
 ) -> dict[str, LoRAFactors]:
     """Factors of each module, checked.
 
@@ -37,6 +39,7 @@ def assemble(
         path: of the file, for messages.
         repairs: gets a line for each thing that is put right.
         alpha_of: (module, rank) -> (lora_alpha, use_rslora), where a header has them; else they are in `parts`.
+        of_peft: whether a DoRA magnitude may be (1, out, 1, 1), as peft's of convolutions, which is LyCORIS' of inputs.
 
     Raises:
         CheckpointError: if a factor is missing, or shapes, types or an alpha make no LoRA.
@@ -46,8 +49,7 @@ def assemble(
         missing = [part for part in ("lora_A", "lora_B") if part not in tensors]
         if missing:
             raise CheckpointError(f"{path}: one factor of {name} is missing: {' and '.join(missing)}")
-        for tensor in tensors.values():
-            check_tensor(tensor, name, path)
+        check_parts(tensors, name, path)
         lora_A, lora_B = _same_dimensions(tensors["lora_A"], tensors["lora_B"], name, path, repairs)
         rank = lora_A.shape[0]
         alpha, use_rslora = (
@@ -55,18 +57,28 @@ def assemble(
         )
         if not math.isfinite(alpha):
             raise CheckpointError(f"{path}: alpha {alpha} of {name} is no finite number")
-        magnitude = _magnitude(tensors.get("magnitude"), lora_B.shape[0], name, path)
+        magnitude = _magnitude(tensors.get("magnitude"), lora_B.shape[0], name, path, of_peft)
         modules[name] = LoRAFactors(lora_A, lora_B, alpha, use_rslora, magnitude)
     return modules
 
 
-def check_tensor(tensor: Tensor, name: str, path: Path) -> None:
+def check_parts(parts: Mapping[str, Tensor], name: str, path: Path) -> None:
+    """`check_tensor` of all parts of a module; an alpha or scale may be a whole number, as diffusers writes kohya's.
+
+    Raises:
+        CheckpointError: see `check_tensor`.
+    """
+    for part, tensor in parts.items():
+        check_tensor(tensor, name, path, DTYPES + INTEGERS if part in ("alpha", "scale") else DTYPES)
+
+
+def check_tensor(tensor: Tensor, name: str, path: Path, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
     """A dense float tensor that has the memory it claims: a pickle can claim any shape.
 
     Raises:
         CheckpointError: if it is none.
     """
-    if tensor.layout != torch.strided or tensor.dtype not in DTYPES or tensor.device.type != "cpu":
+    if tensor.layout != torch.strided or tensor.dtype not in dtypes or tensor.device.type != "cpu":
         raise CheckpointError(f"{path}: a tensor of {name} is {tensor.dtype} ({tensor.layout}), no plain float tensor")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise CheckpointError(f"{path}: a tensor of {name} claims the shape {tuple(tensor.shape)} without the data")
@@ -182,11 +194,13 @@ def _stored_alpha(tensors: Mapping[str, Tensor], rank: int, name: str, path: Pat
     return alpha or float(rank)
 
 
-def _magnitude(magnitude: Tensor | None, out_size: int, name: str, path: Path) -> Tensor | None:
+def _magnitude(magnitude: Tensor | None, out_size: int, name: str, path: Path, of_peft: bool) -> Tensor | None:
     if magnitude is None:
         return None
-    columns = {(out_size, *[1] * ones) for ones in range(4)}  # kohya; (1, out, 1, 1) is peft's for convolutions
-    if tuple(magnitude.shape) not in columns | {(1, out_size, 1), (1, out_size, 1, 1)}:
+    shapes = {(out_size, *[1] * ones) for ones in range(4)}
+    if of_peft:
+        shapes |= {(1, out_size, 1), (1, out_size, 1, 1)}
+    if tuple(magnitude.shape) not in shapes:
         raise CheckpointError(
             f"{path}: the DoRA magnitude of {name} is {tuple(magnitude.shape)}; one number for each of its {out_size} "
             "outputs is needed (LyCORIS' magnitudes of inputs are another method)"

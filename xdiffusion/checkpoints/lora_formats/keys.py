@@ -19,7 +19,7 @@ _PEFT_PART = r"\.(?P<part>lora_[AB]|lora_magnitude_vector|alpha)(?:\.(?!weight$)
 _KEYS = {
     "cloneofsimo": r"(?P<module>\w+:[0-9]+):(?P<part>down|up)",
     "native": r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude)",
-    "kohya": r"(?P<module>(?:lora|lycoris)_\w+|diffusion_model\.[\w.]+)"
+    "kohya": r"(?P<module>(?:lora|lycoris)_\w+|(?:diffusion_model|text_encoders\.clip_[lh]\.transformer)\.[\w.]+)"
     rf"\.(?P<part>lora_(?:down|up|A|B)\.weight|alpha|scale|dora_scale|{lycoris.KEY_PARTS})",
     "diffusers-processors": r"(?P<module>.+?)(?:\.processor)?\.(?P<projection>to_[qkv]|to_out)_lora\.(?P<part>down|up)\.weight",
     "peft": rf"base_model\.model\.(?P<module>.+?){_PEFT_PART}",
@@ -111,6 +111,8 @@ def _dialect(found: set[str], path: Path) -> str:
 def _token_of(key: str, metadata: Mapping[str, str]) -> str | None:
     if key.startswith(TOKEN):
         return key.removeprefix(TOKEN)
+    if bundled := re.fullmatch(r"bundle_emb\.(.+)\.string_to_param\.\*", key):  # A1111's
+        return bundled[1]
     return key if metadata.get(key) == "<embed>" or re.fullmatch(r"<[^:]+>", key) else None
 
 

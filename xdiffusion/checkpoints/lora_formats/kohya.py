@@ -1,7 +1,7 @@
 """The files of kohya-ss/sd-scripts and of the A1111 web UI: `lora_unet_<path with underscores>.lora_down.weight`.
 
 Read are also the original names of a UNet, `lora_unet_input_blocks_1_1_...`, as A1111 reads them, and those with dots,
-`diffusion_model.input_blocks.1.1...`, of ComfyUI; and LyCORIS' products, see `lycoris`.
+`diffusion_model.input_blocks.1.1...` and `text_encoders.clip_l.transformer...`, of ComfyUI; and LyCORIS' products (`lycoris`).
 
 Scaling is alpha / rank with alpha a tensor of each module, or A1111's `scale`; a file without either means alpha = rank.
 Underscores for dots are not unique, so module names come from a table of the model's layers, never from the key alone.
@@ -34,7 +34,13 @@ from xdiffusion.checkpoints.lora_formats.layer_table import SD_BASES, LayerTable
 from xdiffusion.checkpoints.stable_diffusion import unet_name_to_original
 
 _PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-_OTHER_PREFIXES = {"lora_te1_": "lora_te_", "diffusion_model.": "lora_unet_", "lycoris_": "lora_unet_"}
+_OTHER_PREFIXES = {
+    "lora_te1_": "lora_te_",
+    "diffusion_model.": "lora_unet_",
+    "text_encoders.clip_l.transformer.": "lora_te_",
+    "text_encoders.clip_h.transformer.": "lora_te_",
+    "lycoris_": "lora_unet_",
+}
 _MODEL_VERSION = {"sd15": {"ss_base_model_version": "sd_v1", "ss_v2": "False"},
                   "sd21": {"ss_base_model_version": "sd_v2", "ss_v2": "True"}}  # fmt: skip
 
@@ -52,9 +58,9 @@ def read(loose: Loose, path: Path, names: LayerTable | None) -> dict[str, LoRAFa
     Raises:
         CheckpointError: if a module is none of the table's, nor of Stable Diffusion's, or its product does not fit it.
     """
-    tables = [*([names] if names else []), *map(sd_layer_table, SD_BASES)]
-    sd = tables[-1]  # the names of 2.1 hold those of 1.5
+    sd = sd_layer_table("sd21")  # its names hold those of 1.5
     known = {_flat(_original_name(name)): name for name in sd.part("unet")} | {_flat(name): name for name in sd}
+    known |= {_flat(name).replace("te_text_model_", "te_"): name for name in sd.part("text_encoder")}  # transformers 5
     known |= {_flat(name): name for name in names or () if component_of(name)}
     parts = {}
     unknown = []
@@ -72,12 +78,15 @@ def read(loose: Loose, path: Path, names: LayerTable | None) -> dict[str, LoRAFa
             f"{' nor of this model' if names else ''}, such as {unknown[0]}"
             + said_of_xl({module: t["lora_A"] for module, t in loose.parts.items() if "lora_A" in t})
         )
-    return assemble(_without_products(parts, tables, path, loose.repairs), path, loose.repairs)
+    return assemble(_without_products(parts, names, path, loose.repairs), path, loose.repairs, of_peft=False)
 
 
-def _without_products(parts: Parts, tables: list[LayerTable], path: Path, repairs: list[str]) -> Parts:
+def _without_products(parts: Parts, names: LayerTable | None, path: Path, repairs: list[str]) -> Parts:
     """The parts with LoRAs in the place of LyCORIS' other methods, told in `repairs`."""
     methods = {name: method for name, tensors in parts.items() if (method := lycoris.method_of(tensors))}
+    if not methods:
+        return parts
+    tables = [names or {}, *map(sd_layer_table, SD_BASES)]
     plain = dict(parts)
     for name in methods:
         shapes = dict.fromkeys(table[name] for table in tables if name in table)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from xdiffusion.checkpoints.files import CheckpointError
-from xdiffusion.checkpoints.lora_formats.factors import check_tensor
+from xdiffusion.checkpoints.lora_formats.factors import check_parts
 from xdiffusion.checkpoints.lora_formats.layer_table import Shape
 
 KEY_PARTS = r"hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|lora_mid\.weight"
@@ -57,8 +57,7 @@ def as_lora(parts: Mapping[str, Tensor], shapes: Collection[Shape], name: str, p
         CheckpointError: if parts are missing or do not go together, or the update is of none of the weights.
     """
     method = method_of(parts)
-    for tensor in parts.values():
-        check_tensor(tensor, name, path)
+    check_parts(parts, name, path)
     made_of = parts.keys() - set(_BESIDE)
     words = next((words for words in _MATRICES[method] if made_of == set(" ".join(words).split())), None)
     if words is None:

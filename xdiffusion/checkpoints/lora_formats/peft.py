@@ -10,6 +10,7 @@ transformers 5 names its modules, without `text_model.`, and read with it too; w
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,7 @@ from xdiffusion.checkpoints.lora_formats.keys import sorted_by_key
 from xdiffusion.checkpoints.native import reading_header
 from xdiffusion.checkpoints.patterns import is_ending
 
+REPEATED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that change the base, which peft repeats on loading
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -95,18 +97,36 @@ def config_of(modules: Mapping[str, LoRAFactors]) -> dict[str, Any]:
     use_rslora = all(f.use_rslora for f in modules.values())
     ranks = {name: f.rank for name, f in modules.items()}
     alphas = {name: f.lora_alpha if f.use_rslora == use_rslora else f.scaling * f.rank for name, f in modules.items()}
+    keys = {name: name for name in modules}
+    for name in modules:
+        if any(other.endswith(f".{name}") for other in modules):  # patterns match endings
+            keys[name] = f"^{re.escape(name)}"
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "rank_pattern": {keys[name]: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {keys[name]: a for name, a in alphas.items() if a != alpha},
         "target_modules": list(modules),
         "use_rslora": use_rslora,
         "use_dora": bool(with_magnitude),
         "lora_dropout": 0.0,
         "bias": "none",
     }
+
+
+def check_init(config: Mapping[str, Any], path: Path) -> None:
+    """Complain of factors that belong to another base than the model itself.
+
+    Raises:
+        CheckpointError: if a LoraConfig says so.
+    """
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(REPEATED):
+        raise CheckpointError(
+            f"{path} has init_lora_weights={init!r}: peft takes the first factors out of the base again when it loads them; "
+            "save it once more with peft's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
 
 
 def alpha_from(config: Mapping[str, Any], name: str, rank: int) -> tuple[float, bool]:
@@ -128,6 +148,7 @@ def _read_one(folder: Path, repairs: list[str], metadata: dict[str, str]) -> dic
         config = read_json(path)
         if config["peft_type"] != "LORA":
             raise CheckpointError(f"{path} is of the method {config['peft_type']!r}, not LORA")
+        check_init(config, path)
     if (folder / WEIGHTS).is_file():
         tensors, header = load_safetensors(folder / WEIGHTS)
     else:
