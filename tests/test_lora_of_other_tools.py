@@ -1,6 +1,7 @@
 """LoRA files as A1111, ComfyUI and LyCORIS write them: read to the same updates, or refused by the name of what they are."""
 
 import copy
+import json
 import re
 
 import peft
@@ -11,7 +12,7 @@ from lora_files import SD15, TEXT, assert_equal_products, converted, mixed, path
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.files import CheckpointError, load_safetensors
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
 from xdiffusion.lora import load_lora_weights, merge_lora_weights
@@ -158,6 +159,17 @@ def test_a_lokr_of_whole_matrices_has_no_alpha(tmp_path):
     assert factors.rank == 4 * 40
 
 
+def test_a_rank_above_the_weight_s_own_is_not_kept(tmp_path):
+    """Nor formed on the way: a few numbers of a huge rank would claim a huge factor."""
+    up, mid, down = torch.randn(4, 9, 1, 1), torch.randn(9, 9, 3, 3), torch.randn(9, 320, 1, 1)
+    parts = {"lora_up.weight": up, "lora_mid.weight": mid, "lora_down.weight": down}
+    save_file({f"lora_unet_conv_out.{part}": tensor for part, tensor in parts.items()}, tmp_path / "a.safetensors")
+    factors = read_lora(tmp_path / "a.safetensors").modules["unet.conv_out"]
+    assert factors.rank == 4
+    expected = torch.einsum("omyx,mnhw,niyx->oihw", up, mid, down)
+    torch.testing.assert_close(factors.delta(), expected, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
@@ -256,6 +268,15 @@ def test_factors_that_belong_to_a_changed_base_are_refused(init, tmp_path):
     peft.get_peft_model(Nested(), config).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=f"init_lora_weights='{init}': peft takes the first factors out"):
         read_lora(tmp_path)
+
+
+def test_and_so_are_those_whose_diffusers_header_says_so(tmp_path):
+    write_lora(LoRAFile({LAYER: random_factors(LAYER, 2, 1.0)}), tmp_path / "a.safetensors", "diffusers")
+    tensors, header = load_safetensors(tmp_path / "a.safetensors")
+    fields = json.loads(header["lora_adapter_metadata"]) | {"unet.init_lora_weights": "pissa"}
+    save_file(dict(tensors), tmp_path / "b.safetensors", header | {"lora_adapter_metadata": json.dumps(fields)})
+    with pytest.raises(CheckpointError, match=r"b.safetensors has init_lora_weights='pissa'"):
+        read_lora(tmp_path / "b.safetensors")
 
 
 def test_names_that_end_others_keep_their_own_rank_and_alpha_in_peft_s_form(tmp_path):
