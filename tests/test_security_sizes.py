@@ -230,11 +230,24 @@ def test_a_pickle_that_claims_more_than_it_holds_is_refused(content, message, tm
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(a+)+", "(a|a)*b", "(a*)*", "a?" * 30 + "a" * 30, "(a|a)" * 30, ".*" * 20, "(", "x" * 1000]
+    "pattern",
+    [
+        *("(a+)+", "(a|a)*b", "(a*)*", "a?" * 30 + "a" * 30, "(a|a)" * 30, ".*" * 20, "(", "x" * 1000),
+        *("b|.*.*.*a", "(.*a|.*b|.*c)", r".*\|.*|.*[|]a.*b.*|c", "(?x)(.*a#)\n|.*b.*#(\n)", "a|" * 20),
+    ],
 )
 def test_a_pattern_that_could_take_for_ever_is_refused(pattern):
     with pytest.raises(ValueError, match=r"is too long, or has too many|repeats a group|is no regular expression"):
         module_pattern(pattern)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("a.to_q", True), ("a.ff.proj_in", True), ("a.conv1", True), ("conv_in", True), ("a.proj", False), ("|", True)],
+)
+def test_each_alternative_of_a_pattern_may_hold_repetitions(name, found):
+    pattern = module_pattern(r".*to_[qkv]|.*(ff|mlp)\.proj_(in|out)|.*conv.*|[|]")
+    assert bool(pattern.fullmatch(name)) is found
 
 
 @pytest.mark.parametrize(

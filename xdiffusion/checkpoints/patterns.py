@@ -1,7 +1,8 @@
 """Regular expressions of module names, as LoRA files and configs hold them: only such as answer soon.
 
 Python's matcher tries every way to share a name among repetitions and alternatives; `(a+)+$` takes for ever on thirty
-letters. Few of each, and none repeated as a whole, leave a polynomial of low degree.
+letters. Few of each in an alternative of the whole, and none repeated as a whole, leave a polynomial of low degree: such
+alternatives are tried one after another, so what they cost adds up.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import re
 
 MAX_LENGTH = 300  # of a pattern, and of the name that is compared with it
-_LIMITS = {r"[*+{]": 2, r"\?": 2, r"\(": 3, r"\|": 16}
+MAX_ALTERNATIVES = 16
+_LIMITS = {r"[*+{]": 2, r"\?": 2, r"\(": 3}  # of an alternative
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
+_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\\\]])*\]|.", re.DOTALL)  # an escape, a set of characters, a character
 
 
 def module_pattern(pattern: str) -> re.Pattern[str]:
@@ -19,8 +22,8 @@ def module_pattern(pattern: str) -> re.Pattern[str]:
     Raises:
         ValueError: if it is no regular expression, or one that could take for ever.
     """
-    counts = {part: len(re.findall(part, pattern)) for part in _LIMITS}
-    if len(pattern) > MAX_LENGTH or any(counts[part] > most for part, most in _LIMITS.items()):
+    few = len(pattern) <= MAX_LENGTH and pattern.count("|") <= MAX_ALTERNATIVES
+    if not few or any(len(re.findall(p, part)) > n for part in _alternatives(pattern) for p, n in _LIMITS.items()):
         raise ValueError(f"{pattern[:80]!r} is too long, or has too many repetitions, groups or alternatives")
     if _REPEATED_GROUP.search(pattern):
         raise ValueError(f"{pattern[:80]!r} repeats a group, which can take for ever to compare")
@@ -28,6 +31,20 @@ def module_pattern(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except (re.error, OverflowError) as error:
         raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """What `|` divides outside of groups; all of it where a comment may hide what a bracket means."""
+    if "#" in pattern:
+        return [pattern]
+    parts, depth = [""], 0
+    for token in _TOKEN.findall(pattern):
+        depth += (token == "(") - (token == ")")
+        if token == "|" and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += token
+    return parts
 
 
 def is_ending(pattern: str, name: str) -> bool:
