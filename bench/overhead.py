@@ -4,10 +4,12 @@
 
 overhead: the digits' config, steps of `Trainer.step` with their record in metrics.jsonl and TensorBoard, saving and
 sampling off. The time within the objective (noise, network, loss), the backward pass and the optimizer's step is "theirs",
-the whole step "ours": the ratio less 1 is everything else (batch, captions, clipping, moving average, records). Where
-threads share the rows of a batch (training/row_threads.py), forward and backward pass last from the first thread's beginning
-to the last one's end: adding the gradients up, and waking the threads, is everything else. All captions have been embedded
-before, which a run does once.
+the whole step "ours": the ratio less 1 is everything else (batch, captions, clipping, moving average, records). All captions
+have been embedded before, which a run does once.
+
+row_threads: where threads share the rows of a batch (training/row_threads.py), the passes last until the shares' gradients
+are added up, as they do where torch itself shares out each operation. What is not computing in them: "theirs" is from the
+first thread's beginning to the last one's end, with the forming of W', "ours" adds waking the threads and adding up.
 
 checkpoint: a state of so many MB (weights, two moments) besides its weights file: the seconds until `save` returns and
 training goes on are "ours", until both files are on the disk "theirs".
@@ -18,9 +20,9 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import current_thread, main_thread
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -57,56 +59,69 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = Report(args)
     config = load_config(CONFIG, ["model.text_encoder.pretrained=null", *args.set])
     for kind in ("base", "lora"):
-        whole, needed = steps(config, kind == "lora", args.rounds, device)
+        whole, needed, passes, in_rows = steps(config, kind == "lora", args.rounds, device)
         report.add(f"overhead_{kind}", whole, needed, goal=Goal(1.03))
+        if in_rows:
+            report.add(f"row_threads_{kind}", passes, in_rows)
     blocked, written = writes(args.megabytes, max(1, args.rounds // 10))
     report.add("checkpoint", blocked, written, goal=Goal(0.5, of="ours"), megabytes=args.megabytes)
     report.finish()
     return 0
 
 
-def steps(config: Any, lora: bool, rounds: int, device: torch.device) -> tuple[list[float], list[float]]:
-    """Seconds of whole steps, and of their forward pass, backward pass and optimizer step."""
+def steps(config: Any, lora: bool, rounds: int, device: torch.device) -> tuple[list[float], ...]:
+    """Seconds of whole steps, of what they need, of its forward and backward pass, and of computing in row threads."""
     torch.manual_seed(0)
     model = build_model(config)
     make_trainable(model, config, lora=lora)
     trainer = Trainer(DiffusionTask(model, build_data(config), config), force_cpu=device.type == "cpu")
     trainer.task.embed([caption for captions in trainer.task.data.prompts.captions for caption in captions])
-    spans: dict[bool, list[tuple[float, float]]] = {}  # of the main thread, and of row threads
+    spans: dict[str, list[tuple[float, float]]] = defaultdict(list)  # beginning and end, of a step
 
-    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
             synchronize(device)
             started = time.perf_counter()
             result = function(*arguments, **keywords)
             synchronize(device)
-            spans[current_thread() is main_thread()].append((started, time.perf_counter()))
+            spans[kind].append((started, time.perf_counter()))
             return result
 
         return call
 
-    diffusion_task.loss = timed(objective.loss)
-    trainer.optimizer.step = timed(trainer.optimizer.step)
-    for layer in trainer.row_threads.layers if trainer.row_threads is not None else ():
-        layer.effective_weight = timed(layer.effective_weight)  # formed once a step, for both passes
-    whole, parts = [], []
-    timed_passes = {name: timed(getattr(torch.autograd, name)) for name in ("backward", "grad")}
+    def seconds(kind: str) -> float:
+        return sum(end - start for start, end in spans[kind])
+
+    trainer.optimizer.step = timed("optimizer", trainer.optimizer.step)
+    rows = trainer.row_threads
+    within = "passes" if rows is None else "rows"
+    passes = {name: timed(within, getattr(torch.autograd, name)) for name in ("backward", "grad")}
+    if rows is not None:
+        rows.backward = timed("passes", rows.backward)
+        for layer in rows.layers:
+            layer.effective_weight = timed("forming", layer.effective_weight)  # once a step, for all rows
+    results: tuple[list[float], ...] = ([], [], [], [])
     with (
         tempfile.TemporaryDirectory() as folder,
         Records(Path(folder), 1, rounds + 3) as records,
-        patch.multiple(torch.autograd, **timed_passes),
+        patch.multiple(torch.autograd, **passes),
+        patch.object(diffusion_task, "loss", timed(within, objective.loss)),
     ):
         for step in range(1, rounds + 4):
-            spans |= {True: [], False: []}
+            spans.clear()
             started = time.perf_counter()
             records.step(trainer.step(step))
             synchronize(device)
-            if step > 3:  # the first ones warm up
-                whole.append(time.perf_counter() - started)
-                in_rows = (f(times) for f, times in zip((min, max), zip(*spans[False])))
-                first, last = in_rows if spans[False] else (0.0, 0.0)
-                parts.append(last - first + sum(end - start for start, end in spans[True]))
-    return whole, parts
+            if step <= 3:  # they warm up
+                continue
+            whole, needed = time.perf_counter() - started, seconds("passes") + seconds("optimizer")
+            in_rows = []
+            if spans["rows"]:
+                begun, ended = zip(*spans["rows"])
+                in_rows = [max(ended) - min(begun) + seconds("forming")]
+            for values, new in zip(results, ([whole], [needed], [seconds("passes")], in_rows)):
+                values.extend(new)
+    return results
 
 
 def writes(megabytes: int, rounds: int) -> tuple[list[float], list[float]]:
