@@ -68,7 +68,7 @@ BAD_INPUT = {
         LORA + " {lora}": "diffusion-2-lora.safetensors is a LoRA",
         LORA + " {checkpoint} --set lora.target_modules=[to_x]": "LoRA targets ['to_x']; allowed: attention",
         LORA + " {checkpoint} --set lora.rank=0": "rank=0 must be in 1..",
-        LORA + " {checkpoint} --set lora.alpha=0": "lora_alpha=0 of ... to_q must be a number above 0",
+        LORA + " {checkpoint} --set lora.alpha=0": "lora_alpha=0 of ... to_q must be a number other than 0",
         BASE + " {checkpoint} --set model.network.channels=[16,32]":
             "diffusion-2.safetensors ... another architecture: model.network.channels=[16, 16] there, [16, 32] in the",
         BASE + " {other_weights}": "other_weights.pt is a checkpoint for another architecture",

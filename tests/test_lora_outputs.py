@@ -25,6 +25,7 @@ READ = "would be overwritten"
         ("lora merge style.safetensors ink.safetensors", MISSING),
         ("lora merge style.safetensors:0.7 ink.safetensors", MISSING),
         ("lora merge style.safetensors:0.7 ink.safetensors:0.3", MISSING),
+        ("lora merge style.safetensors model.safetensors ink.safetensors", MISSING),
         ("lora merge style.safetensors ink.safetensors none.safetensors:-1e-1", MISSING),
         ("lora merge style.safetensors ink.safetensors style.safetensors", READ),
         ("lora merge style.safetensors:0.7 ink.safetensors:0.3 ./ink.safetensors", READ),
@@ -49,7 +50,7 @@ def test_a_file_that_is_read_is_not_overwritten(files, capsys, line, said):
 
 def test_an_earlier_result_is_overwritten(files):
     for weight in (0.5, 0.6):
-        assert command(f"lora merge style.safetensors:{weight} ink.safetensors out.safetensors") == 0
+        assert command(f"lora merge style.safetensors:{weight} ink.safetensors out.safetensors --overwrite") == 0
         assert command("lora resize style.safetensors small.safetensors --rank 1") == 0
 
 
@@ -72,6 +73,7 @@ def test_the_default_dtype_is_the_one_of_the_help(files, capsys):
     }
     assert command("lora apply model.safetensors half.safetensors tuned.safetensors") == 0
     for name, words in lines.items():
+        (files / "out.safetensors").unlink(missing_ok=True)
         assert command(f"lora {name} {words}") == 0
         capsys.readouterr()
         assert command(f"lora {name} --help") == 0

@@ -173,7 +173,7 @@ def test_factors_of_another_layer_are_refused():
     [
         ({"init": "orthogonal", "rank": 3}, "rank=3 must be even for init='orthogonal'"),
         ({"init": "pissa", "rank": 4}, r"rank=4 of init='pissa' must be in 1\.\.3 for layer, a weight \(5, 6\)"),
-        ({"init": "pissa", "rank": 2, "alpha": 0.0}, "lora_alpha=0.0 of layer must be a number above 0"),
+        ({"init": "pissa", "rank": 2, "alpha": 0.0}, "lora_alpha=0.0 of layer must be a number above 0 for"),
     ],
 )
 def test_beginnings_that_cannot_be(variant, message):
@@ -185,7 +185,7 @@ def test_beginnings_that_cannot_be(variant, message):
 
 @pytest.mark.parametrize("alpha", [0, math.nan, -math.inf])
 def test_a_layer_of_its_own_refuses_an_alpha_that_turns_it_off(alpha):
-    with pytest.raises(LoRAError, match=f"lora_alpha={alpha} must be a number above 0"):
+    with pytest.raises(LoRAError, match=f"lora_alpha={alpha} must be a number other than 0"):
         LoRALinear(4, 4, rank=2, alpha=alpha)
 
 

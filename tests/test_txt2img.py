@@ -324,7 +324,7 @@ def test_labels_say_the_strengths_that_the_loras_have(share, scales, expected):
         ("--prompt x --strength 0.5", "--strength is that of --init_image, and there is none"),
         ("--prompt x --mask_image wide.png", "--mask_image says what to draw anew of --init_image"),
         ("--prompt x --learned_tokens none.pt", "no file at none.pt"),
-        ("--prompt x --learned_tokens wide.safetensors", "'<a>' has 16 numbers, this text encoder's width is 8"),
+        ("--prompt x --learned_tokens wide.safetensors", "wide.safetensors: the learned token '<a>' has 16 numbers"),
         ("--prompt x --mixed_precision fp8", "invalid choice: 'fp8'"),
         ("--prompt x --times even", "sampling.times.kind='even' is unknown"),
         ("--from_png", "--from_png: expected one argument"),

@@ -325,11 +325,18 @@ def _differing(ours: Any, theirs: Any, key: str) -> Iterator[tuple[str, Any, Any
 
 
 def add_learned_tokens(model: DiffusionModel, specs: Sequence[str], prompts: Sequence[str]) -> None:
-    """Give the model the words of each FILE[=NAME], say which, and of which files no prompt holds one."""
+    """Give the model the words of each FILE[=NAME], say which, and of which files no prompt holds one.
+
+    Raises:
+        ValueError: if a file is missing or damaged, or its words cannot be added, as those of another width.
+    """
     files = []
     for path, name in map(parse_tokens_spec, specs):
         tokens = read_learned_tokens(path, name)
-        model.text_encoder.add_tokens(tokens)
+        try:
+            model.text_encoder.add_tokens(tokens)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         files.append((path, {word.strip().lower() for word in tokens}))
         print(f"{path}: {', '.join(f'{token} ({len(rows)} vectors)' for token, rows in tokens.items())}")
     for path, words in files:

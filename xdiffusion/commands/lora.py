@@ -13,8 +13,8 @@ three times the largest tensor of BASE, which is read and written tensor by tens
 linear layers, by its size 350 MB if the largest convolution is changed). extract holds the LoRA that it finds and eight
 times the largest difference (under 1 GB).
 
-OUT replaces a file of that name, but none that the command reads; merge of one FILE replaces no LoRA, since OUT may have been
-forgotten.
+OUT replaces a file of that name, but none that the command reads; that of merge only with --overwrite, since OUT may have
+been forgotten.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ def _add_merge(merge: argparse.ArgumentParser) -> None:
         help="concat: exact, the ranks add up (default); svd: the nearest of --rank or --energy; legacy: adds the "
         "factors, as lora_add once did, which is not the sum of the updates",
     )
+    merge.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     _add_size(merge)
     _add_output(merge, "format of OUT (default: that of the first FILE)")
 
@@ -149,7 +150,7 @@ def check_output(args: argparse.Namespace) -> None:
     """See that OUT is meant as such, for what is there under its name will be gone.
 
     Raises:
-        ValueError: if it is a file that is read, or looks like the last FILE of a merge without OUT.
+        ValueError: if it is a file that is read, or may be the last FILE of a merge without OUT.
     """
     from xdiffusion.checkpoints.files import refuse_overwriting
     from xdiffusion.lora.weights import parse_lora_spec
@@ -159,10 +160,12 @@ def check_output(args: argparse.Namespace) -> None:
     read = [parse_lora_spec(spec)[0] for spec in specs]
     read += [Path(given[name]) for name in ("input", "model", "tuned") if name in given]
     refuse_overwriting(read, output)
-    if "inputs" in given and (WEIGHT.search(args.output) or (len(read) == 1 and output.exists())):
-        raise ValueError(
-            f"OUT is missing? the last name is that of the file to write; {output} looks like a FILE to merge"
-        )
+    if "inputs" not in given:
+        return
+    if WEIGHT.search(args.output):
+        raise ValueError(f"OUT is missing? the last name is that of the file to write; {output} is a FILE to merge")
+    if output.exists() and not args.overwrite:
+        raise ValueError(f"OUT is missing? {output} is there already; --overwrite replaces it")
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+LEAST_LOGSNR = -30.0  # float32's steps before pi / 2 end at -32.8
 MAX_TIMESTEPS = 100_000  # the table of a stranger's config is made before its weights are looked at
 
 
@@ -38,16 +39,18 @@ class CosineSchedule:
     there written with lambda). Every t in [0, 1] is a training time; the network sees 1000 t.
 
     Args:
-        logsnr_min: log-SNR at t = 1 (pure noise).
+        logsnr_min: log-SNR at t = 1 (pure noise), at least LEAST_LOGSNR.
         logsnr_max: log-SNR at t = 0 (data).
 
     Raises:
-        ValueError: if logsnr_min is not below logsnr_max.
+        ValueError: if not LEAST_LOGSNR <= logsnr_min < logsnr_max.
     """
 
     def __init__(self, logsnr_min: float = -15.0, logsnr_max: float = 15.0):
-        if not logsnr_min < logsnr_max:
-            raise ValueError(f"logsnr_min={logsnr_min} must be below logsnr_max={logsnr_max}")
+        if not LEAST_LOGSNR <= logsnr_min < logsnr_max:
+            raise ValueError(
+                f"logsnr_min={logsnr_min} must be below logsnr_max={logsnr_max} and at least {LEAST_LOGSNR:g}"
+            )
         self.phi_0, self.phi_1 = (_angle(logsnr) for logsnr in (logsnr_max, logsnr_min))
 
     def _phi(self, t: Tensor) -> Tensor:

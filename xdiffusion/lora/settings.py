@@ -67,7 +67,8 @@ def check_settings(
     if init not in get_args(Init):
         raise LoRAError(f"LoRA init={init!r} must be one of {', '.join(get_args(Init))}")
     if not _is_number(lora_alpha) or lora_alpha == 0 or (init == "pissa" and lora_alpha < 0):
-        raise LoRAError(f"lora_alpha={lora_alpha!r}{f' of {layer}' if layer else ''} must be a number above 0")
+        allowed = "above 0 for init='pissa'" if init == "pissa" else "other than 0"
+        raise LoRAError(f"lora_alpha={lora_alpha!r}{f' of {layer}' if layer else ''} must be a number {allowed}")
     if not _is_number(dropout) or not 0 <= dropout < 1:
         raise LoRAError(f"LoRA dropout={dropout!r} must be in [0, 1)")
     sides = sorted((weight_shape[0], math.prod(weight_shape[1:])))
