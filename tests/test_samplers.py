@@ -107,6 +107,21 @@ def test_euler_is_ddim_in_other_coordinates():
     )
 
 
+@pytest.mark.parametrize("sampler", [sample_ddim, sample_euler, sample_euler_ancestral, sample_heun])
+def test_a_step_from_pure_noise_loses_no_digits(sampler):
+    """At zero terminal SNR y = xt / alpha is huge, and x0 must not be added to it."""
+    schedule = BetaSchedule(spacing="scaled_linear", zero_terminal_snr=True)
+    x0 = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
+
+    def denoiser(xt, t):
+        return x0
+
+    denoiser.schedule = schedule
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    end = sampler(denoiser, noise, torch.tensor([1.0, 0.0]), generator=torch.Generator())
+    torch.testing.assert_close(end, x0, rtol=0, atol=1e-6)
+
+
 def test_euler_ancestral_reaches_the_distribution_that_its_recursion_predicts():
     """As above, in y = xt / alpha: y' = y + (down - s) (y - x0) / s + up * noise, with x0 affine in y."""
     x_T = torch.randn(40_000, 1, 1, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -4,6 +4,9 @@ With y = xt / alpha and level = sigma / alpha, [EDM]'s sigma, the ODE is dy/dlev
 steps below the next level and climbs back to it with fresh noise, so that the sample's level is right and its noise is new:
 
     up^2 = next^2 (level^2 - next^2) / level^2,    down^2 = next^2 - up^2 = next^4 / level^2
+
+A step y + (next - level) (y - x0) / level is written x0 + next / level (y - x0): from pure noise y is so large that float32
+would lose the x0 which is added to it.
 """
 
 from __future__ import annotations
@@ -40,8 +43,7 @@ def sample_euler(
         level_t, level_next = sigma_t / alpha_t, sigma_next / alpha_next
         x0 = denoiser(xt, t)
         y = xt / alpha_t
-        slope = (y - x0) / level_t  # [EDM] algorithm 1, line 4
-        xt = alpha_next * (y + (level_next - level_t) * slope)  # line 5
+        xt = alpha_next * (x0 + level_next / level_t * (y - x0))  # [EDM] algorithm 1, lines 4 and 5
         if on_step is not None:
             on_step(i, xt, x0)
     return xt
@@ -77,8 +79,7 @@ def sample_euler_ancestral(
         level_down = level_next**2 / level_t
         x0 = denoiser(xt, t)
         y = xt / alpha_t
-        slope = (y - x0) / level_t
-        y = y + (level_down - level_t) * slope
+        y = x0 + level_down / level_t * (y - x0)
         if level_up > 0:
             y = y + level_up * fresh_noise(xt, generator)
         xt = alpha_next * y

@@ -43,7 +43,7 @@ def sample_heun(
         x0 = denoiser(xt, t)
         y = xt / alpha_t
         slope = (y - x0) / level_t  # line 4
-        y_next = y + (level_next - level_t) * slope  # line 5, Euler
+        y_next = x0 + level_next / level_t * (y - x0)  # line 5, Euler; see euler.py for its form
         if i < len(times) - 2:
             slope_next = (y_next - denoiser(alpha_next * y_next, t_next)) / level_next  # line 7
             y_next = y + (level_next - level_t) * (slope + slope_next) / 2  # line 8, trapezoid
