@@ -6,7 +6,10 @@ from PIL import Image
 from xdiffusion.data.buckets import bucket_sizes, cover, crop, enlargement, nearest_bucket
 
 
-@pytest.mark.parametrize(("size", "multiple", "aspect"), [(512, 64, 2.0), (768, 64, 3.0), (32, 8, 2.0), (64, 64, 4.0)])
+@pytest.mark.parametrize(
+    ("size", "multiple", "aspect"),
+    [(512, 64, 2.0), (768, 64, 3.0), (32, 8, 2.0), (64, 64, 4.0), (1024, 64, 2), (64, 16, 3), (512, 8, 2)],
+)
 def test_sides_are_multiples_and_areas_about_equal(size, multiple, aspect):
     sizes = bucket_sizes(size, multiple, aspect)
     assert (size, size) in sizes and len(set(sizes)) == len(sizes)
@@ -20,6 +23,16 @@ def test_sides_are_multiples_and_areas_about_equal(size, multiple, aspect):
 
 def test_the_shapes_at_512():
     assert bucket_sizes(512, 64, 2.0) == [(640, 384), (576, 448), (512, 512), (448, 576), (384, 640)]
+
+
+@pytest.mark.parametrize(("size", "multiple", "aspect"), [(1024, 64, 2), (64, 16, 3), (512, 8, 2), (512, 64, 2)])
+def test_no_shape_that_is_allowed_has_more_of_a_picture(size, multiple, aspect):
+    sides = range(multiple, 2 * size + 1, multiple)
+    allowed = {
+        (h, w) for h in sides for w in sides if h * w <= size**2 and max(h, w) <= aspect * min(h, w) + 1e-9
+    }  # fmt: skip
+    larger = {(h, w) for h, w in allowed if {(h + multiple, w), (h, w + multiple)} & allowed}
+    assert set(bucket_sizes(size, multiple, aspect)) == allowed - larger
 
 
 def test_no_aspect_but_the_square():

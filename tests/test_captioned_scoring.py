@@ -1,5 +1,6 @@
 """Scores on captioned pictures without classes: by the command on a tiny Stable Diffusion, and in cases known by hand."""
 
+import contextlib
 import json
 import math
 import tarfile
@@ -11,12 +12,13 @@ from omegaconf import OmegaConf
 from picture_folders import truncate, write_discs, write_pictures
 from tiny_sd import tiny_sd_config, tiny_sd_model
 
-from xdiffusion import captioned_scoring
+from xdiffusion import captioned_scoring, report
 from xdiffusion.build import build_data, build_sampling, image_shape
 from xdiffusion.captioned_scoring import SIDE, Cut, reduced, score_captioned, trained_on
 from xdiffusion.checkpoints.native import save_model
 from xdiffusion.lora import apply_lora_to_model, save_lora_weights
 from xdiffusion.scoring import Depth
+from xdiffusion.training.run_record import data_fingerprint
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 50, 230)}
 WITHOUT_CLASSES = {"prompt_accuracy", "judge_accuracy", "background", "gap_closed", "bits_per_dim"}
@@ -34,6 +36,13 @@ class ColourTowers:
         return torch.nn.functional.normalize(torch.tensor(colours).float(), dim=1)
 
 
+def record_run(folder, config):
+    """The run.json of a finished run on the pictures of a config."""
+    with contextlib.redirect_stdout(None):
+        data = {"name": "image/folder", "fingerprint": data_fingerprint(build_data(config))}
+    (folder / "run.json").write_text(json.dumps({"config": {}, "segments": [{"status": "finished"}], "data": data}))
+
+
 @pytest.fixture
 def config(work_folder):
     """Of a tiny model, in the current folder as sd.safetensors, and of the twelve discs that it was trained on."""
@@ -41,6 +50,7 @@ def config(work_folder):
     config = tiny_sd_config(work_folder, lora=False)
     tensors, plain = tiny_sd_model(config).state_dict(), OmegaConf.to_container(config)
     save_model(work_folder / "sd.safetensors", tensors, config=plain, image_shape=image_shape(config), step=2)
+    record_run(work_folder, config)
     return config
 
 
@@ -72,19 +82,50 @@ def test_a_lora_and_pictures_that_are_held_out(config, work_folder, capsys):
         if "lora_B" in name:
             torch.nn.init.ones_(parameter)
     on_new = OmegaConf.to_container(config) | {"data": dict(config.data) | {"data_dir": "new"}}
-    save_lora_weights(model.network, work_folder / "lora.safetensors", config=on_new)
-    own = evaluated(capsys, "--lora_path", "lora.safetensors", "--data_dir", "new", "--full")
+    (work_folder / "lora").mkdir()
+    save_lora_weights(model.network, work_folder / "lora/1.safetensors", config=on_new)
+    record_run(work_folder / "lora", OmegaConf.create(on_new))
+    own = evaluated(capsys, "--lora_path", "lora/1.safetensors:0.9", "--data_dir", "new", "--full")
     assert (own["pictures"], own["pictures_trained_on"]) == (9, 9)  # the LoRA's, not the base's
     assert own["loss_curve"].keys() == {"model", "base"}
     assert own["loss_curve"]["model"] != own["loss_curve"]["base"]
 
-    words = ["--lora_path", "lora.safetensors", "--data_dir", "set", "--training_data_dir", "new"]
+    words = ["--lora_path", "lora/1.safetensors", "--data_dir", "set", "--training_data_dir", "new"]
     held_out = evaluated(capsys, *words, "--intervals", 20)
     assert (held_out["pictures"], held_out["pictures_trained_on"]) == (12, 0)
     assert held_out["loss_curve"] is None
     low, high = held_out["data_copying_interval"]
     assert low <= held_out["data_copying"] <= high
     assert held_out["nearest_distance_real"] < held_out["nearest_distance"]  # discs are nearer to discs than noise is
+
+
+def test_a_folder_is_known_again_by_its_pictures_not_by_its_name(config, work_folder, capsys):
+    (work_folder / "set/disc_3.txt").write_text("another caption")
+    assert evaluated(capsys, "--data_dir", "set")["pictures_trained_on"] is None
+    (work_folder / "run.json").unlink()
+    assert evaluated(capsys, "--data_dir", "set")["pictures_trained_on"] is None
+
+
+def test_pictures_that_are_all_one_have_no_diversity(scored, work_folder):
+    write_pictures(work_folder / "new", [(16, 16)], ["red"])
+    content = (work_folder / "new/picture_0.png").read_bytes()
+    for i in range(1, 30):
+        (work_folder / f"new/picture_{i}.png").write_bytes(content)
+        (work_folder / f"new/picture_{i}.txt").write_text(f"red {i}")
+    assert scored(work_folder / "new").scores["diversity"] is None
+
+
+def test_a_report_that_cannot_be_written_costs_no_scores(config, work_folder, capsys, monkeypatch):
+    words = ["--checkpoint", "sd.safetensors", "--num_samples", 2, "--force_cpu", "--data_dir", "set", "--json"]
+    assert run_script(EVALUATE, *words, "--report", "set") == 2
+    assert "--report set is a folder" in capsys.readouterr().err
+
+    def full_disk(*_):
+        raise ValueError("no space left")
+
+    monkeypatch.setattr(report, "write_report", full_disk)
+    assert run_script(EVALUATE, *words, "--report", "out.html") == 2
+    assert json.loads(capsys.readouterr().out)["pictures"] == 12
 
 
 def test_what_is_missing_is_said_and_shown(config, work_folder, capsys):
@@ -155,6 +196,15 @@ def test_a_folder_that_only_a_file_names_is_not_read(config, work_folder, capsys
     save_model(work_folder / "sd.safetensors", tensors, config=hub, image_shape=image_shape(config), step=2)
     assert run_script(EVALUATE, "--checkpoint", "sd.safetensors", "--force_cpu") == 2
     assert "--dataset_name image/hugging_face must be given: it is downloaded" in capsys.readouterr().err
+
+
+def test_a_model_of_shards_is_compared_with_a_folder(config, work_folder, capsys):
+    """Its pictures have 16 pixels, which the buckets of a folder, multiples of 64, do not."""
+    shards = OmegaConf.to_container(config) | {"data": {"kind": "image/shards", "data_dir": "a.tar", "image_size": 16}}
+    tensors = tiny_sd_model(config).state_dict()
+    save_model(work_folder / "sd.safetensors", tensors, config=shards, image_shape=image_shape(config), step=2)
+    scores = evaluated(capsys, "--dataset_name", "image/folder", "--data_dir", "set")
+    assert scores["pictures"] == 12
 
 
 def test_a_lora_of_another_base_is_a_flag(config, work_folder, capsys):

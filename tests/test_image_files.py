@@ -9,11 +9,11 @@ from functools import partial
 import numpy as np
 import pytest
 from commands import ROOT
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from xdiffusion.data import image_files
 from xdiffusion.data.buckets import cover, crop
-from xdiffusion.data.image_files import DamagedImage, Picture, _is_in_scans
+from xdiffusion.data.image_files import DamagedImage, Picture, _is_in_scans, read_picture
 
 sys.path.append(str(ROOT / "bench"))
 from measure import peak_resident
@@ -215,3 +215,13 @@ def test_damage_is_named_whatever_it_is():
 
     with pytest.raises(DamagedImage, match="No such file"):
         Picture("x", "y", gone).pixels()
+
+
+def test_a_deep_tiff_whose_zero_is_white_is_no_negative(tmp_path):
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] = 0
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.array([[0, 2**16 - 1]], dtype=np.uint16)).save(path, tiffinfo=tags)
+    with Image.open(path) as stored:
+        assert stored.tag_v2[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] == 0
+    assert [pixel[0] for pixel in read_picture(path).getdata()] == [255, 0]

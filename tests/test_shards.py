@@ -56,6 +56,14 @@ def captions(pictures, count):
     return [picture.caption for picture in islice(pictures, count)]
 
 
+def test_hidden_files_and_empty_captions_beside_others_are_passed_by(tmp_path):
+    words, empty = b'\xef\xbb\xbf{"caption": " words "}', b"\n"
+    members = [("._1.png", b"mac"), ("1.png", png(1)), ("1.txt", empty), ("1.json", words), ("._1.json", b"mac")]
+    members += [("2.png", png(2)), ("2.json", words), ("2.txt", empty)]
+    path = write_tar(tmp_path / "a.tar", members)
+    assert [(p.name, p.caption) for p in read_shard(path)] == [("a.tar/1", "words"), ("a.tar/2", "words")]
+
+
 def test_a_shard_is_read_in_its_order(shards):
     pictures = list(read_shard(shards[1]))
     assert [p.caption for p in pictures] == ["4", "5", "6", "7"]
@@ -167,6 +175,11 @@ BAD = {
     "a long text": ([("a.txt", b"a" * (MAX_TEXT_BYTES + 1))], "allowed 1,048,576"),
     "no caption": ([("a.png", png(1)), ("b.png", png(2)), ("b.txt", b"b")], "sample 'a' has no caption"),
     "no picture": ([("a.txt", b"a")], "sample 'a' has no picture"),
+    "an empty caption": ([("a.png", png(1)), ("a.txt", b" \n")], "sample 'a' has no caption"),
+    "half a letter": (
+        [("a.png", png(1)), ("a.json", b'{"caption": "\\ud83d"}')],
+        "the caption of 'a' is no Unicode text",
+    ),
     "a caption that is no text": ([("a.png", png(1)), ("a.json", b'{"caption": 3}')], "sample 'a' has no caption"),
     "no samples": ([], "holds no sample"),
     "text that is no UTF-8": ([("a.png", png(1)), ("a.txt", b"\xff\xfe")], "cannot be read"),

@@ -97,6 +97,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="print one line of JSON and nothing else")
     add("--allow_other_base", action="store_true", help="apply a LoRA although it was trained on another base")
     args = parser.parse_args(argv)
+    if args.report and args.report.is_dir():
+        raise ValueError(f"--report {args.report} is a folder, not the name of a page")
     args.argv = list(sys.argv[1:] if argv is None else argv)
     return args
 
@@ -137,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with sampling_overrides(args, FLAG_KEYS) as overrides:
         config = override(config, overrides, "command line")
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-        data, training = pictures_of(config, trained, args)
+        data, training = pictures_of(config, args)
     towers = clip_towers(args.clip, text_encoder, data) if args.clip else None
     model.resize(*image_shape(config)[1:])
     model.to(best_device(args.force_cpu))
@@ -157,9 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluation = score_captioned(model, data, training, sampling, num_samples=args.num_samples or 50, **common)
     scores = evaluation.scores
     scores |= {"sampler": config.sampling.sampler.kind, **{k: config.sampling[k] for k in ("steps", "cfg_scale")}}
+    print(json.dumps(scores, allow_nan=False) if args.json else as_text(evaluation))
     if args.report:
         write_report(args, evaluation, config, base_hash)
-    print(json.dumps(scores, allow_nan=False) if args.json else as_text(evaluation))
     return 0
 
 
@@ -172,9 +174,10 @@ def as_text(evaluation: Evaluation) -> str:
 
 
 def pictures_of(
-    config: DictConfig, trained: DictConfig, args: argparse.Namespace
+    config: DictConfig, args: argparse.Namespace
 ) -> tuple[ImageSet | CaptionedImages, CaptionedImages | None]:
-    """The set to compare with, and where it has no classes the pictures that the model was trained on, if a flag names them.
+    """The set to compare with, and where it has no classes the pictures that the model was trained on, if a flag names them
+    or the run's own record knows them again.
 
     Of sets without classes, a folder that is only named by a model's file, who knows whose, is not read.
 
@@ -192,6 +195,8 @@ def pictures_of(
         )
     if kind in ("image/folder", "image/shards", "image/hugging_face") and args.data_dir is None:
         config = override(config, ["data.data_dir=null"], "command line")
+    if config.data.image_size % config.data.get("bucket_multiple", 1):  # all pictures are cut to the model's size
+        config = override(config, [f"data.bucket_multiple={config.data.image_size}"], "command line")
     data = build_data(config)
     if isinstance(data, ImageSet):
         if args.training_data_dir is not None:
@@ -202,9 +207,22 @@ def pictures_of(
     if not isinstance(data, CaptionedImages):
         raise ValueError(f"{data.name} has no end to compare with: save some of its pictures and use image/folder")
     if args.training_data_dir in (None, args.data_dir):
-        return data, data if args.training_data_dir or trained.data == config.data else None
+        return data, data if args.training_data_dir or was_trained_on(data, args.lora_path or args.checkpoint) else None
     training = override(config, [f"data.data_dir={json.dumps(args.training_data_dir)}"], "--training_data_dir")
     return data, build_data(training)
+
+
+def was_trained_on(data: CaptionedImages, file: str) -> bool:
+    """Whether the run.json beside a checkpoint or a LoRA tells of these very pictures and captions."""
+    from xdiffusion.checkpoints.files import CheckpointError
+    from xdiffusion.lora.weights import parse_lora_spec
+    from xdiffusion.training.run_record import data_fingerprint, read_run
+
+    try:
+        run = read_run(parse_lora_spec(file)[0].parent)
+    except CheckpointError:
+        return False
+    return run.get("data", {}).get("fingerprint") == data_fingerprint(data)
 
 
 def clip_towers(name: str, text_encoder: CLIPTextEncoder | None, data: ImageSet | CaptionedImages) -> nn.Module:

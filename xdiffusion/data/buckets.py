@@ -34,7 +34,8 @@ def bucket_sizes(image_size: int, multiple: int, max_aspect: float) -> list[Size
         raise ValueError(f"max_aspect={max_aspect} must be a number of at least 1")
     sizes = {(image_size, image_size)}
     for width in range(multiple, int(image_size * math.sqrt(max_aspect)) + multiple, multiple):
-        height = image_size**2 // width // multiple * multiple
+        tallest = min(image_size**2 // width, math.floor(width * max_aspect + 1e-9))
+        height = tallest // multiple * multiple
         if height and max(height / width, width / height) <= max_aspect:
             sizes.add((height, width))
     return sorted(_largest(sizes), key=lambda size: size[1] / size[0])

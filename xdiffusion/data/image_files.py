@@ -18,7 +18,7 @@ from textwrap import shorten
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import BITSPERSAMPLE
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from xdiffusion.data.buckets import MAX_ENLARGEMENT, Size, cover, crop, enlargement
 
@@ -46,6 +46,11 @@ _SMALL_MODES = {
 }  # bytes of a pixel in memory; of all others 4
 _DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")
 _STRIP = 256  # rows that are converted at once
+
+
+def is_text(caption: str) -> bool:
+    """Whether it can be written in UTF-8: what Python makes of a file name in another encoding, or of half a letter, cannot."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in caption)
 
 
 class DamagedImage(ValueError):
@@ -231,10 +236,13 @@ def _in_rgb(image: Image.Image, background: str) -> Image.Image:
     if _is_rgb(image):
         return image
     copy, white = Image.new("RGB", image.size), _white(image)
+    negative = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0  # of 8 bits Pillow knows it
     for top in range(0, image.height, _STRIP):
         strip = (0, top, image.width, min(top + _STRIP, image.height))
         part = image.crop(strip)
-        copy.paste(_laid_on(background, _in_8_bits(part, white) if image.mode in _DEEP_MODES else part), strip)
+        if image.mode in _DEEP_MODES:
+            part = _in_8_bits(part, white, negative)
+        copy.paste(_laid_on(background, part), strip)
     return copy
 
 
@@ -246,8 +254,8 @@ def _white(image: Image.Image) -> int:
     return 2 ** min(bits, 16) - 1  # in 32 bits some programs keep 16
 
 
-def _in_8_bits(image: Image.Image, white: int) -> Image.Image:
-    """Deep grey, which Pillow would clip at 255.
+def _in_8_bits(image: Image.Image, white: int, negative: bool) -> Image.Image:
+    """Deep grey, which Pillow would clip at 255; of a negative 0 is white.
 
     Raises:
         DamagedImage: if its values are not from black to white.
@@ -259,6 +267,8 @@ def _in_8_bits(image: Image.Image, white: int) -> Image.Image:
         raise DamagedImage(
             f"its values are from {low:g} to {high:g}, those of {kind} from 0 to {white}; convert it to 8 bits"
         )
+    if negative:
+        values = white - values
     return Image.fromarray((values * (255 / white) + 0.5).astype(np.uint8))
 
 

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
@@ -136,6 +137,8 @@ def _with_sidecar(folder: Path, name: str) -> Picture:
         return _picture(folder, name, _sidecar(folder / name))
     except UnicodeError:
         return replace(_picture(folder, name, None), uncaptioned="caption is not UTF-8")
+    except OSError as error:
+        return replace(_picture(folder, name, None), uncaptioned=f"caption cannot be read: {error.strerror}")
 
 
 def _sidecar(file: Path) -> str | None:
@@ -178,7 +181,7 @@ def _read_metadata(path: Path, folder: Path, present: Set[str], entered: Set[Pat
     Raises:
         ValueError: naming the line that is wrong.
     """
-    found, absent = {}, 0
+    found, absent, again = {}, 0, 0
     for number, row in _rows(path):
         where = f"{path}, line {number}"
         name, texts = row.get("file_name"), [row.get(key) for key in ("text", "caption")]
@@ -195,7 +198,10 @@ def _read_metadata(path: Path, folder: Path, present: Set[str], entered: Set[Pat
             absent += not there
             if not there and absent > MAX_ABSENT:
                 continue
+        again += name in found
         found[name] = _caption(texts[0] or texts[1] or "")
+    if again:
+        print(f"warning: {path}: {again} rows name a picture again; the last one's caption counts", file=sys.stderr)
     return found, max(absent - MAX_ABSENT, 0)
 
 
@@ -214,12 +220,15 @@ def _inside(folder: Path, name: str, entered: Set[Path]) -> str:
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     read: Callable = _jsonl_rows if path.suffix == ".jsonl" else _csv_rows
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = BoundedLines(file, path)
-        try:
-            yield from read(lines)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{path} cannot be read behind line {lines.number}: {error}") from error
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = BoundedLines(file, path)
+            try:
+                yield from read(lines)
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise ValueError(f"{path} cannot be read behind line {lines.number}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _jsonl_rows(lines: BoundedLines) -> Iterator[tuple[int, Mapping[str, object]]]:

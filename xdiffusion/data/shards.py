@@ -26,7 +26,7 @@ from torch import Tensor
 
 from xdiffusion.data.buckets import Size
 from xdiffusion.data.captions import PromptTable
-from xdiffusion.data.image_files import MAX_CAPTION, DamagedImage, Picture
+from xdiffusion.data.image_files import MAX_CAPTION, DamagedImage, Picture, is_text
 from xdiffusion.data.image_set import Batch, to_unit_range
 from xdiffusion.data.tar_members import Member, tar_members
 
@@ -228,7 +228,8 @@ def read_shard(shard: Path) -> Iterator[Picture]:
     try:
         with shard.open("rb") as file:
             for member in tar_members(shard):
-                if member.is_folder:
+                hidden = PurePosixPath(member.name).name.startswith(".")  # what macOS adds to all that it packs
+                if member.is_folder or hidden:
                     continue
                 member_key, kind = _checked(shard, member, length)
                 if member_key != key:
@@ -239,8 +240,8 @@ def read_shard(shard: Path) -> Iterator[Picture]:
                     picture = member
                 elif kind == "txt" or (kind == "json" and caption is None):
                     file.seek(member.start)
-                    text = file.read(member.size).decode()
-                    caption = text.strip() if kind == "txt" else _caption_of(text)
+                    text = file.read(member.size).decode("utf-8-sig")
+                    caption = (text.strip() if kind == "txt" else _caption_of(text)) or caption
     except ShardError:
         raise
     except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
@@ -272,6 +273,8 @@ def _sample(shard: Path, key: str, member: Member | None, caption: str | None) -
         raise ShardError(
             f"{shard}: the caption of {key!r:.100} has {len(caption):,} letters; allowed are {MAX_CAPTION:,}"
         )
+    if not is_text(caption):
+        raise ShardError(f"{shard}: the caption of {key!r:.100} is no Unicode text")
     offset, size = member.start, member.size
 
     def read() -> io.BytesIO:
@@ -288,4 +291,4 @@ def _caption_of(text: str) -> str | None:
     except ValueError:
         return None
     caption = content.get("caption") if isinstance(content, dict) else None
-    return caption if isinstance(caption, str) else None
+    return caption.strip() if isinstance(caption, str) else None
