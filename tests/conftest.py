@@ -109,6 +109,21 @@ def work_folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def tiny_txt2img(tmp_path_factory) -> Path:
+    from txt2img_cases import write_txt2img
+
+    return write_txt2img(tmp_path_factory.mktemp("tiny_txt2img") / "diffusion-0.safetensors")
+
+
+@pytest.fixture
+def sample(tiny_txt2img, work_folder):
+    """sample(folder, *words): the exit status; the images are in `folder` of the current one."""
+    from commands import SAMPLE, run_script
+
+    return lambda folder, *words: run_script(SAMPLE, "--checkpoint", tiny_txt2img, "--output_path", folder, *words)
+
+
 @pytest.fixture
 def evidence(monkeypatch):
     """The function of bench/kill_runs.py: what two runs must have in common."""

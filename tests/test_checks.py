@@ -1,6 +1,8 @@
 """What a run says at its start, in a dry run too: nothing is drawn, cached or loaded before."""
 
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from tiny_sd import CONFIGS, SMALLER, tiny_sd_model
 
 from xdiffusion.build import load_config
 from xdiffusion.checkpoints.native import save_model
+from xdiffusion.data.captions import PromptTable
 from xdiffusion.text_encoders.clip import CLIPTextEncoder
 from xdiffusion.training.checks import check_captions, check_together
 from xdiffusion.training.contrastive import ContrastiveModel, ContrastiveTask
@@ -122,6 +125,32 @@ def test_captions_beside_the_pictures_may_name_the_word(token, work_folder, caps
     Path("set/picture_0.txt").write_text("a cat")
     assert train(INVERSION, *words) == 2
     assert f"names textual_inversion.token={token!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("caption", ["photo of mycats", "mycat_1", "one two three four five six seven mycat"])
+def test_a_word_that_is_not_read_is_not_named(caption):
+    """Inside another word, or behind the six tokens that a context of 8 has room for."""
+    config = tiny_config("textual_inversion.token=mycat", "textual_inversion.initialiser=cat")
+    images = tiny_images()
+    for captions, named in (((caption,), False), ((caption, "MyCat, a photo"), True)):
+        shown = replace(images, prompts=PromptTable(names=tuple((c,) for c in captions), templates=("{}",)))
+        with nullcontext() if named else pytest.raises(ValueError, match=r"token='mycat' as a word"):
+            check_captions(shown, config, 8)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mixed_precision", "fp16"], "training.mixed_precision=fp16 needs a GPU"),
+        (["--resume_from", "typo.state.pt"], "no checkpoint at typo.state.pt"),
+    ],
+)
+def test_what_cannot_go_on_draws_no_class_images(words, message, work_folder, capsys):
+    write_pictures(work_folder / "set", [(16, 16)] * 2, ["a picture"])
+    save_base(DREAMBOOTH)
+    assert train(DREAMBOOTH, "--data_dir", "set", "--force_cpu", "--set", "prior.data_dir=class", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (work_folder / "class").exists()
 
 
 @pytest.mark.parametrize("more", [["--dry_run"], ["--num_training_steps", "1"]], ids=["dry run", "run"])

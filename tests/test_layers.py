@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "data": {"downloads", "places"},
     "evaluation": set(),
     "signatures": set(),
-    "cli": {"build", "config"},
+    "cli": {"build", "config", "config_files"},
     "places": set(),
     "downloads": set(),
     "pictures": {"data"},
@@ -49,7 +49,8 @@ MAY_IMPORT = {
         "text_encoders",
     },
     "loading": {"build", "checkpoints", "config", "config_files", "model"},
-    "stable_diffusion": {"build", "checkpoints", "loading", "lora", "model"},
+    "learned_words": {"checkpoints", "model", "text_encoders"},
+    "stable_diffusion": {"build", "checkpoints", "config_files", "loading", "lora", "model"},
     "commands": {"build", "checkpoints", "cli", "loading", "lora", "text_encoders"},
 }
 HEAVY = {"open_clip", "accelerate", "matplotlib", "torchvision", "tensorboard"}

@@ -48,11 +48,13 @@ def test_flags_of_a_sub_command(work_folder, capsys):
 def test_the_home_folder_stands_for_a_tilde(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     parser = cli.Parser()
-    for flag in ("--output_path", "--set"):
+    for flag in ("--output_path", "--set", "--prompt", "--negative_prompt"):
         parser.add_argument(flag, action="append")
     words = ["--output_path=~/runs", "--output_path", "~/runs", "--output_path", "a~/b", "--set", "cache.folder=~/c"]
+    words += ["--prompt", "~/a fox", "--prompt=~/a fox", "--negative_prompt", "~/no"]
     args = parser.parse_args(words)
     assert args.output_path == ["/home/me/runs", "/home/me/runs", "a~/b"]
+    assert (args.prompt, args.negative_prompt) == (["~/a fox", "~/a fox"], ["~/no"])
     config = load_config(DIGITS, [*args.set, "data={kind: image/mnist, image_size: 8, data_dir: ~/mnist}"])
     assert (config.cache.folder, config.data.data_dir) == ("/home/me/c", "/home/me/mnist")
 

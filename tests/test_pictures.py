@@ -7,7 +7,18 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from xdiffusion.pictures import MARGIN, PAPER, SHORT_SIDE, _fit, _lines, grid, labelled_rows, save_gif, save_png
+from xdiffusion.pictures import (
+    MARGIN,
+    PAPER,
+    SHORT_SIDE,
+    _fit,
+    _lines,
+    grid,
+    labelled_rows,
+    save_gif,
+    save_png,
+    strength_label,
+)
 
 SIDE = 72  # of a tile: 8 pixels, 9 times
 
@@ -134,3 +145,11 @@ def test_a_film_has_every_frame_and_rests_on_the_first_and_the_last(tmp_path):
             assert film.info["duration"] == {0: 800, len(levels) - 1: 2000}.get(i, 100)
             centre = film.convert("RGB").getpixel((film.width // 2, film.height // 2))
             assert max(abs(c - (level + 1) * 127.5) for c in centre) < 4
+
+
+@pytest.mark.parametrize(
+    ("share", "scales", "expected"),
+    [(0, [0.8], "base"), (0.5, [0.8], "LoRA x 0.4"), (1, [1, 1], "LoRA x 1"), (0.5, [0.8, -1], "LoRA x 0.4 + -0.5")],
+)
+def test_labels_say_the_strengths_that_the_loras_have(share, scales, expected):
+    assert strength_label(share, scales) == expected

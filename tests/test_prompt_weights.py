@@ -124,3 +124,20 @@ def test_a_mean_of_nothing_is_no_measure(generator):
     opposite = torch.cat([hidden, -hidden], dim=2)  # a mean of exactly zero
     assert torch.equal(weighted(opposite, weights), opposite * weights[..., None])
     assert torch.equal(weighted(opposite, torch.ones(1, 5)), opposite)
+
+
+@pytest.mark.parametrize(("before", "words"), [(16, ["<s>"]), (15, ["<s>"]), (17, ["<s>", "<t>"]), (14, ["<s>"])])
+def test_a_learned_word_is_not_divided_between_chunks(before, words, encoder):
+    """A chunk has 18 tokens, the words 4 and 2 vectors; as in A1111 a word that does not fit begins the next one."""
+    encoder.add_tokens({"<s>": torch.rand(4, 8), "<t>": torch.rand(2, 8)})
+    first, last = "a " * before, " ".join([*words, "b"])
+    whole = encoder.encode([first + last], "weighted")
+    fits = before + 4 <= 18
+    parts = [first + words[0], "b"] if fits else [first, last]
+    assert torch.equal(whole, torch.cat([encoder.encode([part], "weighted") for part in parts], dim=1))
+    assert encoder.chunks(first + last, "weighted") == 2
+
+
+def test_a_learned_word_of_more_than_a_chunk_is_divided(encoder):
+    encoder.add_tokens({"<s>": torch.rand(40, 8)})
+    assert encoder.encode(["a <s>"], "weighted").shape[1] == 3 * 20  # 41 tokens, 18 in each

@@ -1,65 +1,24 @@
 """The sampling command with a tiny Stable Diffusion: a file per image, start images, words, and pictures that repeat."""
 
 import json
-import runpy
-import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, SAMPLE, files_in, run_script
+from commands import SAMPLE, files_in, run_script
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 from sd_files import write_native
+from txt2img_cases import ATTENTION, SIZE, factors, pixels, save_picture
 
-from xdiffusion.build import build_model, load_config, override
-from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
+from xdiffusion.build import override
+from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import write_lora
 from xdiffusion.checkpoints.native import load_model_file, save_model
 from xdiffusion.checkpoints.streaming import StoredTensors
 from xdiffusion.commands import sd
-
-SIZE = 16
-ATTENTION = "network.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    """Stable Diffusion's parts in small, with random weights."""
-    config = load_config(
-        ROOT / "configs/image/sd/sd15_tiny.yaml",
-        [f"data.image_size={SIZE}", "model.network.channels=[8,8]", "model.network.transformer_depth=[1,0]",
-         "model.network.num_res_blocks=1", "model.text_encoder.width=8", "model.text_encoder.layers=2",
-         "model.autoencoder.widths=[4,4]", "sampling.steps=2", "sampling.prompt_syntax=weighted"],
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = build_model(config)
-    with torch.no_grad():
-        for parameter in model.network.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    path = tmp_path_factory.mktemp("tiny_sd") / "diffusion-0.safetensors"
-    plain = OmegaConf.to_container(config)
-    save_model(path, model.state_dict(), config=plain, image_shape=model.image_shape, step=0)
-    return path
-
-
-@pytest.fixture
-def sample(checkpoint, work_folder):
-    """sample(folder, *words): the exit status; the images are in `folder` of the current one."""
-    return lambda folder, *words: run_script(SAMPLE, "--checkpoint", checkpoint, "--output_path", folder, *words)
-
-
-def pixels(path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture).astype(int)
-
-
-def save_picture(path: str, size=(SIZE, SIZE), seed=0) -> str:
-    levels = np.random.default_rng(seed).integers(0, 256, (*reversed(size), 3), dtype=np.uint8)
-    Image.fromarray(levels).save(path)
-    return path
 
 
 def test_one_file_per_image_and_seed(sample, work_folder):
@@ -119,48 +78,6 @@ def test_flags_beat_those_of_the_picture(sample, recipe, given, as_if, work_fold
     assert not np.array_equal(pixels("a/samples.png"), pixels("c/samples.png"))
 
 
-def test_other_content_under_the_name_of_a_file_is_warned_about(sample, work_folder, generator, capsys):
-    path, again = Path("a.safetensors"), ("--from_png", "a/image-0.png", "--output_path", "b")
-    write_lora(LoRAFile({ATTENTION: factors(generator)}), path, "native")
-    assert sample("a", "--prompt", "a fox", "--lora_path", path) == 0
-    assert run_script(SAMPLE, *again) == 0
-    assert capsys.readouterr().err == ""
-    write_lora(LoRAFile({ATTENTION: factors(generator)}), path, "native")
-    assert run_script(SAMPLE, *again) == 0
-    assert (
-        capsys.readouterr().err
-        == "warning: --lora_path: other content than what drew the picture, so this is another one\n"
-    )
-
-
-def test_another_checkpoint_under_the_same_name_is_warned_about(sample, checkpoint, work_folder, capsys):
-    file, again = load_model_file(checkpoint), ("--from_png", "a/image-0.png", "--output_path", "b")
-    weights = {name: tensor.clone() for name, tensor in file.tensors.items()}
-    about = {"config": file.config, "image_shape": file.image_shape, "step": 0}
-    save_model(Path("base.safetensors"), weights, **about)
-    assert sample("a", "--prompt", "a fox", "--checkpoint", "base.safetensors") == 0
-    assert run_script(SAMPLE, *again, "--mixed_precision", "bf16") == 0
-    assert capsys.readouterr().err == ""
-    weights["network.conv_out.weight"] *= 1.01
-    save_model(Path("base.safetensors"), weights, **about)
-    assert run_script(SAMPLE, *again) == 0
-    assert capsys.readouterr().err.startswith("warning: --checkpoint: other content than what drew the picture")
-
-
-def test_another_config_under_the_same_name_is_warned_about(sample, checkpoint, work_folder, capsys):
-    config = OmegaConf.create(load_model_file(checkpoint).config)
-    Path("base.yaml").write_text(OmegaConf.to_yaml(config))
-    Path("mine.yaml").write_text("base: base.yaml")
-    assert sample("a", "--prompt", "a fox", "--config_path", "mine.yaml") == 0
-    Path("mine.yaml").write_text("# one more\nbase: base.yaml\n")
-    assert run_script(SAMPLE, "--from_png", "a/image-0.png", "--output_path", "b") == 0
-    assert capsys.readouterr().err == ""
-    config.sampling.cfg_scale += 1
-    Path("base.yaml").write_text(OmegaConf.to_yaml(config))
-    assert run_script(SAMPLE, "--from_png", "a/image-0.png", "--output_path", "b") == 0
-    assert "warning: --config_path: other content than what drew the picture" in capsys.readouterr().err
-
-
 def test_start_image_and_mask(sample, work_folder):
     save_picture("start.png", (2 * SIZE, 2 * SIZE))
     mask = Image.new("L", (2 * SIZE, 2 * SIZE))
@@ -201,10 +118,6 @@ def test_flags_that_change_how_it_is_computed(sample, words, work_folder):
 # --- learned words and LoRAs ---
 
 
-def factors(generator):
-    return LoRAFactors(torch.randn(2, 8, generator=generator), torch.randn(8, 2, generator=generator), 2.0)
-
-
 def test_learned_words(sample, work_folder, generator, capsys):
     save_file({"<cat>": 3 * torch.randn(2, 8, generator=generator)}, "learned_embeds.safetensors")
     assert sample("plain", "--prompt", "a <cat>") == 0
@@ -213,16 +126,6 @@ def test_learned_words(sample, work_folder, generator, capsys):
     assert sample("fox", "--prompt", "a <fox>", "--learned_tokens", "learned_embeds.safetensors=<fox>") == 0
     assert not np.array_equal(pixels("plain/image-0.png"), pixels("cat/image-0.png"))
     assert np.array_equal(pixels("cat/image-0.png"), pixels("fox/image-0.png"))
-
-
-def test_a_learned_word_that_no_prompt_holds_is_told(sample, work_folder, generator, capsys):
-    """Of A1111's file, which has two words, one is enough; most of them are for the negative prompt."""
-    rows = 3 * torch.randn(2, 8, generator=generator)
-    torch.save({"string_to_param": {"*": rows}, "name": "bad"}, "BadHands.pt")
-    told_for = {"'a bad fox'": False, "fox --negative_prompt (badhands:1.2)": False, "'a badger'": True}
-    for i, (words, told) in enumerate(told_for.items()):
-        assert sample(str(i), "--prompt", *shlex.split(words), "--learned_tokens", "BadHands.pt") == 0
-        assert ("warning: BadHands.pt: no prompt holds bad or badhands" in capsys.readouterr().err) == told
 
 
 def test_words_in_a_lora_file_are_used(sample, work_folder, generator, capsys):
@@ -241,14 +144,14 @@ def test_words_in_a_lora_file_are_used(sample, work_folder, generator, capsys):
     assert np.array_equal(pixels("on/image-0.png"), pixels("pairs/image-0.png"))
 
 
-def test_a_lora_is_drawn_by_what_it_was_trained_to_predict(sample, checkpoint, work_folder, generator, capsys):
+def test_a_lora_is_drawn_by_what_it_was_trained_to_predict(sample, tiny_txt2img, work_folder, generator, capsys):
     update = {ATTENTION: factors(generator)}
     ztsnr = {"kind": "betas", "zero_terminal_snr": True}
     write_lora(LoRAFile(update), Path("silent.safetensors"), "native")
     for name, schedule in (("v", {"kind": "betas"}), ("ztsnr", ztsnr)):
         config = {"diffusion": {"prediction": "v", "schedule": schedule}}
         write_lora(LoRAFile(update, config=config), Path(f"{name}.safetensors"), "native")
-    file = load_model_file(checkpoint)
+    file = load_model_file(tiny_txt2img)
     config = OmegaConf.to_container(override(OmegaConf.create(file.config), ["diffusion.prediction=v"], "test"))
     save_model(Path("base_v.safetensors"), file.tensors, config=config, image_shape=file.image_shape, step=0)
 
@@ -282,14 +185,6 @@ def test_the_moving_average_is_a_flag(sample, work_folder, capsys):
     assert not np.array_equal(pixels("none/image-0.png"), pixels("average/image-0.png"))
     assert sample("out", *words, "one.safetensors", "--ema") == 2
     assert "one.safetensors: the file holds the moving average of 0 of" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("share", "scales", "expected"),
-    [(0, [0.8], "base"), (0.5, [0.8], "LoRA x 0.4"), (1, [1, 1], "LoRA x 1"), (0.5, [0.8, -1], "LoRA x 0.4 + -0.5")],
-)
-def test_labels_say_the_strengths_that_the_loras_have(share, scales, expected):
-    assert runpy.run_path(str(ROOT / SAMPLE))["label"](share, scales) == expected
 
 
 # --- bad input ---

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import difflib
 import io
-import json
 import math
 import os
 import re
@@ -27,6 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 USAGE_ERROR = 2
 LONGEST_ERROR = 4000  # letters
 AT_HOME = re.compile(r"^(--\w+=|)~/")  # a word of a command line
+TEXT_FLAGS = ("--prompt", "--negative_prompt")  # whose words are no paths
 
 
 def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
@@ -79,7 +79,7 @@ def _terminating() -> Iterator[None]:
 class Parser(argparse.ArgumentParser):
     """A command's flags; its help shows the text as written, and an error is one line, as all errors are.
 
-    `--flag=~/x` is read as `--flag ~/x`, in which a shell puts the home folder.
+    `--flag=~/x` is read as `--flag ~/x`, in which a shell puts the home folder; a prompt stays as it is.
     """
 
     def __init__(self, description: str | None = None, **settings: Any):
@@ -89,7 +89,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         given = sys.argv[1:] if args is None else args
-        self._words = [AT_HOME.sub(rf"\1{Path.home()}/", word) for word in given]
+        self._words = [
+            word if {before, word.partition("=")[0]} & {*TEXT_FLAGS} else AT_HOME.sub(rf"\1{Path.home()}/", word)
+            for before, word in zip(["", *given], given)
+        ]
         return super().parse_known_args(self._words, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -215,9 +218,10 @@ def overrides_from_flags(args: argparse.Namespace, keys: dict[str, str]) -> list
         args: parsed; a flag that was not given is None.
         keys: config key by flag name.
     """
+    from xdiffusion.config_files import assignment
+
     given = {key: getattr(args, flag) for flag, key in keys.items()}
-    # quoted, because YAML reads a bare `no` as false and a folder `2024` as a number
-    return [*args.set, *(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)]
+    return [*args.set, *(assignment(key, value) for key, value in given.items() if value is not None)]
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ reads the environment (docs/security.md).
 from __future__ import annotations
 
 import io
+import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -27,6 +29,14 @@ MAX_FILES = 64  # that one file names under base:, and those under theirs
 
 class ConfigError(ValueError):
     """A mistake in a config: what was found, where, and what is allowed."""
+
+
+def assignment(key: str, value: Any) -> str:
+    """KEY=VALUE as `--set` takes it; texts quoted, because YAML reads a bare `no` as false and a folder `2024` as a number."""
+    if not isinstance(value, str):
+        return f"{key}={json.dumps(value)}"
+    quoted = yaml.safe_dump(value, default_style='"', allow_unicode=True, width=math.inf)  # JSON's emoji are no YAML
+    return f"{key}={quoted.strip()}"
 
 
 def load_yaml(path: str | Path) -> DictConfig:

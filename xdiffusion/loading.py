@@ -16,7 +16,6 @@ from torch import Tensor
 from xdiffusion.build import SCHEMA, build_model, image_shape, load_config, resolved
 from xdiffusion.checkpoints.drawn_by import DRAWN_BY, value_at
 from xdiffusion.checkpoints.files import CheckpointError
-from xdiffusion.checkpoints.learned_tokens import parse_tokens_spec, read_learned_tokens
 from xdiffusion.checkpoints.lora_formats.native import trained_config
 from xdiffusion.checkpoints.native import ModelFile, load_model_file
 from xdiffusion.checkpoints.stable_diffusion_files import StableDiffusionFile, part_alone
@@ -322,26 +321,6 @@ def _differing(ours: Any, theirs: Any, key: str) -> Iterator[tuple[str, Any, Any
                 yield from _differing(ours.get(name), theirs.get(name), f"{key}.{name}")
     elif ours != theirs:
         yield key, ours, theirs
-
-
-def add_learned_tokens(model: DiffusionModel, specs: Sequence[str], prompts: Sequence[str]) -> None:
-    """Give the model the words of each FILE[=NAME], say which, and of which files no prompt holds one.
-
-    Raises:
-        ValueError: if a file is missing or damaged, or its words cannot be added, as those of another width.
-    """
-    files = []
-    for path, name in map(parse_tokens_spec, specs):
-        tokens = read_learned_tokens(path, name)
-        try:
-            model.text_encoder.add_tokens(tokens)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        files.append((path, {word.strip().lower() for word in tokens}))
-        print(f"{path}: {', '.join(f'{token} ({len(rows)} vectors)' for token, rows in tokens.items())}")
-    for path, words in files:
-        if not any(words & model.text_encoder.learned_words_in(prompt) for prompt in prompts):
-            print(f"warning: {path}: no prompt holds {' or '.join(sorted(words))}", file=sys.stderr)
 
 
 def tell_remarks(model: DiffusionModel, config: DictConfig, prompts: Sequence[str]) -> None:

@@ -68,6 +68,12 @@ def labelled_rows(
     return page
 
 
+def strength_label(share: float, scales: Sequence[float]) -> str:
+    """What the LoRAs' strengths are at a share of their scales: one number where they are equal."""
+    strengths = [f"{share * scale:g}" for scale in scales]
+    return "LoRA x " + " + ".join(strengths if len(set(strengths)) > 1 else strengths[:1]) if share else "base"
+
+
 def save_png(page: Image.Image, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a PNG with text metadata."""
     info = PngInfo()

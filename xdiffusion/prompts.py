@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from xdiffusion.data.captions import PromptTable
+from xdiffusion.data.image_files import is_text
 
 SLOT = "class"
 
@@ -19,13 +20,16 @@ def expand_prompts(given: Sequence[str], table: PromptTable | None, count: int |
         count: images; None means one per prompt.
 
     Raises:
-        ValueError: for a slot other than {class}, or one that is not closed; without classes for any slot and for no prompt.
+        ValueError: for what is no text, a slot other than {class}, or one that is not closed; without classes for any slot
+            and for no prompt.
     """
     if table is None and not given:
         raise ValueError('this model has no classes to draw: say what to draw with --prompt "TEXT"')
     allowed = {SLOT} if table else set()
     expanded = []
     for prompt in given or ["{class}"]:
+        if not is_text(prompt):
+            raise ValueError(f"--prompt {prompt!a} is no Unicode text")
         unknown = set(re.findall(r"\{(.*?)\}", prompt)) - allowed
         known = f"allowed: {{{SLOT}}}" if table else "this model has no classes, so there are no slots"
         if table and re.search(r"[{}]", re.sub(r"\{.*?\}", "", prompt)):

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,15 @@ class Recipe:
             given: words of a command line.
             keys: config key by flag, for a key that `--set` sets.
         """
-        finder = _finder([*LISTS, "set"])
-        said = vars(finder.parse_known_args(list(given))[0])
-        set_keys = {assignment.partition("=")[0] for assignment in said["set"] or ()}
+        said = _values({*LISTS, *keys, "set"}, given)
+        set_keys = {assignment.partition("=")[0] for assignment in said["set"]}
         replaced = [flag for flag in LISTS if said[flag]] + [flag for flag, key in keys.items() if key in set_keys]
+        other_kinds = {key for flag, key in keys.items() if said[flag]} | set_keys  # whose settings are others too
+        sections = tuple(key.removesuffix("kind") for key in other_kinds if key.endswith(".kind"))
+        kept = [setting for setting in _values(["set"], self.words)["set"] if not setting.startswith(sections)]
         # a picture does not choose where files go
-        return [*without_flags(self.words, ["output_path", *replaced]), *given]
+        words = without_flags(self.words, ["output_path", "set", *replaced])
+        return [*words, *(f"--set={setting}" for setting in kept), *given]
 
     def differing(self, hashes: Mapping[str, list[str]]) -> list[str]:
         """The flags that name other files than those that drew the picture, whatever their names."""
@@ -98,6 +102,24 @@ def read_recipe(picture: Path) -> Recipe:
     return Recipe(words, hashes)
 
 
+def path_beside_others(path: Path, texts: Mapping[str, str]) -> Path:
+    """The path, or with the first number behind its name under which there is no picture that another command drew.
+
+    Args:
+        texts: of the picture that is to be written.
+    """
+
+    def another(picture: Path) -> bool:
+        try:
+            known = read_metadata(picture)
+        except ValueError:
+            return True
+        return any(known.get(name) != texts[name] for name in ("command", "hashes"))
+
+    numbered = (path.with_stem(f"{path.stem}-{n}") for n in count(2))
+    return next(p for p in chain([path], numbered) if not p.exists() or not another(p))
+
+
 def without_flags(words: Sequence[str], flags: Iterable[str]) -> list[str]:
     """The words of a command line without some flags and their values."""
     return _finder(flags).parse_known_args(list(words))[1]
@@ -137,6 +159,12 @@ def _hash(path: Path) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _values(flags: Iterable[str], words: Sequence[str]) -> dict[str, list[str]]:
+    """What a command line says for some flags, each time that it does."""
+    found = vars(_finder(flags).parse_known_args(list(words))[0])
+    return {flag: values or [] for flag, values in found.items()}
 
 
 def _finder(flags: Iterable[str]) -> argparse.ArgumentParser:

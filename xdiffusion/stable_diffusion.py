@@ -8,7 +8,6 @@ images = generate("a beautiful landscape", models=models, steps=20)
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from xdiffusion.build import build_sampling, override, set_process
 from xdiffusion.checkpoints.files import content_hash
 from xdiffusion.checkpoints.native import lora_file
+from xdiffusion.config_files import assignment
 from xdiffusion.loading import as_trained, load_model, tell_remarks
 from xdiffusion.lora.adapters import remove_lora, set_lora_scale, swap_lora
 from xdiffusion.lora.inject import apply_lora_to_model, lora_layers
@@ -179,7 +179,7 @@ def generate(
         ValueError: if the start image, a side, the seed or a prompt is wrong, or there is no prompt.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    assignments = [f"sampling.{key}={json.dumps(value)}" for key, value in sampling.items()]
+    assignments = [assignment(f"sampling.{key}", value) for key, value in sampling.items()]
     config = override(models["config"], assignments, "generate")
     settings = build_sampling(config, models["model"].schedule)
     generators = generators_for(seed, len(prompts))

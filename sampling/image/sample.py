@@ -6,8 +6,8 @@
     python sampling/image/sample.py --checkpoint ... --prompt "a fox" --init_image dog.png --mask_image head.png
 
 With --lora_path it writes the base's grid, the LoRA's grid, and one picture that pairs the base with several strengths of
-the LoRA on the same prompts and the same noise. Models without classes, as Stable Diffusion, write one file per image too,
-and the pairs only with --paired. Every PNG holds the words that draw it again: --from_png FILE; that of one image, it alone.
+the LoRA on the same prompts and the same noise. Models without classes, as Stable Diffusion, write one file per image too, over
+none that another command drew, and pairs with --paired. A PNG is drawn again by --from_png FILE; that of one image, it alone.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     Film = list[list[torch.Tensor]]  # of each batch what is denoised, from moment to moment
 
 PAIRED_SCALES = (0.5, 1.0)
+GRIDS = ("samples.png", "base.png", "lora.png", "paired.png", "trajectory.gif")
 FLAG_KEYS = SAMPLING_FLAGS | {"clip_skip": "model.text_encoder.clip_skip"}
 MAX_MEGAPIXELS = 300  # of all images; 1100 of 512x512, which take 3.6 GB
 
@@ -116,10 +117,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from omegaconf import OmegaConf
 
     from xdiffusion.build import build_sampling, override, set_process
-    from xdiffusion.checkpoints.files import content_hash, ensure_writable, weights_file
+    from xdiffusion.checkpoints.files import content_hash, weights_file
     from xdiffusion.checkpoints.native import load_model_file, lora_file
     from xdiffusion.data.captions import PROMPT_TABLES
-    from xdiffusion.loading import add_learned_tokens, as_trained, load_model, tell_remarks
+    from xdiffusion.learned_words import add_learned_tokens
+    from xdiffusion.loading import as_trained, load_model, tell_remarks
     from xdiffusion.lora.weights import parse_lora_spec
     from xdiffusion.model import HALF, best_device
     from xdiffusion.places import sample_folder
@@ -137,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = PROMPT_TABLES.get(config.data.kind.removesuffix("_inverted"))
     prompts = expand_prompts(args.prompt, table, args.num_samples)
     texts = [*prompts, config.sampling.negative_prompt]
-    add_learned_tokens(model, args.learned_tokens, texts)
+    add_learned_tokens(model, args.learned_tokens, texts, config.sampling.prompt_syntax)
     tell_remarks(model, config, texts)
     set_process(model, config)
     start = start_image(model, args, len(build_sampling(config, model.schedule)["times"]) - 1)
@@ -152,8 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"warning: --{flag}: other content than what drew the picture, so this is another one", file=sys.stderr)
     place(model, best_device(args.force_cpu), args)  # before the LoRAs, whose factors stay float32
     strengths = load_loras(model, loras, base_hash, notes)
-    ensure_writable(folder)
-
+    check_outputs(folder, args, len(prompts))
     paired = bool(strengths) and (args.paired if args.paired is not None else table is not None)
     film, by_share = [], {}
     for share in (0.0, *PAIRED_SCALES) if paired else (1.0,):
@@ -170,6 +171,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.save_trajectory:
         write_film(folder, model, film, prompts)
     return 0
+
+
+def check_outputs(folder: Path, args: argparse.Namespace, count: int) -> None:
+    """What would be said after the drawing otherwise: pictures that cannot be written, or could not be drawn again."""
+    from xdiffusion.checkpoints.files import ensure_writable, refuse_overwriting
+
+    ensure_writable(folder)
+    for name in GRIDS:
+        refuse_overwriting([Path(path) for path in (args.init_image, args.mask_image) if path], folder / name)
+    if args.seed + count > 2**63:
+        raise ValueError(f"--seed {args.seed}: of {count} images the last would have a seed above 2^63 - 1")
 
 
 def set_up(model: DiffusionModel, args: argparse.Namespace) -> None:
@@ -284,11 +296,11 @@ def draw(
 
 def write_grids(folder: Path, by_share: dict, scales: list[float], prompts: list[str], recipe: dict[str, str]) -> None:
     """All images in a grid; where there are several shares of the LoRAs' strengths, base and LoRA, and all in pairs."""
-    from xdiffusion.pictures import grid, labelled_rows, save_png
+    from xdiffusion.pictures import grid, labelled_rows, save_png, strength_label
 
     columns = min(len(prompts), 10)
     images = by_share[1.0]
-    labels = [label(share, scales) for share in by_share]
+    labels = [strength_label(share, scales) for share in by_share]
     if len(by_share) == 1:
         pictures = {"samples.png": grid(images, prompts, columns=columns)}
     else:
@@ -302,26 +314,20 @@ def write_grids(folder: Path, by_share: dict, scales: list[float], prompts: list
         print(folder / file_name)
 
 
-def label(share: float, scales: Sequence[float]) -> str:
-    """What the LoRAs' strengths are at a share of their scales: one number where they are equal."""
-    strengths = [f"{share * scale:g}" for scale in scales]
-    return "LoRA x " + " + ".join(strengths if len(set(strengths)) > 1 else strengths[:1]) if share else "base"
-
-
 def write_images(
-    folder: Path, images: torch.Tensor, prompts: list[str], args: argparse.Namespace, recipe: dict[str, str]
+    folder: Path, images: torch.Tensor, prompts: list[str], args: argparse.Namespace, recipe: dict
 ) -> None:
-    """Each image in a file of its own, with the words that draw it alone."""
+    """Each image in a file of its own, with the words that draw it alone; an earlier one that others drew stays."""
     from xdiffusion.pictures import as_picture, save_png
-    from xdiffusion.recipe import without_flags
+    from xdiffusion.recipe import path_beside_others, without_flags
 
     of_all = without_flags(args.words, ("prompt", "num_samples", "seed"))
-    for i, (image, prompt) in enumerate(zip(images, prompts)):
-        seed = args.seed + i
+    for seed, (image, prompt) in enumerate(zip(images, prompts), args.seed):
         words = [*of_all, f"--prompt={prompt}", "--seed", str(seed)]
         own = {"prompts": json.dumps([prompt]), "seed": str(seed), "command": json.dumps(words)}
-        save_png(as_picture(image), folder / f"image-{seed}.png", recipe | own | {"prompt": prompt})
-        print(folder / f"image-{seed}.png")
+        path = path_beside_others(folder / f"image-{seed}.png", recipe | own)
+        save_png(as_picture(image), path, recipe | own | {"prompt": prompt})
+        print(path)
 
 
 def write_film(folder: Path, model: DiffusionModel, film: Film, prompts: list[str]) -> None:

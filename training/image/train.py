@@ -12,13 +12,12 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xdiffusion.cli import Parser, add_ema_flag, add_run_flags, naming_flags, overrides_from_flags, positive_int, run
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from accelerate import PartialState
     from omegaconf import DictConfig
 
@@ -129,8 +128,6 @@ def set_up_and_train(
     args: argparse.Namespace, config: DictConfig, sampling: dict[str, Any], adapts: bool, words: Sequence[str]
 ) -> int:
     """Make model, data, trainer and folder, and take the steps. Returns the exit status."""
-    from accelerate import PartialState
-
     from xdiffusion.build import build_data, build_model
     from xdiffusion.checkpoints.files import content_hash
     from xdiffusion.loading import load_weights
@@ -149,9 +146,7 @@ def set_up_and_train(
     from xdiffusion.training.weights_files import AdapterWeights, ModelWeights, TokenWeights
 
     model = build_model(config, without_weights=args.load_model_weights_from_checkpoint is not None)
-    process = PartialState(cpu=args.force_cpu)
-    if not process.is_main_process:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    process = begin_process(config, args)
     folder = run_folder(config, args.config_path, args.output_path, lora=args.use_lora_training)
     with first_ones_first(process):  # the others find what the first has downloaded
         data = build_data(config)
@@ -185,6 +180,22 @@ def set_up_and_train(
     status = train(trainer, checkpoints, config, draw, script=SCRIPT, words=words, resume_from=args.resume_from)
     assert not adapts or content_hash(model.base_weights()) == frozen_hash, "an adapter changed its frozen base"
     return status
+
+
+def begin_process(config: DictConfig, args: argparse.Namespace) -> PartialState:
+    """This process among others, of which one speaks; what it could not train is said before class images are drawn."""
+    from accelerate import PartialState
+
+    from xdiffusion.checkpoints.files import existing_weights
+    from xdiffusion.training.processes import check_precision
+
+    process = PartialState(cpu=args.force_cpu)
+    if not process.is_main_process:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    check_precision(process, config.training)
+    if args.resume_from not in (None, "auto"):
+        existing_weights(Path(args.resume_from))
+    return process
 
 
 def sampling_of(config: DictConfig, *, guided: bool = True) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
+from itertools import zip_longest
 from typing import Literal
 
 import torch
@@ -130,9 +131,8 @@ class CLIPTextEncoder(nn.Module):
             return self(self.tokenize(prompts))
         if syntax != "weighted":
             raise ValueError(f"prompt_syntax={syntax!r} is unknown; allowed: plain, weighted")
-        rows, size = [self._weighted_ids(prompt) for prompt in prompts], self.context_length - 2
-        starts = range(0, max(1, *map(len, rows)), size)
-        return torch.cat([self._encode_chunk([row[i : i + size] for row in rows]) for i in starts], dim=1)
+        by_prompt = [self._chunked(self._weighted_ids(prompt)) for prompt in prompts]
+        return torch.cat([self._encode_chunk(list(rows)) for rows in zip_longest(*by_prompt, fillvalue=[])], dim=1)
 
     def chunks(self, prompt: str, syntax: PromptSyntax = "plain") -> int:
         """How many context lengths `encode` gives a prompt alone.
@@ -140,8 +140,7 @@ class CLIPTextEncoder(nn.Module):
         Raises:
             ValueError: for what `prompt_weights` refuses.
         """
-        tokens = len(self._weighted_ids(prompt)) if syntax == "weighted" else 0
-        return max(1, math.ceil(tokens / (self.context_length - 2)))
+        return len(self._chunked(self._weighted_ids(prompt))) if syntax == "weighted" else 1
 
     def remarks(self, prompts: Iterable[str], syntax: PromptSyntax = "plain") -> list[str]:
         """Lines to print on prompts: see `prompt_weights.remarks`."""
@@ -150,6 +149,17 @@ class CLIPTextEncoder(nn.Module):
     def _weighted_ids(self, prompt: str) -> list[tuple[int, float]]:
         refuse_file_tags(prompt, self.learned_ids)
         return [(token, weight) for text, weight in parse_weights(prompt) for token in self._token_ids(text)]
+
+    def _chunked(self, row: list[tuple[int, float]]) -> list[list[tuple[int, float]]]:
+        """A prompt's tokens in chunks that are read on their own; a learned word is not divided, if one can hold it."""
+        size, chunks = self.context_length - 2, []
+        while len(row) > size:
+            token = row[size][0]
+            word = next((ids for ids in self.learned_ids.values() if token in ids), range(token, token + 1))
+            end = size - (token - word.start if len(word) <= size else 0)
+            chunks.append(row[:end])
+            row = row[end:]
+        return [*chunks, row]
 
     def _encode_chunk(self, rows: list[list[tuple[int, float]]]) -> Tensor:
         tokens = self._framed([[token for token, _ in row] for row in rows])
@@ -178,12 +188,13 @@ class CLIPTextEncoder(nn.Module):
         """A text cut at its learned words."""
         if not self.learned_ids:
             return [text]
-        names = "|".join(_whole_word(name) for name in sorted(self.learned_ids, key=len, reverse=True))
+        names = "|".join(whole_word(name) for name in sorted(self.learned_ids, key=len, reverse=True))
         return re.split(f"({names})", text, flags=re.IGNORECASE)
 
-    def learned_words_in(self, text: str) -> set[str]:
-        """Which of the learned words stand in a prompt, in lower case."""
-        return {piece.lower() for piece in self._pieces(text)} & self.learned_ids.keys()
+    def learned_words_in(self, prompt: str, syntax: PromptSyntax = "plain") -> set[str]:
+        """Which of the learned words `encode` finds in a prompt, in lower case."""
+        texts = [text for text, _ in parse_weights(prompt)] if syntax == "weighted" else [prompt]
+        return {piece.lower() for text in texts for piece in self._pieces(text)} & self.learned_ids.keys()
 
     def add_tokens(self, tokens: Mapping[str, Float[Tensor, "..."]], replacing: Collection[str] = ()) -> None:
         """Give the encoder new words with embeddings of their own ([TI]); each may then stand in any prompt.
@@ -241,7 +252,7 @@ class CLIPTextEncoder(nn.Module):
         return {name: self.learned_embedding.detach()[index].clone() for name, index in rows.items()}
 
 
-def _whole_word(name: str) -> str:
+def whole_word(name: str) -> str:
     """A pattern for a name that does not find it inside a longer word; <name> stands out by itself."""
     before, after = (r"(?<!\w)" * bool(re.match(r"\w", name)), r"(?!\w)" * bool(re.search(r"\w$", name)))
     return before + re.escape(name) + after

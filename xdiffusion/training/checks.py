@@ -5,6 +5,8 @@ torch is imported only with the pictures, so that a config's mistake is said at 
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -64,7 +66,7 @@ def check_captions(data: Data, config: DictConfig, context_length: int) -> None:
     tables = data.captions if isinstance(data, CaptionedImages) else data.prompts.captions
     captions = dict.fromkeys(caption for captions in tables for caption in captions)
     if "textual_inversion" in config:
-        _check_named(config.textual_inversion.token, captions, data.name)
+        _check_named(config.textual_inversion.token, captions, data.name, context_length - 2)
     room = context_length - 2
     may_be_long = (caption for caption in captions if len(caption.encode()) > room)  # a token has a byte at least
     long = {caption: count for caption in may_be_long if (count := len(token_ids(caption))) > room}
@@ -76,9 +78,16 @@ def check_captions(data: Data, config: DictConfig, context_length: int) -> None:
         )
 
 
-def _check_named(token: str, captions: Iterable[str], where: str) -> None:
-    if not any(token.lower() in caption.lower() for caption in captions):
+def _check_named(token: str, captions: Iterable[str], where: str, room: float = math.inf) -> None:
+    """See that a caption holds the word where the text encoder, which reads `room` tokens, finds it."""
+    from xdiffusion.text_encoders.clip import whole_word
+    from xdiffusion.text_encoders.tokenizer import token_ids
+
+    word = re.compile(whole_word(token.strip()), re.IGNORECASE)
+    found = ((caption, word.search(caption)) for caption in captions)
+    if not any(place and len(token_ids(caption[: place.start()])) < room for caption, place in found):
+        within = f" within the {room} tokens that are read" if room < math.inf else ""
         raise ValueError(
-            f"no caption of {where} names textual_inversion.token={token!r}: "
+            f"no caption of {where} names textual_inversion.token={token!r} as a word of its own{within}: "
             f"set captions for all pictures, such as data.captions=['a photo of {token}']"
         )

@@ -49,9 +49,9 @@ def check_shares(accelerator: Accelerator, task: Task) -> None:
         )
 
 
-def check_precision(accelerator: Accelerator, settings: TrainingSettings) -> None:
+def check_precision(process: Accelerator | PartialState, settings: TrainingSettings) -> None:
     """Raise ValueError for a precision that the device cannot have; accelerate would compute in float32 without a word."""
-    if settings.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+    if settings.mixed_precision == "fp16" and process.device.type == "cpu":
         raise ValueError("training.mixed_precision=fp16 needs a GPU; on a CPU take bf16 or no")
 
 
