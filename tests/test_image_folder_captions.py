@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 import torch
@@ -94,6 +95,21 @@ def test_a_picture_that_is_named_again_is_said(tmp_path, capsys):
     (tmp_path / "metadata.jsonl").write_text(text)
     assert captions(load(tmp_path)) == {"picture_0.png": "four", "picture_1.png": "two"}
     assert "metadata.jsonl: 2 rows name a picture again; the last one's caption counts" in capsys.readouterr().err
+
+
+def test_accents_are_spelt_as_letters_or_beside_them(tmp_path):
+    (path,) = write_pictures(tmp_path, [(16, 16)])
+    path.rename(tmp_path / normalize("NFD", "café.png"))
+    row = json.dumps({"file_name": normalize("NFC", "café.png"), "text": "coffee"})
+    (tmp_path / "metadata.jsonl").write_text(row)
+    images = load(tmp_path)
+    assert [*captions(images).values()] == ["coffee"] and not images.skipped
+
+
+def test_a_sidecar_may_end_in_capitals(tmp_path):
+    write_pictures(tmp_path, [(16, 16)], ["a cat"])
+    (tmp_path / "picture_0.txt").rename(tmp_path / "picture_0.TXT")
+    assert captions(load(tmp_path)) == {"picture_0.png": "a cat"}
 
 
 def test_what_cannot_be_written_as_text_is_no_caption(tmp_path):

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
+from unicodedata import normalize
 
 from xdiffusion.data.captioned_images import CaptionedImages
 from xdiffusion.data.image_files import MAX_CAPTION, DamagedImage, Picture, open_file
@@ -99,7 +100,7 @@ def _entries(folder: Path) -> Iterator[Path]:
 def _captioned(folder: Path, files: Sequence[Path]) -> tuple[str, list[Picture], int]:
     """Where the captions come from, the pictures, and how many more a list names."""
     names = [str(file.relative_to(folder)) for file in files]
-    if any(file.with_suffix(".txt").is_file() for file in files):
+    if any(map(_text_beside, files)):
         return ".txt files", [_with_sidecar(folder, name) for name in names], 0
     metadata = _metadata_files(folder)
     if metadata:
@@ -141,14 +142,18 @@ def _with_sidecar(folder: Path, name: str) -> Picture:
         return replace(_picture(folder, name, None), uncaptioned=f"caption cannot be read: {error.strerror}")
 
 
+def _text_beside(file: Path) -> Path | None:
+    return next((path for suffix in (".txt", ".TXT") if (path := file.with_suffix(suffix)).is_file()), None)
+
+
 def _sidecar(file: Path) -> str | None:
     """The caption beside a picture.
 
     Raises:
         UnicodeError: if it is not in UTF-8, nor in UTF-16 with its mark.
     """
-    beside = file.with_suffix(".txt")
-    if not beside.is_file():
+    beside = _text_beside(file)
+    if beside is None:
         return None
     with beside.open("rb") as stream:
         marked = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -182,12 +187,14 @@ def _read_metadata(path: Path, folder: Path, present: Set[str], entered: Set[Pat
         ValueError: naming the line that is wrong.
     """
     found, absent, again = {}, 0, 0
+    one_spelling = {normalize("NFC", name): name for name in present}  # macOS writes an accent as a letter of its own
     for number, row in _rows(path):
         where = f"{path}, line {number}"
         name, texts = row.get("file_name"), [row.get(key) for key in ("text", "caption")]
         if not isinstance(name, str) or not name or not all(isinstance(text, str | None) for text in texts):
             raise ValueError(f"{where} must have the texts file_name and text (or caption), not {str(dict(row))[:100]}")
         name = os.path.normpath(path.parent.relative_to(folder) / name)
+        name = one_spelling.get(normalize("NFC", name), name)
         if name not in present:
             try:
                 name = _inside(folder, name, entered)
