@@ -79,9 +79,7 @@ def test_a_fresh_run_in_an_old_folder_does_not_resume_the_old_one(tmp_path, sign
     assert f"no checkpoint in {tmp_path} yet: starting afresh" in captured.out and "earlier run" not in captured.err
     signals[3] = signal.SIGINT
     assert run_script(TRAIN, *words, "--seed", 1) == 130
-    assert (
-        f"{tmp_path} holds an earlier run up to step {STEPS}: its checkpoints are set aside" in capfd.readouterr().err
-    )
+    assert f"{tmp_path} holds an earlier run up to step {STEPS}: its states are set aside" in capfd.readouterr().err
     assert run_script(TRAIN, *words, "--seed", 1, "--resume_from", "auto") == 0
     assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, STEPS + 1))
     assert read_run(tmp_path)["segments"][-1]["first_step"] == 4
@@ -97,7 +95,7 @@ def test_a_run_that_goes_on_in_a_folder_of_another_is_one_run(tmp_path, signals,
     signals[3] = signal.SIGINT
     words = [*COMMON, "--output_path", other, "--resume_from"]
     assert run_script(TRAIN, *words, origin / "diffusion-2.safetensors") == 130
-    assert f"{other} holds an earlier run up to step {STEPS}: its checkpoints are set aside" in capfd.readouterr().err
+    assert f"{other} holds an earlier run up to step {STEPS}: its states are set aside" in capfd.readouterr().err
     expected, found = evidence(origin), evidence(other)
     assert found["metrics"] == expected["metrics"][:3]
     states = [name for name in found if name.endswith(".state.pt")]

@@ -4,11 +4,13 @@ import json
 import os
 import re
 import struct
+import sys
 import zipfile
 import zlib
 
 import pytest
 import torch
+from commands import ROOT
 from hostile_files import READERS, write_changed_model
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 
 from xdiffusion.build import load_config
 from xdiffusion.checkpoints.files import MAX_HEADER_BYTES, CheckpointError, load_pickled, load_safetensors
+from xdiffusion.checkpoints.lora_formats import read_lora
 from xdiffusion.checkpoints.native import load_model_file
 from xdiffusion.checkpoints.patterns import is_ending, module_pattern
 from xdiffusion.checkpoints.streaming import StoredTensors
@@ -23,6 +26,9 @@ from xdiffusion.config_files import ConfigError, load_yaml
 from xdiffusion.loading import load_model
 from xdiffusion.pictures import read_metadata
 from xdiffusion.training.state import whole_state
+
+sys.path.append(str(ROOT / "bench"))
+from measure import peak_resident
 
 
 def write_header(path, entries, body=b""):
@@ -263,6 +269,24 @@ def test_each_alternative_of_a_pattern_may_hold_repetitions(name, found):
 )
 def test_a_pattern_is_an_ending_of_a_name(pattern, found):
     assert is_ending(pattern, "b.10.attn.to_q") is found
+
+
+@pytest.mark.parametrize("content", ["[" + "[]," * 10**6 + "[]]", "[[" + "0," * 2**22 + "0]]", '[{"a": 1}]'])
+def test_lists_without_end_in_a_lora_are_not_read(content, tmp_path, no_hang):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"a\.json holds more than 4,194,304 numbers or 524,288 lists"):
+        read_lora(tmp_path / "a.json")
+
+
+def test_the_largest_lists_of_a_lora_take_what_is_promised(tmp_path):
+    rows = ",".join(["[" + ",".join(["0.123"] * 8) + "]"] * 500_000)  # 24 MB
+    (tmp_path / "a.json").write_text(f"[[{rows}]]")
+
+    def read():
+        with pytest.raises(CheckpointError, match="no list of pairs"):
+            read_lora(tmp_path / "a.json")
+
+    assert peak_resident(read) < 256 * 2**20
 
 
 def test_a_long_name_is_not_compared():

@@ -19,10 +19,10 @@ log-SNR; bits_per_dim of discrete DDPMs. NAME_real is the same score of as many 
 pictures, as one page.
 
 Captioned pictures without classes (image/folder, as for Stable Diffusion) have no judge. Samples of their captions have
-diversity, copies and nearest_distance against the training pictures, with --full the loss_curve, and with --clip MODEL/TAG a
-CLIP score and, on its features, Frechet distance and overlap. Whether the pictures are those that the model was trained on
-is said. --data_dir names the folder to compare with, and --training_data_dir, where that is another, the training pictures: no
-folder is read because a file names it. A score that cannot be had is null.
+diversity, copies, nearest_distance and, beside pictures that are held out, data_copying; with --full the loss_curve, and with
+--clip MODEL/TAG a CLIP score and, on its features, Frechet distance and overlap. Whether the pictures are those that the
+model was trained on is said. --data_dir names the folder to compare with, and --training_data_dir, where that is another, the
+training pictures: no folder is read because a file names it. A score that cannot be had is null.
 """
 
 from __future__ import annotations

@@ -55,7 +55,8 @@ SETS = {  # component -> (ancestor classes, their linear and convolution layers)
         (("CLIPTextModel",), r".*"),
     ),
 }
-LARGEST_JSON = 32 << 20  # bytes; rank 4 for Stable Diffusion takes 18 MB, and Python numbers several times their text
+LARGEST_JSON = 32 << 20  # bytes; rank 4 for Stable Diffusion takes 18 MB
+MOST_NUMBERS, MOST_LISTS = 1 << 22, 1 << 19  # in it, of which Python holds each; that one has 797,184 and 100,000
 Pairs = Sequence[tuple[Tensor, Tensor]]  # of (up, down)
 
 
@@ -107,12 +108,18 @@ def load_json(path: Path) -> list[Tensor]:
     """The factors of cloneofsimo's JSON: its pickled list, each factor in nested lists of numbers; float32.
 
     Raises:
-        CheckpointError: if it is larger than LARGEST_JSON, or anything else than such a list.
+        CheckpointError: if it is larger than LARGEST_JSON, holds more than MOST_NUMBERS or MOST_LISTS, or is anything else
+            than such a list.
     """
     if path.stat().st_size > LARGEST_JSON:
         raise CheckpointError(f"{path} is larger than {LARGEST_JSON >> 20} MiB, too large for factors in JSON")
+    text = path.read_bytes()
+    if text.count(b",") >= MOST_NUMBERS or text.count(b"[") > MOST_LISTS or b"{" in text:
+        raise CheckpointError(
+            f"{path} holds more than {MOST_NUMBERS:,} numbers or {MOST_LISTS:,} lists, or what is neither"
+        )
     try:
-        return [torch.tensor(factor, dtype=torch.float32) for factor in json.loads(path.read_bytes())]
+        return [torch.tensor(factor, dtype=torch.float32) for factor in json.loads(text)]
     except (ValueError, TypeError, RuntimeError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{path} is no JSON list of factors [up0, down0, ...]: {str(error)[:200]}") from error
 
