@@ -60,8 +60,8 @@ def begin(
         earlier = checkpoints.set_aside(after=0 if moved else first_step - 1)
         if earlier and (moved or first_step == 1):
             print(
-                f"{folder} holds an earlier run up to step {earlier[-1]}: its states are set aside; its metrics.jsonl, run.json "
-                "and weights of the same steps are replaced; --resume_from auto would have gone on with it",
+                f"{folder} holds an earlier run up to step {earlier[-1]}: its states are set aside; its metrics.jsonl, "
+                "run.json and weights of the same steps are replaced; --resume_from auto would have gone on with it",
                 file=sys.stderr,
             )
         if moved:
