@@ -275,6 +275,5 @@ def test_an_adapter_s_dropout_is_its_own(variant):
         for _, layer in lora_layers(model):
             layer.lora_B["new"].normal_()
     assert not torch.equal(model(sample()), model(sample()))
-    torch.testing.assert_close(
-        torch.stack([model[0](sample()) for _ in range(20_000)]).mean(0), model[0].eval()(sample()), rtol=0.1, atol=0.1
-    )
+    many = model[0](sample().repeat(20_000, 1)).unflatten(0, (20_000, -1))
+    torch.testing.assert_close(many.mean(0), model[0].eval()(sample()), rtol=0.1, atol=0.1)

@@ -271,7 +271,9 @@ def test_a_pattern_is_an_ending_of_a_name(pattern, found):
     assert is_ending(pattern, "b.10.attn.to_q") is found
 
 
-@pytest.mark.parametrize("content", ["[" + "[]," * 10**6 + "[]]", "[[" + "0," * 2**22 + "0]]", '[{"a": 1}]'])
+@pytest.mark.parametrize(
+    "content", ["[" + "[]," * 10**6 + "[]]", "[[" + "0," * 2**22 + "0]]", "[" + "{}," * 10**6 + "{}]"]
+)
 def test_lists_without_end_in_a_lora_are_not_read(content, tmp_path, no_hang):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"a\.json holds more than 4,194,304 numbers or 524,288 lists"):
