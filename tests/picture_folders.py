@@ -1,4 +1,4 @@
-"""Folders of pictures that tests draw."""
+"""Folders of pictures that tests draw, and what is read of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+
+from xdiffusion.data.captioned_images import CaptionedImages
+from xdiffusion.data.image_folder import load_image_folder
+
+SMALL = {"image_size": 16, "bucket_multiple": 4}
+CENTRE = torch.full((3, 1), 0.5)
+
+
+def load(folder: Path, **settings) -> CaptionedImages:
+    """The pictures of a folder, cut to 16x16 and shapes of that area."""
+    return load_image_folder(data_dir=str(folder), **SMALL | settings)
+
+
+def captions(images: CaptionedImages) -> dict[str, str]:
+    """The first caption of each picture, by its name."""
+    return {p.name: c[0] for p, c in zip(images.pictures, images.captions)}
 
 
 def write_pictures(

@@ -1,32 +1,16 @@
 """`image/folder`: what is skipped and said, and what a batch holds."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT
-from picture_folders import truncate, write_pictures
+from picture_folders import CENTRE, load, truncate, write_pictures
 from PIL import Image
 
 from xdiffusion.build import build_data, image_shape, load_config
 from xdiffusion.config_files import ConfigError
 from xdiffusion.data.image_folder import load_image_folder
-
-sys.path.append(str(ROOT / "bench"))
-
-SMALL = {"image_size": 16, "bucket_multiple": 4}
-CENTRE = torch.full((3, 1), 0.5)
-
-
-def load(folder, **settings):
-    return load_image_folder(data_dir=str(folder), **SMALL | settings)
-
-
-def captions(images):
-    return {p.name: c[0] for p, c in zip(images.pictures, images.captions)}
-
 
 # --- what is skipped ---
 

@@ -9,25 +9,13 @@ from unicodedata import normalize
 import pytest
 import torch
 from commands import ROOT
-from picture_folders import write_pictures
+from picture_folders import CENTRE, captions, load, write_pictures
 from PIL import Image
 
 from xdiffusion.data import image_folder as module
-from xdiffusion.data.image_folder import load_image_folder
 
 sys.path.append(str(ROOT / "bench"))
 from measure import peak_resident
-
-SMALL = {"image_size": 16, "bucket_multiple": 4}
-CENTRE = torch.full((3, 1), 0.5)
-
-
-def load(folder, **settings):
-    return load_image_folder(data_dir=str(folder), **SMALL | settings)
-
-
-def captions(images):
-    return {p.name: c[0] for p, c in zip(images.pictures, images.captions)}
 
 
 def test_captions_from_text_files_beside_the_pictures(tmp_path, capsys):

@@ -1,9 +1,8 @@
 """What people's folders hold: captions of other programs, pictures of phones, links."""
 
 import pytest
-from picture_folders import write_pictures
+from picture_folders import captions, load, write_pictures
 from PIL import Image
-from test_image_folder import captions, load
 
 from xdiffusion.data.image_folder import picture_files
 
