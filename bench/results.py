@@ -37,6 +37,7 @@ from xdiffusion.checkpoints.diffusers import unet_name_to_diffusers
 from xdiffusion.checkpoints.files import content_hash, load_safetensors, save_safetensors, write_atomically
 from xdiffusion.checkpoints.lora_formats import read_lora
 from xdiffusion.cli import REPOSITORY, Parser, call_script, positive_int, run
+from xdiffusion.config_files import assignment
 from xdiffusion.data.image_set import ImageSet, invert
 from xdiffusion.loading import load_model
 from xdiffusion.model import DiffusionModel
@@ -210,13 +211,12 @@ def peer_scores(
 
 def setting_of(config_path: Path, data_dir: str | None, args: argparse.Namespace) -> Setting:
     """Of one data set, which is read (or downloaded) now: before hours of training on another one."""
-    overrides = [*args.set, *([f"data.data_dir={json.dumps(data_dir)}"] if data_dir else [])]
+    overrides = [*args.set, *([assignment("data.data_dir", data_dir)] if data_dir else [])]
     config, lora_config = (load_config(config_path, overrides, lora) for lora in (False, True))
     steps, lora_steps = (args.num_training_steps or c.training.num_training_steps for c in (config, lora_config))
     scoring = ["--num_samples", args.num_samples, "--full", "--intervals", args.intervals, "--json"]
     scoring += ["--data_dir", data_dir] if data_dir else []
-    words = [word for o in overrides for word in ("--set", o)]
-    return Setting(build_data(config), config_path, words, scoring, steps, lora_steps, args)
+    return Setting(build_data(config), config_path, [f"--set={o}" for o in overrides], scoring, steps, lora_steps, args)
 
 
 def rows_of(setting: Setting, seeds: int) -> list[Row]:

@@ -113,11 +113,13 @@ def measure_random(size_name: str, args: argparse.Namespace, device: torch.devic
 def measure_checkpoint(args: argparse.Namespace, device: torch.device, report: Report) -> None:
     """A trained model: time and prompt accuracy of both ways, in one pass over all samples."""
     from xdiffusion.build import build_data, override
+    from xdiffusion.config_files import assignment
     from xdiffusion.loading import load_model
     from xdiffusion.scoring import cached_judge
 
     model, config = load_model(args.checkpoint)
-    data = build_data(override(config, [f"data.data_dir={args.data_dir}"] if args.data_dir else [], "--data_dir"))
+    given = [assignment("data.data_dir", args.data_dir)] if args.data_dir else []
+    data = build_data(override(config, given, "--data_dir"))
     model.to(device)
     judge, judge_accuracy = cached_judge(data, args.judge_path)
     cfg_scale, clip_x0 = config.sampling.cfg_scale, config.sampling.clip_x0

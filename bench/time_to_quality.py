@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from xdiffusion.build import build_data, build_model, build_sampling, clip_config, load_config
 from xdiffusion.cli import positive_int, run
+from xdiffusion.config_files import assignment
 from xdiffusion.data.image_set import ImageSet
 from xdiffusion.evaluation.judge import Judge
 from xdiffusion.model import DiffusionModel, generate, generators_for, initial_noise
@@ -199,7 +200,7 @@ def measure(args: argparse.Namespace, device: torch.device, report: Report) -> N
     """Both sides once per round, each round with another seed, as one result."""
     runs: dict[str, list[Side]] = {"ours": [], "theirs": []}
     for seed in range(args.rounds):
-        data_dir = [f"data.data_dir={args.data_dir}"] if args.data_dir else []
+        data_dir = [assignment("data.data_dir", args.data_dir)] if args.data_dir else []
         config = load_config(args.config_path, [*data_dir, *args.set, f"training.seed={seed}"])
         data = build_data(config)
         judge, judge_accuracy = cached_judge(data, args.judge_path)

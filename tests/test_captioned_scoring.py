@@ -76,6 +76,7 @@ def test_the_command_on_the_pictures_of_training(config, work_folder, capsys):
 
 def test_a_lora_and_pictures_that_are_held_out(config, work_folder, capsys):
     write_discs(work_folder / "new", 9, 26, COLOURS)
+    (work_folder / "\U0001f98a").symlink_to("new")
     model = tiny_sd_model(config)
     apply_lora_to_model(model.network, 2, 2.0, 0.0, "attention")
     for name, parameter in model.network.named_parameters():
@@ -90,7 +91,7 @@ def test_a_lora_and_pictures_that_are_held_out(config, work_folder, capsys):
     assert own["loss_curve"].keys() == {"model", "base"}
     assert own["loss_curve"]["model"] != own["loss_curve"]["base"]
 
-    words = ["--lora_path", "lora/1.safetensors", "--data_dir", "set", "--training_data_dir", "new"]
+    words = ["--lora_path", "lora/1.safetensors", "--data_dir", "set", "--training_data_dir", "\U0001f98a"]
     held_out = evaluated(capsys, *words, "--intervals", 20)
     assert (held_out["pictures"], held_out["pictures_trained_on"]) == (12, 0)
     assert held_out["loss_curve"] is None

@@ -185,6 +185,7 @@ def pictures_of(
         ValueError: for a set without an end, or one that no flag names.
     """
     from xdiffusion.build import build_data, override
+    from xdiffusion.config_files import assignment
     from xdiffusion.data.captioned_images import CaptionedImages
     from xdiffusion.data.image_set import ImageSet
 
@@ -196,7 +197,7 @@ def pictures_of(
     if kind in ("image/folder", "image/shards", "image/hugging_face") and args.data_dir is None:
         config = override(config, ["data.data_dir=null"], "command line")
     if config.data.image_size % config.data.get("bucket_multiple", 1):  # all pictures are cut to the model's size
-        config = override(config, [f"data.bucket_multiple={config.data.image_size}"], "command line")
+        config = override(config, [assignment("data.bucket_multiple", config.data.image_size)], "command line")
     data = build_data(config)
     if isinstance(data, ImageSet):
         if args.training_data_dir is not None:
@@ -208,7 +209,7 @@ def pictures_of(
         raise ValueError(f"{data.name} has no end to compare with: save some of its pictures and use image/folder")
     if args.training_data_dir in (None, args.data_dir):
         return data, data if args.training_data_dir or was_trained_on(data, args.lora_path or args.checkpoint) else None
-    training = override(config, [f"data.data_dir={json.dumps(args.training_data_dir)}"], "--training_data_dir")
+    training = override(config, [assignment("data.data_dir", args.training_data_dir)], "--training_data_dir")
     return data, build_data(training)
 
 

@@ -143,6 +143,8 @@ def train_and_score(
 
 def settings(combination: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """What a combination changes in the config, as KEY=VALUE."""
+    from xdiffusion.config_files import assignment
+
     rate = config.optimizer.learning_rate / math.sqrt(LORA_PLUS_RATIO)
     of_variant = {
         "lora": [],
@@ -151,7 +153,7 @@ def settings(combination: Mapping[str, Any], config: Mapping[str, Any]) -> list[
         "lora+": [f"optimizer.lora_plus_ratio={LORA_PLUS_RATIO}", f"optimizer.learning_rate={rate}"],
     }
     target = combination["target"]
-    of_target = [] if target == "config" else [f"lora.target_modules={json.dumps(target)}"]
+    of_target = [] if target == "config" else [assignment("lora.target_modules", target)]
     return [f"lora.rank={combination['rank']}", *of_target, *of_variant[combination["variant"]]]
 
 
