@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -59,18 +59,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = Report(args)
     config = load_config(CONFIG, ["model.text_encoder.pretrained=null", *args.set])
     for kind in ("base", "lora"):
-        whole, needed, passes, in_rows = steps(config, kind == "lora", args.rounds, device)
-        report.add(f"overhead_{kind}", whole, needed, goal=Goal(1.03))
-        if in_rows:
-            report.add(f"row_threads_{kind}", passes, in_rows)
+        spent = steps(config, kind == "lora", args.rounds, device)
+        report.add(f"overhead_{kind}", spent.whole, spent.needed, goal=Goal(1.03))
+        if spent.in_rows:
+            report.add(f"row_threads_{kind}", spent.passes, spent.in_rows)
     blocked, written = writes(args.megabytes, max(1, args.rounds // 10))
     report.add("checkpoint", blocked, written, goal=Goal(0.5, of="ours"), megabytes=args.megabytes)
     report.finish()
     return 0
 
 
-def steps(config: Any, lora: bool, rounds: int, device: torch.device) -> tuple[list[float], ...]:
-    """Seconds of whole steps, of what they need, of its forward and backward pass, and of computing in row threads."""
+class Spent(NamedTuple):
+    """Seconds of each step: the whole, the passes and the optimizer's step, the passes alone, and computing in row threads."""
+
+    whole: list[float]
+    needed: list[float]
+    passes: list[float]
+    in_rows: list[float]
+
+
+def steps(config: Any, lora: bool, rounds: int, device: torch.device) -> Spent:
+    """What steps of a run take, once it is warm."""
     torch.manual_seed(0)
     model = build_model(config)
     make_trainable(model, config, lora=lora)
@@ -100,7 +109,7 @@ def steps(config: Any, lora: bool, rounds: int, device: torch.device) -> tuple[l
         rows.backward = timed("passes", rows.backward)
         for layer in rows.layers:
             layer.effective_weight = timed("forming", layer.effective_weight)  # once a step, for all rows
-    results: tuple[list[float], ...] = ([], [], [], [])
+    spent = Spent([], [], [], [])
     with (
         tempfile.TemporaryDirectory() as folder,
         Records(Path(folder), 1, rounds + 3) as records,
@@ -114,14 +123,13 @@ def steps(config: Any, lora: bool, rounds: int, device: torch.device) -> tuple[l
             synchronize(device)
             if step <= 3:  # they warm up
                 continue
-            whole, needed = time.perf_counter() - started, seconds("passes") + seconds("optimizer")
-            in_rows = []
+            spent.whole.append(time.perf_counter() - started)
+            spent.passes.append(seconds("passes"))
+            spent.needed.append(seconds("passes") + seconds("optimizer"))
             if spans["rows"]:
                 begun, ended = zip(*spans["rows"])
-                in_rows = [max(ended) - min(begun) + seconds("forming")]
-            for values, new in zip(results, ([whole], [needed], [seconds("passes")], in_rows)):
-                values.extend(new)
-    return results
+                spent.in_rows.append(max(ended) - min(begun) + seconds("forming"))
+    return spent
 
 
 def writes(megabytes: int, rounds: int) -> tuple[list[float], list[float]]:

@@ -1,5 +1,6 @@
 """What a PNG says of how it was drawn: what changed since is told, what is given beside it counts, nothing is lost."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from txt2img_cases import ATTENTION, factors, pixels, save_picture
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import write_lora
 from xdiffusion.checkpoints.native import load_model_file, save_model
+from xdiffusion.pictures import read_metadata
 
 
 def test_other_content_under_the_name_of_a_file_is_warned_about(sample, work_folder, generator, capsys):
@@ -25,6 +27,7 @@ def test_other_content_under_the_name_of_a_file_is_warned_about(sample, work_fol
         capsys.readouterr().err
         == "warning: --lora_path: other content than what drew the picture, so this is another one\n"
     )
+    assert files_in(work_folder / "b") == {"samples.png", "image-0.png", "image-0-2.png"}  # by the same command
 
 
 def test_another_checkpoint_under_the_same_name_is_warned_about(sample, tiny_txt2img, work_folder, capsys):
@@ -97,6 +100,8 @@ def test_what_could_not_be_drawn_again_is_not_drawn(words, message, sample, work
 
 
 def test_any_letter_may_stand_in_a_negative_prompt(sample, work_folder):
-    assert sample("a", "--prompt", "a \U0001f98a", "--negative_prompt", 'ünï "\U0001f98a" \x7f: #') == 0
+    negative = 'ünï "\U0001f98a" \x7f: #'
+    assert sample("a", "--prompt", "a \U0001f98a", "--negative_prompt", negative) == 0
+    assert json.loads(read_metadata(Path("a/image-0.png"))["sampling"])["negative_prompt"] == negative
     assert run_script(SAMPLE, "--from_png", "a/image-0.png", "--output_path", "b") == 0
     assert np.array_equal(pixels("a/image-0.png"), pixels("b/image-0.png"))

@@ -109,15 +109,15 @@ def path_beside_others(path: Path, texts: Mapping[str, str]) -> Path:
         texts: of the picture that is to be written.
     """
 
-    def another(picture: Path) -> bool:
+    def is_free(path: Path) -> bool:
         try:
-            known = read_metadata(picture)
+            known = read_metadata(path)
         except ValueError:
-            return True
-        return any(known.get(name) != texts[name] for name in ("command", "hashes"))
+            return not path.exists()
+        return all(known.get(name) == texts[name] for name in ("command", "hashes"))
 
     numbered = (path.with_stem(f"{path.stem}-{n}") for n in count(2))
-    return next(p for p in chain([path], numbered) if not p.exists() or not another(p))
+    return next(filter(is_free, chain([path], numbered)))
 
 
 def without_flags(words: Sequence[str], flags: Iterable[str]) -> list[str]:

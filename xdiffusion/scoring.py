@@ -312,10 +312,10 @@ def cached_judge(images: ImageSet, folder: Path) -> tuple[Judge, float]:
         judge = judge.to(memory_format=torch.channels_last)  # as it was trained: the same scores to the last digit
         try:
             judge.load_state_dict(tensors)
-            judge.eval().requires_grad_(False)
         except RuntimeError as error:
             reason = shorten(str(error), 200, placeholder="...")
             raise CheckpointError(f"{path} is no judge ({reason}); without it, one is trained") from error
+        judge.eval().requires_grad_(False)
     else:
         judge = train_judge(images.train.floats, images.train.labels, images.prompts.num_classes)
         save_safetensors(path, judge.state_dict(), {"dataset": images.name})

@@ -50,7 +50,11 @@ _STRIP = 256  # rows that are converted at once
 
 def is_text(caption: str) -> bool:
     """Whether it can be written in UTF-8: what Python makes of a file name in another encoding, or of half a letter, cannot."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in caption)
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class DamagedImage(ValueError):

@@ -100,8 +100,10 @@ def _entries(folder: Path) -> Iterator[Path]:
 def _captioned(folder: Path, files: Sequence[Path]) -> tuple[str, list[Picture], int]:
     """Where the captions come from, the pictures, and how many more a list names."""
     names = [str(file.relative_to(folder)) for file in files]
-    if any(map(_text_beside, files)):
-        return ".txt files", [_with_sidecar(folder, name) for name in names], 0
+    texts = {path.with_suffix(""): path for path in picture_files(folder, [".txt"]) if path.is_file()}
+    beside = [texts.get(file.with_suffix("")) for file in files]
+    if any(beside):
+        return ".txt files", [_with_sidecar(folder, name, text) for name, text in zip(names, beside)], 0
     metadata = _metadata_files(folder)
     if metadata:
         found, absent, present = {}, 0, set(names)
@@ -133,28 +135,21 @@ def _open_unread() -> NoReturn:
     raise DamagedImage(NOT_READ)
 
 
-def _with_sidecar(folder: Path, name: str) -> Picture:
+def _with_sidecar(folder: Path, name: str, text: Path | None) -> Picture:
     try:
-        return _picture(folder, name, _sidecar(folder / name))
+        return _picture(folder, name, text and _sidecar(text))
     except UnicodeError:
         return replace(_picture(folder, name, None), uncaptioned="caption is not UTF-8")
     except OSError as error:
         return replace(_picture(folder, name, None), uncaptioned=f"caption cannot be read: {error.strerror}")
 
 
-def _text_beside(file: Path) -> Path | None:
-    return next((path for suffix in (".txt", ".TXT") if (path := file.with_suffix(suffix)).is_file()), None)
-
-
-def _sidecar(file: Path) -> str | None:
-    """The caption beside a picture.
+def _sidecar(beside: Path) -> str:
+    """The caption in a text file.
 
     Raises:
         UnicodeError: if it is not in UTF-8, nor in UTF-16 with its mark.
     """
-    beside = _text_beside(file)
-    if beside is None:
-        return None
     with beside.open("rb") as stream:
         marked = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     with beside.open(encoding="utf-16" if marked else "utf-8-sig") as stream:
@@ -230,10 +225,9 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = BoundedLines(file, path)
-            try:
-                yield from read(lines)
-            except (UnicodeDecodeError, csv.Error) as error:
-                raise ValueError(f"{path} cannot be read behind line {lines.number}: {error}") from error
+            yield from read(lines)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read behind line {lines.number}: {error}") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 

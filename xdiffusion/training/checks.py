@@ -1,6 +1,6 @@
 """What is seen at the start of a run of a diffusion model, before anything is loaded, drawn or cached.
 
-torch is imported only with the pictures, so that a config's mistake is said at once.
+torch is imported only with the pictures or for a learned word, so that a config's mistake is said at once.
 """
 
 from __future__ import annotations
