@@ -94,6 +94,14 @@ def test_losses_that_are_not_finite(tmp_path):
     assert run_script(COMPARE, folder, "--output_path", tmp_path / "c.png") == 0
 
 
+def test_a_start_that_went_back_behind_itself_took_no_steps(tmp_path):
+    went = {"status": "diverged", "first_step": 7, "last_step": 5, "seconds": 3.0}
+    whole = {"status": "finished", "first_step": 6, "last_step": 8, "seconds": 3.0}
+    folder = write_run(tmp_path / "a", 1.0, [went, whole], [1.0] * 8)
+    (run,) = read_runs([folder])
+    assert outcome(run)["steps/s"] == "0.5"
+
+
 @pytest.mark.parametrize("wrong", ["missing", "no run", "damaged", "no step", "twice", "unwritable"])
 def test_what_cannot_be_compared(wrong, runs, tmp_path, capsys):
     first, second = runs

@@ -77,6 +77,19 @@ def test_zero_b_changes_no_bit(leading):
     assert torch.equal(out, torch.nn.functional.linear(x, weight, bias))
 
 
+@pytest.mark.parametrize("kinds", [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)])
+@pytest.mark.parametrize("leading", [MANY, FEW])
+def test_factors_of_lower_precision_leave_the_weight_as_exact_as_it_is(leading, kinds):
+    of_weight, of_factors = kinds
+    x, weight, bias, lora_A, lora_B = inputs(leading, of_weight)
+    lora_A, lora_B = (factor.detach().to(of_factors) for factor in (lora_A, lora_B))
+    torch.testing.assert_close(
+        lora_linear(x, weight, bias, lora_A, lora_B * 0, SCALING), F.linear(x, weight, bias), rtol=0, atol=0
+    )
+    exact = weight + SCALING * lora_B.to(of_weight) @ lora_A.to(of_weight)
+    torch.testing.assert_close(merged_weight(weight, lora_A, lora_B, SCALING), exact)
+
+
 @pytest.mark.parametrize("trained", ["weight", "bias"])
 def test_a_base_that_trains_gets_its_gradients(trained):
     trains = (trained, "x", "lora_A", "lora_B")

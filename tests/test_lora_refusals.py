@@ -18,7 +18,13 @@ from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
 from xdiffusion.commands import lora_add
 from xdiffusion.commands.base_weights import fold, open_base
-from xdiffusion.lora import LoRAError, apply_lora_to_model, load_lora_weights, save_lora_weights
+from xdiffusion.lora import (
+    LoRAError,
+    apply_lora_to_model,
+    load_lora_weights,
+    save_lora_weights,
+    set_lora_enabled,
+)
 from xdiffusion.lora.merge import merge_loras
 
 
@@ -144,6 +150,31 @@ def base_file_of_a_layer(folder):
 def dora(**changes):
     factors = LoRAFactors(torch.randn(1, 4), torch.zeros(4, 1), 1.0, magnitude=torch.full((4,), 2.0))
     return LoRAFile({"network.conv": replace(factors, **changes)})
+
+
+def test_a_second_file_of_other_layers_does_not_join_the_first_under_one_name(tmp_path):
+    """Its report would be of half of what the adapter changes, and its scale of half of it too."""
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    for name in model:
+        lora = LoRAFile({name: LoRAFactors(torch.ones(1, 3), torch.ones(3, 1), 1.0)})
+        write_lora(lora, tmp_path / f"{name}.safetensors", "native")
+    load_lora_weights(model, tmp_path / "a.safetensors", scale=0.5)
+    with pytest.raises(LoRAError, match="a has an adapter named 'default' already: take it away with remove_lora"):
+        load_lora_weights(model, tmp_path / "b.safetensors", scale=2.0)
+    assert type(model["b"]) is nn.Linear
+    load_lora_weights(model, tmp_path / "b.safetensors", scale=2.0, adapter_name="second")
+
+
+def test_a_load_into_a_fresh_adapter_that_is_off_turns_it_on(tmp_path):
+    model = nn.ModuleDict({"a": nn.Linear(3, 3)})
+    x = torch.ones(1, 3)
+    before = model["a"](x)
+    lora = LoRAFile({"a": LoRAFactors(torch.ones(1, 3), torch.ones(3, 1), 1.0)})
+    write_lora(lora, tmp_path / "a.safetensors", "native")
+    apply_lora_to_model(model, target_modules=["a"], rank=1, alpha=1.0)
+    set_lora_enabled(model, False)
+    load_lora_weights(model, tmp_path / "a.safetensors")
+    torch.testing.assert_close(model["a"](x), before + 3)
 
 
 def test_a_magnitude_is_folded_in_and_seen_to_be_finite(tmp_path):

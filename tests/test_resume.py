@@ -1,5 +1,6 @@
 """The training command, stopped and resumed: every file is, bit for bit, that of the run which nobody stopped."""
 
+import shlex
 import signal
 
 import pytest
@@ -137,3 +138,37 @@ def test_training_on_from_a_files_weights_leaves_the_file(tmp_path):
     old, new = (load_safetensors(path)[0] for path in (file, second / f"diffusion-{STEPS}.safetensors"))
     changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
     assert changed == {"network"}
+
+
+def test_an_adapter_does_not_replace_the_records_of_its_base(tmp_path, capfd):
+    words = [*COMMON, "--num_training_steps", 2, "--output_path", tmp_path]
+    assert run_script(TRAIN, *words) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    base = ["--load_model_weights_from_checkpoint", tmp_path / "diffusion-2.safetensors"]
+    adapt = [*words, *base, "--use_lora_training", "--set", "lora.target_modules=attention"]
+    for more in ([], ["--resume_from", "auto"]):
+        assert run_script(TRAIN, *adapt, *more) == 2
+        error = f"error: {tmp_path} holds a run of another kind (diffusion-2.state.pt)"
+        assert capfd.readouterr().err.splitlines()[-1].startswith(error)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_going_on_from_an_earlier_step_says_what_becomes_of_the_later_ones(tmp_path, monkeypatch, signals, capfd):
+    """And the line that says how to go on names the script from where the command was given."""
+    words = [*COMMON, "--output_path", "run"]
+    monkeypatch.chdir(tmp_path)
+    assert run_script(TRAIN, *words) == 0
+    signals[3] = signal.SIGINT
+    assert run_script(TRAIN, *words, "--resume_from", "run/diffusion-2.safetensors") == 130
+    error = capfd.readouterr().err
+    assert f"run holds later steps, up to {STEPS}: their states are set aside, their lines leave metrics.jsonl" in error
+    script = shlex.split(error.splitlines()[-1].partition("to go on: ")[2])[1]
+    assert (tmp_path / script).resolve() == ROOT / TRAIN
+
+
+def test_a_warm_up_that_never_ends_is_said(tmp_path, capfd):
+    words = [*COMMON, "--num_training_steps", 2, "--output_path", tmp_path, *set_words(["optimizer.warmup_steps=4"])]
+    assert run_script(TRAIN, *words) == 0
+    assert "optimizer.warmup_steps=4 takes all of the 2 steps: its learning rate ends at 50% of the peak" in (
+        capfd.readouterr().out
+    )

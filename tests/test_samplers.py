@@ -178,6 +178,25 @@ def test_beta_tables_end_in_clean_data_without_nan():
         torch.testing.assert_close(x, exact_end(start(), schedule), atol=0.05, rtol=0)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        (BetaSchedule(3000), 27),
+        (BetaSchedule(4000), 57),
+        (BetaSchedule(beta_end=0.06), 30),
+        (CosineSchedule(-15, 40), 20),
+    ],
+    ids=["3000 steps", "4000 steps", "strong betas", "logsnr 40"],
+)
+def test_flat_parts_of_a_schedule_take_no_root_below_zero(sampler, schedule, steps):
+    more = {"eta": 1.0} if sampler is sample_ddim and schedule.logsnr(torch.tensor(0.0)) < math.inf else {}
+    times = uniform_times(schedule, steps)
+    x = sampler(GaussianDenoiser(schedule), start().float(), times, generator=torch.Generator().manual_seed(1), **more)
+    assert x.isfinite().all()
+    assert abs(x.mean() - MEAN) < 3 * STD / 8
+
+
 @pytest.mark.parametrize("grid", [uniform_times, logsnr_times, karras_times])
 @pytest.mark.parametrize("schedule", [SCHEDULE, BetaSchedule()], ids=["cosine", "betas"])
 def test_grids_fall_from_noise_to_data(grid, schedule):

@@ -66,3 +66,10 @@ def test_every_section_of_a_config_is_checked():
     for override in ("training.ema_decay=2", "optimizer.learning_rate=0", "checkpoints.keep_last=0"):
         with pytest.raises(ValueError, match=override.replace("=", "=.* must be ")[:20]):
             check_settings(tiny_config(override))
+
+
+@pytest.mark.parametrize("rate", ["-0.001", "0", ".nan", ".inf"])
+def test_the_text_encoders_own_rate_is_one(rate):
+    config = tiny_config("text_encoder_lora.rank=1", f"text_encoder_lora.learning_rate={rate}")
+    with pytest.raises(ValueError, match=r"^text_encoder_lora\.learning_rate=.* must be above 0 and finite, or null"):
+        check_settings(config)

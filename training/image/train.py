@@ -143,11 +143,13 @@ def set_up_and_train(
     from xdiffusion.training.state import RunCheckpoints
     from xdiffusion.training.text_encoder import TINY, initialise_text_encoder
     from xdiffusion.training.trainable import describe_model, make_trainable
-    from xdiffusion.training.weights_files import AdapterWeights, ModelWeights, TokenWeights
+    from xdiffusion.training.weights_files import AdapterWeights, ModelWeights, TokenWeights, check_folder
 
     model = build_model(config, without_weights=args.load_model_weights_from_checkpoint is not None)
     process = begin_process(config, args)
     folder = run_folder(config, args.config_path, args.output_path, lora=args.use_lora_training)
+    kind = AdapterWeights if args.use_lora_training else TokenWeights if adapts else ModelWeights
+    check_folder(folder, kind)
     with first_ones_first(process):  # the others find what the first has downloaded
         data = build_data(config)
     check_captions(data, config, model.text_encoder.context_length)
@@ -173,7 +175,6 @@ def set_up_and_train(
     print(describe_model(model))
 
     trainer = Trainer(DiffusionTask(model, data, config, class_images=class_images), force_cpu=args.force_cpu)
-    kind = AdapterWeights if args.use_lora_training else TokenWeights if adapts else ModelWeights
     checkpoints = RunCheckpoints(folder, kind(config, base_hash))
     sampling = sampling_of(config, guided=args.sample_with_guidance)  # class images are drawn as the config says
     draw = partial(draw_sample_grid, model, data.prompts, sampling, autocast=HALF.get(config.training.mixed_precision))

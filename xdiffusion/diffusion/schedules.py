@@ -35,7 +35,7 @@ class Schedule(Protocol):
 class CosineSchedule:
     """The continuous cosine schedule in closed form, alpha = cos(phi), sigma = sin(phi), phi linear in t.
 
-    logsnr(t) = -2 log tan(phi), cut to [logsnr_min, logsnr_max] by the choice of phi's end points ([CFG] section 3,
+    logsnr(t) = -2 log tan(phi), cut to [logsnr_min, logsnr_max] by the choice of phi's end points ([CFG] section 2,
     there written with lambda). Every t in [0, 1] is a training time; the network sees 1000 t.
 
     Args:

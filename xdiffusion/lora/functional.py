@@ -135,15 +135,16 @@ def merging_pays(positions: int, weight: Float[Tensor, "O *I"]) -> bool:
 
 
 def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """W + scaling B A of any kernel shape, computed in the factors' dtype and returned in W's dtype and layout."""
+    """W + scaling B A of any kernel shape, computed in the finer dtype of W and the factors, in W's dtype and layout."""
     with _without_autocast(weight.device.type):
         if weight.dim() == 2 and weight.dtype == lora_A.dtype:  # the usual case, without a call that does nothing
             return torch.addmm(weight, lora_B, lora_A, alpha=scaling)
         channels_last = _lies_channels_last(weight)
         if channels_last:  # contiguous where the channels are moved to the end
             weight, lora_A = weight.movedim(1, -1), lora_A.movedim(1, -1)
-        flat = weight.flatten(1).to(lora_A.dtype)
-        merged = torch.addmm(flat, lora_B.flatten(1), lora_A.flatten(1), alpha=scaling)
+        finer = torch.promote_types(weight.dtype, lora_A.dtype)
+        flat, lora_A, lora_B = (tensor.flatten(1).to(finer) for tensor in (weight, lora_A, lora_B))
+        merged = torch.addmm(flat, lora_B, lora_A, alpha=scaling)
     merged = merged.to(weight.dtype).view(weight.shape)
     return merged.movedim(-1, 1) if channels_last else merged
 

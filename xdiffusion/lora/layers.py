@@ -57,7 +57,7 @@ class LoRALayer(nn.Module):
     """The adapters of one layer, mixed into the layer's own class.
 
     lora_A[name]: (rank, in, *kernel) and lora_B[name]: (out, rank, *ones); lora_magnitude[name]: (out,), of DoRA adapters;
-    lora_A_initial[name] and lora_B_initial[name]: frozen, of PiSSA adapters. All float32, also where W is in half precision.
+    lora_A_initial[name] and lora_B_initial[name]: frozen, of PiSSA. All float32 until `model.half()` rounds them too.
     """
 
     weight: Tensor

@@ -143,6 +143,7 @@ def load_lora_weights(
         layer = lora_layer_at(model, name)
         layer.set_factors(adapter_name, factors)
         layer.adapters[adapter_name].scale = scale
+        layer.adapters[adapter_name].enabled = True
     if lora.tokens and not takes_tokens:
         left_out.append(f"{len(lora.tokens)} learned tokens, {', '.join(lora.tokens)}")
     notes = (*lora.repairs, *([other_form] if other_form else []))
@@ -217,6 +218,9 @@ def _checked(
             raise LoRAError(f"{path}: the factors of {name} are not finite")
         if adapter_name not in getattr(layer, "adapters", ()) or _changes(layer, adapter_name):
             check_adapter(model, [name], factors.rank, 0.0, adapter_name)
+    for name, layer in lora_layers(model):
+        if adapter_name in layer.adapters and name not in modules and _changes(layer, adapter_name):
+            check_adapter(model, [name], layer.adapters[adapter_name].rank, 0.0, adapter_name)  # raises: it is taken
     if not any(f.lora_B.any() or f.magnitude is not None for f in checked.values()):
         raise LoRAError(f"{path}: every lora_B is zero, so it would change nothing")
     return checked

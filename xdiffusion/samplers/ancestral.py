@@ -43,7 +43,7 @@ def sample_ancestral(
         x0 = denoiser(xt, t)
         # q(xt | x_next) = N(ratio x_next, beta): eq. 2 for a step of any length
         ratio = alpha_t / alpha_next
-        beta = 1 - ratio**2
+        beta = (1 - ratio**2).clamp(min=0)  # where a schedule is flat, it may round to a hair below 0
         xt = (alpha_next * beta * x0 + ratio * sigma_next**2 * xt) / sigma_t**2  # eq. 7, mean
         if i < len(times) - 2:
             noise_variance = beta if variance == "beta" else beta * sigma_next**2 / sigma_t**2  # eq. 7, beta tilde

@@ -41,8 +41,9 @@ def sample_ddim(
         alpha_next, sigma_next = denoiser.schedule.alpha_sigma(t_next)
         x0 = denoiser(xt, t)
         eps = eps_of_x0(x0, xt, alpha_t, sigma_t)
-        noise_std = eta * (sigma_next / sigma_t) * (1 - (alpha_t / alpha_next) ** 2).sqrt()  # eq. 16
-        xt = alpha_next * x0 + (sigma_next**2 - noise_std**2).sqrt() * eps  # eq. 12
+        # where a schedule is flat, both differences may round to a hair below 0
+        noise_std = eta * (sigma_next / sigma_t) * (1 - (alpha_t / alpha_next) ** 2).clamp(min=0).sqrt()  # eq. 16
+        xt = alpha_next * x0 + (sigma_next**2 - noise_std**2).clamp(min=0).sqrt() * eps  # eq. 12
         if noise_std > 0:
             xt = xt + noise_std * fresh_noise(xt, generator)
         if on_step is not None:

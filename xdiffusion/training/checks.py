@@ -27,6 +27,8 @@ def check_together(config: DictConfig, *, lora: bool) -> None:
     gamma = config.diffusion.min_snr_gamma
     if gamma is not None and not gamma > 0:
         raise ValueError(f"diffusion.min_snr_gamma={gamma} must be above 0, or null")
+    if not math.isfinite(config.diffusion.offset_noise):
+        raise ValueError(f"diffusion.offset_noise={config.diffusion.offset_noise} must be finite")
     batch_size, cache, data = config.training.batch_size, config.cache, config.data
     if "prior" in config and data.kind not in OF_FILES:
         raise ValueError(f"prior: is for {' and '.join(OF_FILES)}, not for {data.kind}")

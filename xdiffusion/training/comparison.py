@@ -67,7 +67,8 @@ def outcome(run: Run) -> dict[str, str]:
     steps, losses = run.losses
     segments = run.record["segments"]
     seconds = sum(segment.get("seconds", 0) for segment in segments)
-    timed = sum(s["last_step"] - s["first_step"] + 1 for s in segments if "seconds" in s)
+    # a segment has none where the run went back behind where it began
+    timed = sum(max(0, s["last_step"] - s["first_step"] + 1) for s in segments if "seconds" in s)
     last = segments[-1]
     peak = max(segment.get("peak_memory_bytes", 0) for segment in segments)
     git = last.get("git") or {}

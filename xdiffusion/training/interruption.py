@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from types import FrameType, TracebackType
 
+from xdiffusion.training.run_record import REPOSITORY
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -46,4 +48,4 @@ def resuming_command(script: str, words: Sequence[str], processes: int) -> str:
     if of_machine < processes and {"GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():  # torchrun's
         launcher += ["--nnodes", str(processes // of_machine), "--node_rank", os.environ["GROUP_RANK"]]
         launcher += ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
-    return shlex.join([*launcher, os.path.relpath(script), *kept, "--resume_from", "auto"])
+    return shlex.join([*launcher, os.path.relpath(REPOSITORY / script), *kept, "--resume_from", "auto"])

@@ -64,6 +64,11 @@ def begin(
                 "run.json and weights of the same steps are replaced; --resume_from auto would have gone on with it",
                 file=sys.stderr,
             )
+        elif earlier:
+            print(
+                f"{folder} holds later steps, up to {earlier[-1]}: their states are set aside, their lines leave metrics.jsonl",
+                file=sys.stderr,
+            )
         if moved:
             begin_with_metrics_of(origin, folder)
         if checkpoints.path(first_step - 1).is_file():
@@ -152,6 +157,10 @@ def train(
         if resume_from:
             print(_where_it_goes_on(first_step, checkpoints.folder, trainer.settings.num_training_steps))
         record = begin(trainer, checkpoints, config, [script, *words], first_step)
+        steps, warmup = trainer.settings.num_training_steps, trainer.optimizer_settings.warmup_steps
+        if warmup >= steps > 1:
+            end = f"its learning rate ends at {steps / warmup:.0%} of the peak"
+            print(f"optimizer.warmup_steps={warmup} takes all of the {steps} steps: {end}")
         if record.status_before == "diverged":
             print("the run diverged after this step before: going on with other noise")
         go_on = resuming_command(script, words, trainer.accelerator.num_processes)

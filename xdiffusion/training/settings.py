@@ -30,7 +30,7 @@ class TrainingSettings:
         (FSDP), not the whole; for runs that train all of the network. No effect on one process.
     compile: torch.compile the network.
     seed: of weights, data order, noise and captions.
-    stop_above: stop where a loss is more than this many times the median of the last 100; null lets it.
+    stop_above: stop where a loss is more than this many times the median of the last 100, from the 21st step on; null lets it.
     rollbacks: how often a run that diverges returns to its last good checkpoint and goes on with other noise; where it
         diverges again before it has a newer one, to the one before.
     """
@@ -77,7 +77,7 @@ class OptimizerSettings:
     kind: "adamw", or "adamw8bit", whose moments take a quarter of the memory ([Adam8bit]; GPU, pip install bitsandbytes).
     learning_rate: the peak.
     betas, weight_decay: of AdamW.
-    warmup_steps: linear from 0 to the peak.
+    warmup_steps: linear from 0 to the peak; a run of no more steps never comes down from there.
     schedule: after the warm-up, "cosine" down to final_factor times the peak at the last step, or "constant".
     final_factor: see schedule.
     max_grad_norm: gradients are scaled down to this norm.
@@ -206,6 +206,11 @@ def check_settings(config: DictConfig) -> None:
     """Raise ValueError for values of these sections that no run can have, before anything is loaded or made."""
     for section in (*SECTIONS, *(name for name in OPTIONAL_SECTIONS if name in config)):
         settings_of(config, section)
+    rate = OmegaConf.select(config, "text_encoder_lora.learning_rate")
+    if rate is not None and not 0 < rate < math.inf:
+        raise ValueError(
+            f"text_encoder_lora.learning_rate={rate} must be above 0 and finite, or null: optimizer.learning_rate"
+        )
     check_library(config.optimizer.kind)
 
 

@@ -5,6 +5,7 @@ It holds the moving average and is what others read; `state` keeps beside it wha
 
 from __future__ import annotations
 
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -63,6 +64,21 @@ class WeightsFiles(ABC):
         Raises:
             CheckpointError: if the file is missing or damaged, or belongs to other weights.
         """
+
+
+def check_folder(folder: Path, files: type[WeightsFiles]) -> None:
+    """See that a folder holds no other kind of run, whose metrics.jsonl and run.json a run with these files would replace.
+
+    Raises:
+        CheckpointError: if it does.
+    """
+    for state in sorted(folder.glob("*.state.pt")):
+        kind = re.fullmatch(r"([a-z]+)-[0-9]+(|-[a-z]+)\.state\.pt", state.name)
+        if kind and kind.groups() != (files.prefix, files.suffix):
+            raise CheckpointError(
+                f"{folder} holds a run of another kind ({state.name}), whose metrics.jsonl and run.json this one would "
+                "replace; give this one a folder of its own, with --output_path"
+            )
 
 
 class ModelWeights(WeightsFiles):
