@@ -30,6 +30,9 @@ def write(path, content):
         ("ink.safetensors", {"emb_params": ROWS}, {"ink": ROWS}),
         ("ink.safetensors", {"clip_l": ROWS}, {"ink": ROWS}),
         ("ink.safetensors", {"clip_h": ROWS}, {"ink": ROWS}),
+        ("ink.safetensors", {"emp_params": ROWS, "emp_params_out": ROWS + 1}, {"ink": ROWS}),
+        ("ink.safetensors", {"text_encoders_0": ROWS}, {"ink": ROWS}),
+        ("ink.safetensors", {"emb_params": ROWS.to(torch.float8_e4m3fn)}, {"ink": ROWS}),
     ],
 )
 def test_forms(name, content, expected, tmp_path):
@@ -37,6 +40,20 @@ def test_forms(name, content, expected, tmp_path):
     assert tokens.keys() == expected.keys()
     assert all(torch.equal(tokens[token], rows) for token, rows in expected.items())
     assert not any(rows.requires_grad for rows in tokens.values())
+
+
+@pytest.mark.parametrize("name", ["learned_embeds.bin", "learned_embeds.safetensors"])
+def test_a_concept_s_folder_stands_for_its_file(name, tmp_path):
+    write(tmp_path / name, {"<cat>": ROWS})
+    assert torch.equal(read_learned_tokens(tmp_path)["<cat>"], ROWS)
+
+
+def test_a_file_that_is_not_there_is_told_with_those_of_a_like_name(tmp_path):
+    write(tmp_path / "inky.safetensors", {"<cat>": ROWS})
+    with pytest.raises(CheckpointError, match=r"no file of learned words at .*ink\.safetensors.*inky\.safetensors"):
+        read_learned_tokens(tmp_path / "ink.safetensors")
+    with pytest.raises(CheckpointError, match="is a folder"):
+        read_learned_tokens(tmp_path)
 
 
 def test_what_is_written_is_read_and_may_be_renamed(tmp_path):
@@ -69,7 +86,7 @@ def test_a_name_is_for_a_file_of_one_token(tmp_path):
     path = write(tmp_path / "a.safetensors", {"<a>": ROWS, "<b>": ROWS + 1})
     with pytest.raises(CheckpointError, match=r"holds 2 tokens .*cannot be named '<c>'"):
         read_learned_tokens(path, "<c>")
-    with pytest.raises(CheckpointError, match="no file at"):
+    with pytest.raises(CheckpointError, match="no file of learned words at"):
         read_learned_tokens(tmp_path / "b.safetensors")
 
 

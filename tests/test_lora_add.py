@@ -8,6 +8,7 @@ import torch
 from commands import files_in
 from lora_cases import command, deltas, factors, relative, write_files
 from lora_files import applied
+from safetensors.torch import save_file
 
 from xdiffusion.checkpoints.component_names import exchange_name
 from xdiffusion.checkpoints.files import load_safetensors
@@ -153,6 +154,17 @@ def test_a_unet_in_several_files_is_folded_into(pipeline, work_folder, capsys):
     next((work_folder / "several/unet").glob("*-of-*.safetensors")).unlink()
     assert command(f"lora_add --path_1 several {WORDS} --output_path again") == 2
     assert "is not there, which diffusion_pytorch_model.safetensors.index.json names" in capsys.readouterr().err
+
+
+def test_extract_compares_weights_whatever_version_of_transformers_named_them(pipeline, work_folder):
+    assert command(f"lora_add --path_1 pipeline {WORDS} --output_path merged") == 0
+    weights = work_folder / "merged/text_encoder/model.safetensors"
+    tensors = dict(load_safetensors(weights)[0])
+    prefix = "" if any(name.startswith("text_model.") for name in tensors) else "text_model."
+    renamed = {prefix + name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    save_file(renamed | {f"{prefix}embeddings.position_ids": torch.arange(77)[None]}, weights)
+    assert command("lora extract merged pipeline found.safetensors --energy 0.9999 --to kohya") == 0
+    assert read_lora(work_folder / "found.safetensors").modules.keys() == pipeline.keys()
 
 
 def test_a_pickled_part_is_refused_where_the_lora_changes_it(pipeline, work_folder, capsys):

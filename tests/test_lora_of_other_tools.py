@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from dataclasses import replace
 
 import peft
 import pytest
@@ -234,12 +235,54 @@ def test_other_spellings_of_a_component(ours, theirs, tmp_path):
     assert_equal_products(read_lora(tmp_path / "theirs.safetensors"), mixed())
 
 
-@pytest.mark.parametrize("key", ["<s1>", "bundle_emb.<s1>.string_to_param.*"])
+@pytest.mark.parametrize(
+    "key",
+    ["<s1>", *(f"bundle_emb.<s1>.{kind}" for kind in ("string_to_param.*", "emb_params", "clip_l", "clip_h"))],
+)
 def test_learned_words_in_a_file_of_kohya_s_are_kept(key, tmp_path):
     words = torch.randn(2, 768)
     save_file(kohya_tensors(mixed(), tmp_path) | {key: words}, tmp_path / "words.safetensors")
     tokens = read_lora(tmp_path / "words.safetensors").tokens
     assert tokens.keys() == {"<s1>"} and torch.equal(tokens["<s1>"], words)
+
+
+def test_what_onetrainer_puts_behind_a_text_encoder_is_left_out_with_a_line(tmp_path):
+    bundled = {"bundle_emb.cat.clip_l": torch.randn(2, 768), "bundle_emb.cat.clip_l_out": torch.randn(2, 768)}
+    save_file(kohya_tensors(mixed(), tmp_path) | bundled, tmp_path / "words.safetensors")
+    lora = read_lora(tmp_path / "words.safetensors")
+    assert "cat" in lora.tokens and len(lora.modules) == len(mixed().modules)
+    assert lora.repairs == ("'bundle_emb.cat.clip_l_out' left out: it is no embedding of a prompt's word",)
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+def test_biases_beside_the_factors_are_called_so(prefix, tmp_path):
+    layer = f"{prefix}unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{layer}.lora_A.weight": torch.ones(1, 1280), f"{layer}.lora_B.weight": torch.ones(1280, 1)}
+    save_file(tensors | {f"{layer}.lora_B.bias": torch.ones(1280)}, tmp_path / "biased.safetensors")
+    with pytest.raises(CheckpointError, match=r"biases beside its factors \(peft's lora_bias=True\)"):
+        read_lora(tmp_path / "biased.safetensors")
+
+
+def test_a_loha_written_as_a_lora_is_called_one(tmp_path):
+    """A1111 and ComfyUI go by the keys; kohya's trainer and LyCORIS' own loader by the header."""
+    said = {"ss_network_module": "lycoris.kohya", "ss_network_args": '{"algo": "loha"}', "ss_tag": "kept"}
+    write_lora(replace(mixed(), metadata=said), tmp_path / "a.safetensors", "kohya")
+    header = read_lora(tmp_path / "a.safetensors").metadata
+    assert (header["ss_network_module"], header["ss_network_args"]) == ("networks.lora", "{}")
+    assert header["ss_tag"] == "kept"
+
+
+def test_cloneofsimos_safetensors_of_a_later_diffusers_are_found_by_their_shapes(tmp_path):
+    """The feed-forward behind both attentions, where it stood between them."""
+    old = LoRAFile({name: random_factors(name, 1, 1.0) for name in SD15 if re.search(r"\.attn[12]\.|ff\.net\.0", name)})
+    old = LoRAFile({name: factors for name, factors in old.modules.items() if name.startswith("unet.")})
+    tensors = {}
+    for i, factors in enumerate(old.modules.values()):
+        tensors |= {f"unet:{i}:up": factors.lora_B, f"unet:{i}:down": factors.lora_A}
+    save_file(tensors, tmp_path / "later.safetensors")
+    found = read_lora(tmp_path / "later.safetensors")
+    assert found.format == "cloneofsimo"
+    assert_equal_products(found, old)
 
 
 def test_magnitudes_of_inputs_are_refused_for_square_convolutions_too(tmp_path):

@@ -6,16 +6,17 @@ import pytest
 import torch
 from commands import files_in
 from lora_cases import factors
+from safetensors.torch import save_file
 from sd_files import random_sd, write_native
 
 from xdiffusion.checkpoints.component_names import exchange_name
-from xdiffusion.checkpoints.files import load_pickled
+from xdiffusion.checkpoints.files import load_pickled, load_safetensors
 from xdiffusion.checkpoints.lora_file import LoRAFile
-from xdiffusion.checkpoints.lora_formats import write_lora
+from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
 from xdiffusion.checkpoints.stable_diffusion import from_original
 from xdiffusion.checkpoints.streaming import StoredTensors
 from xdiffusion.cli import run
-from xdiffusion.commands import lora_add, sd
+from xdiffusion.commands import lora, lora_add, sd
 from xdiffusion.loading import STABLE_DIFFUSION, load_model
 
 
@@ -55,6 +56,34 @@ def test_every_layout_holds_the_same_model(name, work_folder, capsys):
         "scheduler/scheduler_config.json",
     } <= files_in(work_folder / "folder")
     assert load_pickled(work_folder / "original.ckpt").keys() == {"state_dict"}
+
+
+@pytest.mark.parametrize("name", ["sd15_tiny"], indirect=True)
+def test_a_weight_that_a_dtype_cannot_hold_is_named(name, work_folder, capsys):
+    tensors, header = load_safetensors(work_folder / "model.safetensors")
+    tensors = {n: tensor.bfloat16() for n, tensor in tensors.items()}
+    tensors["network.conv_in.weight"][0] = 1e5
+    save_file(tensors, work_folder / "large.safetensors", header)
+    assert command("sd convert large.safetensors half.safetensors --to original --dtype float16") == 2
+    assert (
+        "network.conv_in.weight has numbers of up to 9.98e+04, too large for --dtype float16" in capsys.readouterr().err
+    )
+    assert not (work_folder / "half.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["sd15_tiny"], indirect=True)
+def test_another_autoencoder_is_no_part_of_an_extracted_lora(name, work_folder, capsys):
+    tensors, header = load_safetensors(work_folder / "model.safetensors")
+    tensors = {n: tensor.clone() for n, tensor in tensors.items()}
+    for changed in ("autoencoder.decoder.conv_out.weight", "network.conv_in.weight"):
+        tensors[changed] += 1
+    save_file(tensors, work_folder / "tuned.safetensors", header)
+    line = "extract tuned.safetensors model.safetensors found.safetensors --rank 1 --to kohya"
+    assert run(lora.main, line.split()) == 0
+    assert "1 tensors differ that no LoRA changes (biases, norms, the autoencoder, ...), such as autoencoder." in (
+        capsys.readouterr().out
+    )
+    assert list(read_lora(work_folder / "found.safetensors").modules) == ["unet.conv_in"]
 
 
 @pytest.mark.parametrize("name", ["sd15_tiny"], indirect=True)

@@ -36,6 +36,21 @@ def drawn_from(path, **choice):
     return load_model(path, **choice)[0].state_dict()[CONV_IN]
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        ("unet", "time_cond_proj_dim", 256, "time_cond_proj_dim=256; here it can only be None"),
+        ("unet", "mid_block_type", None, "mid_block_type=None; here it can only be 'UNetMidBlock2DCrossAttn'"),
+        ("text_encoder", "vocab_size", 49409, r"vocab_size=49409; .* a word that was added .* --learned_tokens"),
+    ],
+)
+def test_settings_of_another_model_are_named_before_its_weights_are(part, key, value, message, folder):
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=rf"{part}/config\.json: {message}"):
+        load_model(folder)
+
+
 def test_of_a_folder_that_holds_its_unet_twice_the_average_is_read_if_not_told(folder, capsys):
     average = random_sd("sd21_v_tiny").state_dict()[CONV_IN]
     weights = folder / f"unet/{WEIGHTS}.safetensors"

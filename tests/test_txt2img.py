@@ -218,7 +218,7 @@ def test_the_moving_average_is_a_flag(sample, work_folder, capsys):
         ("--prompt x --paired", "--paired compares the base with what --lora_path names"),
         ("--prompt x --strength 0.5", "--strength is that of --init_image, and there is none"),
         ("--prompt x --mask_image wide.png", "--mask_image says what to draw anew of --init_image"),
-        ("--prompt x --learned_tokens none.pt", "no file at none.pt"),
+        ("--prompt x --learned_tokens none.pt", "no file of learned words at none.pt"),
         ("--prompt x --learned_tokens wide.safetensors", "wide.safetensors: the learned token '<a>' has 16 numbers"),
         ("--prompt x --mixed_precision fp8", "invalid choice: 'fp8'"),
         ("--prompt x --times even", "sampling.times.kind='even' is unknown"),

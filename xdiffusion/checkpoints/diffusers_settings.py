@@ -20,6 +20,7 @@ FILES = (
 SPECIAL_TOKENS = "tokenizer/special_tokens_map.json"  # of transformers before 5; here only read
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 _SPACINGS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+VOCABULARY = 49408  # tokens of every CLIP
 _END, _EXCLAMATION = "<|endoftext|>", "!"  # token 0, with which 2.x pads, is the exclamation mark
 
 
@@ -128,16 +129,27 @@ def network_from(unet: Mapping[str, Any]) -> dict[str, Any]:
 _OF_EVERY_UNET = {
     "act_fn": "silu",
     "addition_embed_type": None,
+    "attention_type": "default",
     "center_input_sample": False,
     "class_embed_type": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
     "downsample_padding": 1,
     "dual_cross_attention": False,
+    "encoder_hid_dim_type": None,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
     "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
     "norm_eps": 1e-5,
+    "num_class_embeds": None,
     "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "time_cond_proj_dim": None,
     "time_embedding_type": "positional",
+    "timestep_post_act": None,
 }
 
 
@@ -188,7 +200,7 @@ def text_encoder_settings(text: Mapping[str, Any]) -> dict[str, Any]:
         "num_attention_heads": text["heads"],
         "max_position_embeddings": text["context_length"],
         "projection_dim": text["embed_dim"] or text["width"],
-        "vocab_size": 49408,
+        "vocab_size": VOCABULARY,
         "hidden_act": text["activation"],
         "layer_norm_eps": 1e-5,
         "bos_token_id": 49406,
@@ -198,7 +210,17 @@ def text_encoder_settings(text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_encoder_from(clip: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """`model.text_encoder` of a CLIPTextModel's config.json, whose weights have that many layers."""
+    """`model.text_encoder` of a CLIPTextModel's config.json, whose weights have that many layers.
+
+    Raises:
+        ValueError: where words were added to it.
+    """
+    words = clip.get("vocab_size", VOCABULARY)
+    if words != VOCABULARY:
+        raise ValueError(
+            f"vocab_size={words!r:.80}; here it can only be {VOCABULARY}: a word that was added (textual inversion) is read "
+            "from a file of its own, --learned_tokens"
+        )
     return {
         "width": clip.get("hidden_size", 512),
         "layers": layers,

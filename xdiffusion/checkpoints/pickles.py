@@ -120,7 +120,10 @@ class Unpickler:
         while (code := self._read(1)) != pickle.STOP:
             self._spend(1)
             if code not in self.operations:
-                raise ValueError(f"its pickle has the operation {code!r}, which torch does not write")
+                raise ValueError(
+                    f"its pickle has the operation {code!r}, which torch.save does not write by default; save it again with "
+                    "pickle_protocol=2, or as safetensors"
+                )
             self.operations[code]()
         return self.stack.pop()
 

@@ -200,22 +200,32 @@ def folded_weight(weight: Tensor, factors: LoRAFactors, scale: float) -> Tensor:
 
 
 def differences(tuned: BaseModel, base: BaseModel, progress: Progress = iter) -> Iterator[tuple[str, Tensor]]:
-    """(name in its file, tuned - base in float32) of every tensor that differs, one after another.
+    """(name in the base's file, tuned - base in float32) of every tensor that differs, one after another.
+
+    Versions of transformers name a text encoder's tensors with `text_model.` or without, and keep a table of positions or not.
 
     Raises:
         CheckpointError: if the models have different tensors, or differ by numbers that are not finite, or a part is pickled.
     """
     for path in (*tuned.pickled, *base.pickled):
         raise _is_pickled(path)
-    theirs, ours = ({name: file for file in model.files for name in file} for model in (tuned, base))
-    if ours.keys() != theirs.keys() or any(ours[name].shape(name) != theirs[name].shape(name) for name in ours):
+    theirs, ours = map(_by_common_name, (tuned, base))
+    shapes = [{common: file.shape(name) for common, (file, name) in model.items()} for model in (theirs, ours)]
+    if shapes[0] != shapes[1]:
         raise CheckpointError(f"{tuned.path} and {base.path} are models of different parts or architectures")
-    for name in progress(ours):
-        delta = theirs[name][name].float() - ours[name][name].float()
+    for common in progress(ours):
+        (their_file, their_name), (file, name) = theirs[common], ours[common]
+        delta = their_file[their_name].float() - file[name].float()
         if not delta.isfinite().all():
             raise CheckpointError(f"{name} of {tuned.path} and {base.path} does not differ by finite numbers")
         if delta.any():
             yield name, delta
+
+
+def _by_common_name(model: BaseModel) -> dict[str, tuple[StoredTensors, str]]:
+    """(its file, its name there) of every weight, by a name that is the same whoever wrote the file."""
+    named = ((name.removeprefix("text_model."), file, name) for file in model.files for name in file)
+    return {common: (file, name) for common, file, name in named if common != "embeddings.position_ids"}
 
 
 def _said_by_folder(base: BaseModel) -> Mapping[str, Any]:

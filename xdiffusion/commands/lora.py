@@ -220,6 +220,9 @@ def _apply(args: argparse.Namespace) -> None:
     fold_as_it_is(base, lora, scale, Path(args.output), allow_other_base=args.allow_other_base)
 
 
+AUTOENCODER = "autoencoder."
+
+
 def _extract(args: argparse.Namespace) -> None:
     from xdiffusion.checkpoints.component_names import exchange_name
     from xdiffusion.checkpoints.files import content_hash
@@ -236,7 +239,7 @@ def _extract(args: argparse.Namespace) -> None:
     modules, rows, left_out = {}, [], []
     for name, delta in differences(tuned, base, progress("layers")):
         module = name.removesuffix(".weight")
-        if name.endswith(".weight") and exchange_name(module) in layers:
+        if name.endswith(".weight") and exchange_name(module) in layers and not name.startswith(AUTOENCODER):
             module = module if base.ours else exchange_name(module)
             modules[module], discarded = extract_factors(delta, rank=args.rank, energy=args.energy)
             rows.append((module, modules[module].rank, f"{discarded:.2e}"))
@@ -246,7 +249,9 @@ def _extract(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.tuned} and {args.model} differ in no layer that a LoRA could change")
     print(table(("layer", "rank", "discarded energy"), rows))
     if left_out:
-        print(f"{len(left_out)} tensors differ that no LoRA can change (biases, norms, ...), such as {left_out[0]}")
+        print(
+            f"{len(left_out)} tensors differ that no LoRA changes (biases, norms, the autoencoder, ...), such as {left_out[0]}"
+        )
     base_hash = content_hash(base.files[0]) if base.ours else None
     sample = sample_of({name: base.files[0][f"{name}.weight"] for name in modules}) if base.ours else {}
     lora = LoRAFile(modules, base_hash=base_hash, base_sample=sample, config=tuned.config())

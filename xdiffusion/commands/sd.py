@@ -62,6 +62,11 @@ def _convert(args: argparse.Namespace) -> None:
         for tensors in (file.tensors, file.stable_diffusion.unused if file.stable_diffusion else {}):
             for name, tensor in tensors.items():
                 tensors[name] = tensor.to(getattr(torch, args.dtype))
+                if tensor.is_floating_point() and tensors[name].isinf().any() and not tensor.isinf().any():
+                    largest = f"{name} has numbers of up to {tensor.abs().max():.3g}"
+                    raise ValueError(
+                        f"{file.path}: {largest}, too large for --dtype {args.dtype}; take bfloat16 or float32"
+                    )
     write_model(file, config, Path(args.output), args.to)
     print(f"{args.output}: {len(file.tensors)} tensors, {args.to}, from {file.path}")
 

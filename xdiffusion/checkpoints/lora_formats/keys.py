@@ -14,7 +14,9 @@ from xdiffusion.checkpoints.files import CheckpointError
 from xdiffusion.checkpoints.lora_formats import lycoris
 from xdiffusion.checkpoints.lora_formats.factors import Parts
 
-_PEFT_PART = r"\.(?P<part>lora_[AB]|lora_magnitude_vector|alpha)(?:\.(?!weight$)(?P<adapter>\w+))?(?:\.weight)?"
+_PEFT_PART = (
+    r"\.(?P<part>lora_[AB]|lora_magnitude_vector|alpha)(?:\.(?!(?:weight|bias)$)(?P<adapter>\w+))?(?:\.weight)?"
+)
 # dialect -> a key of it; the first that matches counts
 _KEYS = {
     "cloneofsimo": r"(?P<module>\w+:[0-9]+):(?P<part>down|up)",
@@ -53,6 +55,8 @@ _DOUBLED = re.compile(
     r"^(?P<kept>lora_unet_|lora_te1?_|unet\.|text_encoder\.)(?:unet[._]|text_encoder[._]|lora_unet_|lora_te1?_|base_model\.model\.)+"
 )
 TOKEN = "token:"  # before a learned token's name in native files
+# A1111's and OneTrainer's; what has another ending is for another text encoder, or stands behind one
+_BUNDLED = re.compile(r"bundle_emb\.(?P<token>.+)\.(?:string_to_param\.\*|emb_params|clip_[lh])")
 
 
 @dataclass
@@ -71,17 +75,20 @@ def sorted_by_key(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pa
     Raises:
         CheckpointError: if a key is of no dialect, the dialects do not go together, or two keys mean one tensor.
     """
-    matches, tokens = {}, {}
+    matches, tokens, left_out = {}, {}, []
     for key, tensor in tensors.items():
         if token := _token_of(key, metadata):
             tokens[token] = tensor
+            continue
+        if key.startswith("bundle_emb."):
+            left_out.append(f"{key!r} left out: it is no embedding of a prompt's word")
             continue
         matches[key] = next(((d, m) for d, pattern in KEYS.items() if (m := pattern.fullmatch(key))), None)
         if matches[key] is None:
             raise CheckpointError(f"{path} {_what_else(key)}")
     if not matches:
         raise CheckpointError(f"{path} is not a LoRA file: it holds no factors")
-    loose = Loose(_dialect({dialect for dialect, _ in matches.values()}, path), tokens=tokens)
+    loose = Loose(_dialect({dialect for dialect, _ in matches.values()}, path), tokens=tokens, repairs=left_out)
     for key, (_, match) in matches.items():
         module, part = _module_and_part(match, loose.repairs)
         if part in loose.parts.setdefault(module, {}):
@@ -93,6 +100,8 @@ def sorted_by_key(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pa
 
 def _what_else(key: str) -> str:
     """The rest of the error for a file that holds a key of no dialect."""
+    if re.search(r"\.lora_[AB]\.(?:\w+\.)?bias$", key):
+        return f"has biases beside its factors (peft's lora_bias=True), which are not read here: {key!r}"
     for ending, method in _OTHER_METHODS.items():
         if re.search(rf"\.{ending}$", key):
             return f"is {method} (LyCORIS), which is not read here: {key!r}"
@@ -111,8 +120,8 @@ def _dialect(found: set[str], path: Path) -> str:
 def _token_of(key: str, metadata: Mapping[str, str]) -> str | None:
     if key.startswith(TOKEN):
         return key.removeprefix(TOKEN)
-    if bundled := re.fullmatch(r"bundle_emb\.(.+)\.string_to_param\.\*", key):  # A1111's
-        return bundled[1]
+    if bundled := _BUNDLED.fullmatch(key):
+        return bundled["token"]
     return key if metadata.get(key) == "<embed>" or re.fullmatch(r"<[^:]+>", key) else None
 
 

@@ -117,7 +117,10 @@ def write(lora: LoRAFile, path: Path) -> None:
         if factors.magnitude is not None:
             ones = [1] * (factors.lora_A.dim() - 1)
             tensors[f"{flat}.dora_scale"] = factors.magnitude.reshape(-1, *ones).contiguous()
-    header = _header(lora, path) | {key: value for key, value in lora.metadata.items() if key.startswith("ss_")}
+    said_of_run = {key: value for key, value in lora.metadata.items() if key.startswith("ss_")}
+    if said_of_run.get("ss_network_module", "").startswith("lycoris"):  # these are plain factors, whatever it trained
+        said_of_run = {key: value for key, value in said_of_run.items() if not key.startswith("ss_network_")}
+    header = _header(lora, path) | said_of_run
     header |= _rank_and_alpha(lora)
     said = dict(entry for key, value in drawn_by(lora.config).items() if (entry := word(key, value)))
     header |= {key: text for key, text in said.items() if key.startswith("ss_")}

@@ -71,7 +71,7 @@ _ORDER = {word: place for place, word in enumerate((
 
 
 def in_old_diffusers_order(names: Iterable[str]) -> list[str]:
-    """Sorted as the modules of diffusers before 0.12 stood: ff before attn2, the middle block behind the up blocks.
+    """Sorted as the modules of diffusers stood in cloneofsimo's time: ff before attn2, the middle block behind the up blocks.
 
     Positional files of that time count layers in this order, whatever the order of the model that reads them.
     """

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,10 @@ def read_cloneofsimo(loose: Loose, path: Path, names: LayerTable | None) -> dict
                 f"{path}: the {len(parts)} layers of {component!r} are not counted from 0 without gap"
             )
         factors = assemble({f"{component}:{i}": parts[i] for i in range(len(parts))}, path, loose.repairs)
-        modules |= _placed(list(factors.values()), _old_orders(component, names), path, component)
+        pairs = list(factors.values())
+        later = not _fits(pairs, _old_orders(component, names))  # made with a diffusers that came after
+        orders = _old_orders(component, names, arrange=list if later else in_old_diffusers_order)
+        modules |= _placed(pairs, orders, path, component)
     return modules
 
 
@@ -186,13 +189,20 @@ def _pairs(content: Any, path: Path, repairs: list[str]) -> list[LoRAFactors]:
     return list(assemble(parts, path, repairs).values())
 
 
-def _old_orders(component: str, names: LayerTable | None) -> Iterator[dict[str, Shape]]:
-    """The sets of a component in the order of the diffusers of cloneofsimo's time, of this model or of Stable Diffusion."""
+def _old_orders(
+    component: str,
+    names: LayerTable | None,
+    arrange: Callable[[Iterable[str]], list[str]] = in_old_diffusers_order,
+) -> Iterator[dict[str, Shape]]:
+    """The sets of a component in the order of the diffusers of cloneofsimo's time, of this model or of Stable Diffusion.
+
+    arrange: another order, of names that stand in the table's.
+    """
     part = names.part(component) if names else None
     for table in [part] if part else [sd_layer_table(base).part(component) for base in SD_BASES]:
         for _, pattern in SETS[component]:
             layers = [name for name in table if re.fullmatch(pattern, name)]
-            yield {name: table[name] for name in in_old_diffusers_order(layers)}
+            yield {name: table[name] for name in arrange(layers)}
 
 
 def _own_orders(table: LayerTable) -> Iterator[dict[str, Shape]]:
