@@ -13,7 +13,7 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")  # several tests at once: threads that wait for work must not keep a core from them
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # threads that wait must not keep a core from other tests
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 install_import_hook(
     [
