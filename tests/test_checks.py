@@ -1,5 +1,6 @@
 """What a run says at its start, in a dry run too: nothing is drawn, cached or loaded before."""
 
+import shlex
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -97,6 +98,49 @@ def test_only_files_are_cached(cache):
 def test_class_images_stand_beside_files_alone():
     with pytest.raises(ValueError, match="prior: is for image/folder and image/hugging_face, not for image/digits"):
         check_together(tiny_config("prior.prompt=a dog", "prior.data_dir=dogs"), lora=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "--set prior.data_dir=set/class",
+            "set/class lies in set: prior.data_dir, whose pictures are of the class, would",
+        ),
+        ("--set prior.data_dir=set", "set lies in set: prior.data_dir"),
+        ("--set prior.data_dir=.", "set lies in .: --data_dir, whose pictures are of the subject, would"),
+        ('--set "data.captions=[a dog, a photo of a dog]"', "prior.prompt='a photo of a dog' is in data.captions"),
+        ("""--set "data.captions=['', ' ']\"""", "data.captions=['', ' '] are empty"),
+    ],
+)
+def test_class_images_and_subject_are_kept_apart(words, message, work_folder, capsys):
+    write_pictures(work_folder / "set", [(16, 16)] * 2, ["a picture"])
+    assert train(DREAMBOOTH, "--data_dir", "set", *shlex.split(words)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_does_not_write_where_it_reads(work_folder, capsys):
+    save_base("sd15_lora_tiny")
+    write_pictures(work_folder / "set", [(16, 16)] * 2, ["a picture"])
+    assert train("sd15_lora_tiny", "--data_dir", "set", "--output_path", "set/../set/run") == 2
+    assert "what the run draws would be learned with the pictures there" in capsys.readouterr().err
+    assert not (work_folder / "set/run").exists()
+
+
+def test_captions_that_do_not_name_the_word_are_counted(work_folder, capsys):
+    write_pictures(work_folder / "set", [(16, 16)] * 3, ["a <cat>", "a dog", "a fox"])
+    assert train(INVERSION, "--data_dir", "set", "--set", "data.captions=null", "--dry_run") == 2  # of the base
+    save_base(INVERSION)
+    capsys.readouterr()
+    assert train(INVERSION, "--data_dir", "set", "--set", "data.captions=null", "--dry_run") == 0
+    assert "captions: 2 of 3 do not name <cat> where it is read, and teach it nothing" in capsys.readouterr().out
+
+
+def test_min_snr_with_zero_terminal_snr_is_said(capsys):
+    schedule = ["diffusion.schedule.kind=betas", "diffusion.schedule.zero_terminal_snr=true"]
+    for gamma, said in (("5", True), ("null", False)):
+        check_together(tiny_config(*schedule, f"diffusion.min_snr_gamma={gamma}"), lora=False)
+        assert ("diffusion.min_snr_gamma=5 gives the noisiest times" in capsys.readouterr().err) == said
 
 
 def test_a_class_without_images_is_named():

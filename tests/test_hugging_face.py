@@ -26,7 +26,7 @@ class Rows:
     def __init__(self, columns):
         self.columns = columns
         self.column_names = list(columns)
-        self.cast = None
+        self.features = {"image": "Image", "text": "string", "number": "int64"}
 
     def __len__(self):
         return len(next(iter(self.columns.values())))
@@ -34,8 +34,13 @@ class Rows:
     def __getitem__(self, key):
         return self.columns[key] if isinstance(key, str) else {name: c[key] for name, c in self.columns.items()}
 
+    def select_columns(self, names):
+        return Rows({name: self.columns[name] for name in names})
+
     def cast_column(self, name, feature):
-        assert feature == "undecoded image" and name in self.columns
+        assert feature == "undecoded image" and list(self.columns) == [name]  # no other is decoded with it
+        if self.features.get(name) == "int64":
+            raise NotImplementedError("Unsupported cast from int64 to struct")
         return self
 
 
@@ -51,7 +56,7 @@ def datasets(monkeypatch, tmp_path):
     def load_dataset(name, split):
         if (name, split) != ("someone/pictures", "train"):
             raise FileNotFoundError(f"no {name}\n {split}")
-        return Rows({"image": pictures, "text": texts})
+        return Rows({"image": pictures, "text": texts, "number": [1] * 5})
 
     library.load_dataset = load_dataset
     library.load_from_disk = lambda path: {"test": Rows({"photo": pictures[:1], "words": ["saved"]})}
@@ -77,16 +82,17 @@ def test_a_row_whose_path_is_no_file_is_skipped(path, datasets, monkeypatch):
 
 
 def test_a_saved_data_set_and_other_columns(datasets):
-    images = load_hugging_face(
-        dataset_name="-", data_dir="somewhere", split="test", image_column="photo", caption_column="words", **SMALL
-    )
-    assert images.captions == [("saved",)]
+    columns = {"split": "test", "image_column": "photo", "caption_column": "words"}
+    assert load_hugging_face(data_dir="somewhere", **columns, **SMALL).captions == [("saved",)]
+    with pytest.raises(ValueError, match=r"needs data\.dataset_name, a set of the hub, or --data_dir"):
+        load_hugging_face(**columns, **SMALL)
 
 
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
         ({"caption_column": "caption"}, "no column 'caption'; its columns are image, text"),
+        ({"image_column": "number"}, "column 'number' holds no pictures but int64"),
         ({"image_column": "img"}, "no column 'img'"),
         ({"split": "valid"}, "someone/pictures, split valid: no someone/pictures valid"),
         ({"data_dir": "somewhere", "split": "train"}, "somewhere, split train: 'train'"),

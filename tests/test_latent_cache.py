@@ -10,6 +10,7 @@ from tiny_sd import tiny_sd_config, tiny_sd_model, tiny_sd_trainer
 from xdiffusion.autoencoders.identity import IdentityAutoencoder
 from xdiffusion.build import build_data
 from xdiffusion.checkpoints.tensor_cache import TensorCache
+from xdiffusion.data.image_files import Picture
 from xdiffusion.training.latent_cache import LatentCache, cache_for
 
 NONE = ("cache.latents=false", "cache.text_embeddings=false")
@@ -39,6 +40,15 @@ def test_the_second_run_computes_nothing(folder, capsys):
     out = capsys.readouterr().out
     assert "latents: 0 computed" in out and "text embeddings: 0 computed" in out
     assert first.step(1).loss == second.step(1).loss
+
+
+def test_a_picture_is_hashed_once_for_all_its_latents(folder, monkeypatch):
+    config = tiny_sd_config(folder, "data.flip=true")
+    tiny_sd_trainer(config)
+    of_file, hashed = Picture.content_hash, []
+    monkeypatch.setattr(Picture, "content_hash", lambda self: hashed.append(self.name) or of_file(self))
+    tiny_sd_trainer(config)
+    assert len(hashed) == len(set(hashed)) == 4
 
 
 def test_of_several_processes_each_computes_in_an_order_of_its_own(folder, monkeypatch):

@@ -91,8 +91,17 @@ def test_a_gap_is_filled_and_nothing_is_overwritten(config_of, tmp_path):
 def test_class_images_of_another_prompt_are_refused(config_of, tmp_path):
     prepare(config_of())
     truncate(tmp_path / "class/class_0000.png", 0.01)  # what cannot be read is skipped later
-    with pytest.raises(ValueError, match=r"prior.prompt='a cat', but .*class_0001.png was drawn of 'a photo of a dog'"):
+    with pytest.raises(
+        ValueError, match=r"class_0001.png was drawn with prompt 'a photo of a dog', this run's is 'a cat'"
+    ):
         prepare(config_of("prior.prompt=a cat"))
+    with pytest.raises(ValueError, match=r"class_0001.png was drawn with image_size '\d+', this run's is '32'"):
+        prepare(config_of("data.image_size=32"))
+    config = config_of()
+    other = tiny_sd_model(config)
+    other.network.conv_in.bias.data += 1
+    with pytest.raises(ValueError, match=r"class_0001\.png was drawn with base "):
+        prepare_class_images(other, config, build_sampling(config, other.schedule))
 
 
 def test_they_are_drawn_in_the_run_s_precision_and_size(config_of, tmp_path):

@@ -132,7 +132,7 @@ def set_up_and_train(
     from xdiffusion.checkpoints.files import content_hash
     from xdiffusion.loading import load_weights
     from xdiffusion.model import HALF
-    from xdiffusion.training.checks import check_captions
+    from xdiffusion.training.checks import check_apart, check_captions
     from xdiffusion.training.diffusion_task import DiffusionTask
     from xdiffusion.training.loop import Trainer
     from xdiffusion.training.previews import draw_sample_grid
@@ -150,6 +150,8 @@ def set_up_and_train(
     folder = run_folder(config, args.config_path, args.output_path, lora=args.use_lora_training)
     kind = AdapterWeights if args.use_lora_training else TokenWeights if adapts else ModelWeights
     check_folder(folder, kind)
+    if config.data.kind == "image/folder" and config.data.data_dir:
+        check_apart(folder, Path(config.data.data_dir), "what the run draws")
     with first_ones_first(process):  # the others find what the first has downloaded
         data = build_data(config)
     check_captions(data, config, model.text_encoder.context_length)

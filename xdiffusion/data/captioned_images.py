@@ -182,8 +182,9 @@ class CaptionedImages:
 
     def _standing_for(self, index: int) -> Iterator[int]:
         """A picture, those that follow in its bucket, and all others: the same on each call."""
-        members = self.buckets[self.sizes[index]]
-        yield from members.roll(-int(torch.searchsorted(members, index))).tolist()
+        yield index
+        members = self.buckets[self.sizes[index]]  # maybe a million: listed only where the picture is damaged
+        yield from members.roll(-int(torch.searchsorted(members, index)))[1:].tolist()
         yield from (i for i, size in enumerate(self.sizes) if size != self.sizes[index])
 
     def _report(self, damaged: Mapping[int, DamagedImage], instead: int) -> None:

@@ -15,7 +15,7 @@ from xdiffusion.data.image_files import DamagedImage, Picture, open_file
 
 def load_hugging_face(
     image_size: int,
-    dataset_name: str,
+    dataset_name: str | None = None,
     *,
     split: str = "train",
     image_column: str = "image",
@@ -30,14 +30,18 @@ def load_hugging_face(
     """The pictures of one split, and one printed line about them. Needs `pip install datasets`.
 
     Args:
-        dataset_name: on the hub, such as "lambdalabs/naruto-blip-captions"; not used with data_dir.
+        dataset_name: on the hub, such as "lambdalabs/naruto-blip-captions"; not needed with data_dir.
         split, image_column, caption_column: which part of it; a column of lists of captions gives the first of each.
         data_dir: a folder written by `Dataset.save_to_disk`, read instead.
         image_size, bucket_multiple, max_aspect, random_crop, flip, captions: see `CaptionedImages`.
 
     Raises:
-        ValueError: if `datasets` is missing, or the data set, its split or its columns are.
+        ValueError: if `datasets` is missing, or the data set, its split or its columns are, or a column is of another kind.
     """
+    if dataset_name is None and data_dir is None:
+        raise ValueError(
+            "image/hugging_face needs data.dataset_name, a set of the hub, or --data_dir, a folder that is saved"
+        )
     rows = _rows(dataset_name, split, data_dir)
     wanted = [image_column] if captions else [image_column, caption_column]
     if missing := [column for column in wanted if column not in rows.column_names]:
@@ -59,7 +63,7 @@ def load_hugging_face(
     return images
 
 
-def _rows(dataset_name: str, split: str, data_dir: str | None) -> Any:
+def _rows(dataset_name: str | None, split: str, data_dir: str | None) -> Any:
     try:
         import datasets
     except ModuleNotFoundError as error:
@@ -80,7 +84,13 @@ def _rows(dataset_name: str, split: str, data_dir: str | None) -> Any:
 def _pictures(rows: Any, image_column: str, caption_column: str | None) -> list[Picture]:
     import datasets
 
-    stored = rows.cast_column(image_column, datasets.Image(decode=False))
+    alone = rows.select_columns([image_column])  # a row's other columns would be decoded with it
+    try:
+        stored = alone.cast_column(image_column, datasets.Image(decode=False))
+    except Exception as error:  # arrow's own
+        raise ValueError(
+            f"column {image_column!r} holds no pictures but {rows.features[image_column]}"[:300]
+        ) from error
     texts = rows[caption_column] if caption_column else [None] * len(rows)
     return [
         Picture(f"row {i}", _text(text), partial(_open_cell, stored, i, image_column)) for i, text in enumerate(texts)

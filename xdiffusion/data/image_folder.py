@@ -106,7 +106,8 @@ def _captioned(folder: Path, files: Sequence[Path]) -> tuple[str, list[Picture],
         return ".txt files", [_with_sidecar(folder, name, text) for name, text in zip(names, beside)], 0
     metadata = _metadata_files(folder)
     if metadata:
-        found, absent, present = {}, 0, set(names)
+        found, absent = {}, 0
+        present = {normalize("NFC", name): name for name in names}  # macOS writes an accent as a letter of its own
         entered = {place.resolve() for place in {folder, *(path.parent for path in (*files, *metadata))}}
         for path in metadata:
             of_file, not_there = _read_metadata(path, folder, present, entered)
@@ -170,27 +171,30 @@ def _words(file: Path) -> str:
     return re.sub(r"[\s-]*\(?\d+\)?$", "", words) or words
 
 
-def _read_metadata(path: Path, folder: Path, present: Set[str], entered: Set[Path]) -> tuple[dict[str, str], int]:
+def _read_metadata(
+    path: Path, folder: Path, present: Mapping[str, str], entered: Set[Path]
+) -> tuple[dict[str, str], int]:
     """file_name -> text, by paths below the folder, and how many more are named that are not there.
 
     Args:
         path: of the file, in which names are as seen from its own folder.
-        present: names that are known to be in the folder.
+        present: names that are known to be in the folder, by their normal form.
         entered: the folder and others that links in it led to, resolved.
 
     Raises:
         ValueError: naming the line that is wrong.
     """
     found, absent, again = {}, 0, 0
-    one_spelling = {normalize("NFC", name): name for name in present}  # macOS writes an accent as a letter of its own
     for number, row in _rows(path):
         where = f"{path}, line {number}"
         name, texts = row.get("file_name"), [row.get(key) for key in ("text", "caption")]
         if not isinstance(name, str) or not name or not all(isinstance(text, str | None) for text in texts):
             raise ValueError(f"{where} must have the texts file_name and text (or caption), not {str(dict(row))[:100]}")
         name = os.path.normpath(path.parent.relative_to(folder) / name)
-        name = one_spelling.get(normalize("NFC", name), name)
-        if name not in present:
+        normal = normalize("NFC", name)
+        if normal in present:
+            name = present[normal]
+        else:
             try:
                 name = _inside(folder, name, entered)
                 there = (folder / name).exists()

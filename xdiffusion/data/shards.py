@@ -2,8 +2,8 @@
 
 A shard is a tar file in which the members of one sample follow each other under one key: `000017.jpg`, `000017.txt` (or
 `000017.json` with a "caption"). Nothing is unpacked: a picture is read at its place in the tar when it is decoded, so that
-passing over samples, to resume or because they are another process', costs their headers alone. Memory holds one buffer
-of names and captions.
+passing over samples, to resume or because they are another process', costs their headers and captions alone. Memory holds
+one buffer of names and captions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from xdiffusion.data.buckets import Size
 from xdiffusion.data.captions import PromptTable
 from xdiffusion.data.image_files import MAX_CAPTION, DamagedImage, Picture, is_text
 from xdiffusion.data.image_set import Batch, to_unit_range
-from xdiffusion.data.tar_members import Member, tar_members
+from xdiffusion.data.tar_members import BLOCK, Member, tar_members
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "json")
@@ -37,6 +37,7 @@ MAX_TEXT_BYTES = 2**20
 MAX_SHARDS = 100_000
 MAX_DAMAGED = 100  # pictures one after another
 PREVIEWED = 4
+NAMED = 10  # of the samples that are skipped
 HELD = 2**16  # names and captions of the pictures asked for last: two batches, whose rows may come in any order
 
 
@@ -88,7 +89,7 @@ def shard_paths(data_dir: str) -> list[Path]:
             )
         return [Path(f"{before}{number:0{len(first)}}{after}") for number in range(int(first), int(last) + 1)]
     path = Path(data_dir)
-    found = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    found = sorted(path.glob("[!.]*.tar")) if path.is_dir() else [path]  # a dot begins what macOS adds
     if not found:
         raise ShardError(f"--data_dir {data_dir} holds no .tar file")
     return found
@@ -134,7 +135,8 @@ class Shards:
             raise ShardError(f"no shard at {', '.join(missing[:3])}" if missing else "no shards are named")
         if buffer < 1:
             raise ShardError(f"data.buffer={buffer} must be at least 1")
-        first = dict.fromkeys(picture.caption for picture in islice(read_shard(self.shards[0]), PREVIEWED))
+        usable = (picture for picture in read_shard(self.shards[0]) if picture.caption is not None)
+        first = dict.fromkeys(picture.caption for picture in islice(usable, PREVIEWED))
         self.prompts = PromptTable(names=tuple((caption,) for caption in first), templates=("{}",))
         self._coming = self.pictures()
         self._next = 0
@@ -202,28 +204,43 @@ class Shards:
             draw = random.Random(f"{self.seed}|shards|{epoch}")  # a str seed is hashed the same way everywhere
             shards = draw.sample(self.shards, len(self.shards))
             held: list[Picture] = []
+            skipped = 0
             for picture in (picture for shard in shards for picture in read_shard(shard)):
+                if picture.caption is None:
+                    skipped += 1
+                    if epoch == 0 and skipped <= NAMED:
+                        more = "; more of them are not named" * (skipped == NAMED)
+                        print(f"warning: {picture.name} is skipped: {picture.uncaptioned}{more}", file=sys.stderr)
+                    continue
                 if len(held) < self.buffer:
                     held.append(picture)
                     continue
                 chosen = draw.randrange(self.buffer)
                 yield held[chosen]
                 held[chosen] = picture
+            if not held:
+                raise ShardError(f"{self.name}: none of {skipped} samples can be used, the last {picture.name}")
             draw.shuffle(held)
             yield from held
+            if epoch == 0 and skipped:
+                print(f"{self.name}: {skipped} samples skipped, as in every epoch", file=sys.stderr)
             epoch += 1
 
 
 def read_shard(shard: Path) -> Iterator[Picture]:
     """The pictures of one shard with their captions, in its order; their bytes are read when they are opened.
 
+    A sample without a picture or a caption, or with one that is none, has caption None, and `uncaptioned` says why.
+
     Raises:
         ShardError: if it is missing, no tar file or a cut one, a member is a link or device, its name leads out of the
-            shard or its size is above MAX_IMAGE_BYTES or MAX_TEXT_BYTES, or a sample lacks its picture or its caption.
+            shard or its size is above MAX_IMAGE_BYTES or MAX_TEXT_BYTES.
     """
     if not shard.is_file():
         raise ShardError(f"no shard at {shard}")
     length = shard.stat().st_size
+    if length % BLOCK:
+        raise ShardError(f"{shard} is cut: its {length:,} bytes are no multiple of {BLOCK}")
     key, picture, caption = None, None, None
     try:
         with shard.open("rb") as file:
@@ -240,11 +257,10 @@ def read_shard(shard: Path) -> Iterator[Picture]:
                     picture = member
                 elif kind == "txt" or (kind == "json" and caption is None):
                     file.seek(member.start)
-                    text = file.read(member.size).decode("utf-8-sig")
-                    caption = (text.strip() if kind == "txt" else _caption_of(text)) or caption
+                    caption = _caption_of(file.read(member.size), kind) or caption
     except ShardError:
         raise
-    except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         raise ShardError(f"{shard} cannot be read: {error}") from error
     if key is None:
         raise ShardError(f"{shard} holds no sample")
@@ -267,28 +283,31 @@ def _checked(shard: Path, member: Member, length: int) -> tuple[str, str]:
 
 
 def _sample(shard: Path, key: str, member: Member | None, caption: str | None) -> Picture:
-    if member is None or caption is None:
-        raise ShardError(f"{shard}: sample {key!r:.100} has no {'picture' if member is None else 'caption'}")
-    if len(caption) > MAX_CAPTION:
-        raise ShardError(
-            f"{shard}: the caption of {key!r:.100} has {len(caption):,} letters; allowed are {MAX_CAPTION:,}"
-        )
-    if not is_text(caption):
-        raise ShardError(f"{shard}: the caption of {key!r:.100} is no Unicode text")
-    offset, size = member.start, member.size
+    if member is None:
+        why = f"no {', '.join(IMAGES)}"
+    elif not caption:
+        why = "no caption, or none in UTF-8"
+    elif len(caption) > MAX_CAPTION:
+        why = f"its caption has {len(caption):,} letters; allowed are {MAX_CAPTION:,}"
+    else:
+        why = "" if is_text(caption) else "its caption is no Unicode text"
 
     def read() -> io.BytesIO:
         with shard.open("rb") as file:
-            file.seek(offset)
-            return io.BytesIO(file.read(size))
+            file.seek(member.start)
+            return io.BytesIO(file.read(member.size))
 
-    return Picture(f"{shard.name}/{key}", caption, read)
+    name = f"{shard.name}/{key}"
+    return Picture(name, None, read, uncaptioned=why) if why else Picture(name, caption, read)
 
 
-def _caption_of(text: str) -> str | None:
+def _caption_of(stored: bytes, kind: str) -> str | None:
     try:
+        text = stored.decode("utf-8-sig")
+        if kind == "txt":
+            return text.strip()
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     caption = content.get("caption") if isinstance(content, dict) else None
     return caption.strip() if isinstance(caption, str) else None

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
@@ -44,8 +46,38 @@ def check_together(config: DictConfig, *, lora: bool) -> None:
             "cache.text_embeddings=true is for a frozen text encoder; this run trains it "
             "(text_encoder_lora or textual_inversion)"
         )
-    if "textual_inversion" in config and data.get("captions"):
-        _check_named(config.textual_inversion.token, data.captions, "data.captions")
+    captions = data.get("captions") or []
+    if captions and not any(caption.strip() for caption in captions):
+        raise ValueError(f"data.captions={list(captions)} are empty: null takes those of the pictures")
+    if "prior" in config and config.prior.prompt in captions:
+        raise ValueError(
+            f"prior.prompt={config.prior.prompt!r} is in data.captions: class images have a prompt of their own"
+        )
+    if "prior" in config and data.kind == "image/folder" and data.data_dir:
+        check_apart(
+            Path(config.prior.data_dir), Path(data.data_dir), "prior.data_dir, whose pictures are of the class,"
+        )
+        check_apart(Path(data.data_dir), Path(config.prior.data_dir), "--data_dir, whose pictures are of the subject,")
+    if "textual_inversion" in config and captions:
+        _check_named(config.textual_inversion.token, captions, "data.captions")
+    if gamma is not None and config.diffusion.schedule.get("zero_terminal_snr"):
+        print(
+            f"warning: diffusion.min_snr_gamma={gamma} gives the noisiest times, which zero_terminal_snr is for, next to no "
+            "weight in the loss; null weighs all alike",
+            file=sys.stderr,
+        )
+
+
+def check_apart(inner: Path, outer: Path, what: str) -> None:
+    """See that a folder which a run reads or writes is not part of one whose pictures it learns from.
+
+    Raises:
+        ValueError: if it is that folder, or lies in it.
+    """
+    if inner.resolve().is_relative_to(outer.resolve()):
+        raise ValueError(
+            f"{inner} lies in {outer}: {what} would be learned with the pictures there; name a folder outside"
+        )
 
 
 def check_captions(data: Data, config: DictConfig, context_length: int) -> None:
@@ -68,7 +100,9 @@ def check_captions(data: Data, config: DictConfig, context_length: int) -> None:
     tables = data.captions if isinstance(data, CaptionedImages) else data.prompts.captions
     captions = dict.fromkeys(caption for captions in tables for caption in captions)
     if "textual_inversion" in config:
-        _check_named(config.textual_inversion.token, captions, data.name, context_length - 2)
+        token = config.textual_inversion.token
+        if without := len(captions) - _check_named(token, captions, data.name, context_length - 2):
+            print(f"captions: {without} of {len(captions)} do not name {token} where it is read, and teach it nothing")
     room = context_length - 2
     may_be_long = (caption for caption in captions if len(caption.encode()) > room)  # a token has a byte at least
     long = {caption: count for caption in may_be_long if (count := len(token_ids(caption))) > room}
@@ -80,16 +114,18 @@ def check_captions(data: Data, config: DictConfig, context_length: int) -> None:
         )
 
 
-def _check_named(token: str, captions: Iterable[str], where: str, room: float = math.inf) -> None:
-    """See that a caption holds the word where the text encoder, which reads `room` tokens, finds it."""
+def _check_named(token: str, captions: Iterable[str], where: str, room: float = math.inf) -> int:
+    """How many captions hold the word where the text encoder, which reads `room` tokens, finds it; at least one has to."""
     from xdiffusion.text_encoders.clip import whole_word
     from xdiffusion.text_encoders.tokenizer import token_ids
 
     word = re.compile(whole_word(token.strip()), re.IGNORECASE)
     found = ((caption, word.search(caption)) for caption in captions)
-    if not any(place and len(token_ids(caption[: place.start()])) < room for caption, place in found):
+    named = sum(1 for caption, place in found if place and len(token_ids(caption[: place.start()])) < room)
+    if not named:
         within = f" within the {room} tokens that are read" if room < math.inf else ""
         raise ValueError(
             f"no caption of {where} names textual_inversion.token={token!r} as a word of its own{within}: "
             f"set captions for all pictures, such as data.captions=['a photo of {token}']"
         )
+    return named

@@ -59,17 +59,22 @@ class LatentCache:
         self.computed = 0
         self.entries: dict[tuple[int, Size, bool], tuple[int, str]] = {}  # -> (picture, key)
         for index in tqdm(in_own_order(range(len(images))), desc="latents", unit="picture", leave=False, disable=None):
+            content = self._content(index)  # a read of the whole file: once for all its shapes
             for shape in shapes or [images.sizes[index]]:
                 for flip in (False, True) if images.flip else (False,):
-                    if not self._find(index, shape, flip):
+                    if not content or not self._find(index, shape, flip, content):
                         self._compute(index, shape, flip)
 
-    def _find(self, index: int, shape: Size, flip: bool) -> bool:
-        """Enter a picture's latents if they are on the disk."""
+    def _content(self, index: int) -> str:
+        """A picture's hash; "" of a damaged one: what stands for it will be found or computed."""
         try:
-            key = self._key(index, shape, flip)
-        except DamagedImage:  # what stands for it will be found or computed
-            return False
+            return self.images.pictures[index].content_hash()
+        except DamagedImage:
+            return ""
+
+    def _find(self, index: int, shape: Size, flip: bool, content: str) -> bool:
+        """Enter a picture's latents if they are on the disk."""
+        key = _key(content, shape, flip)
         self.entries[index, shape, flip] = index, key
         return self.cache.holds(key)
 
@@ -77,7 +82,7 @@ class LatentCache:
     def _compute(self, index: int, shape: Size, flip: bool) -> dict[str, Tensor]:
         """Enter a picture (if it is damaged, what stands for it) and its latents, encoded where the autoencoder is."""
         whole, pixels = self.images.load(index, Crop(flip), shape)
-        key = self._key(whole, shape, flip)
+        key = _key(self.images.pictures[whole].content_hash(), shape, flip)
         self.entries[index, shape, flip] = whole, key
         if whole != index and (found := self.cache.get(key)) is not None:
             return found
@@ -89,9 +94,6 @@ class LatentCache:
         self.cache.put(key, tensors)
         self.computed += 1
         return tensors
-
-    def _key(self, index: int, shape: Size, flip: bool) -> str:
-        return f"{self.images.pictures[index].content_hash()} {shape[0]}x{shape[1]} centre{' flipped' * flip}"
 
     def _stored(self, index: int, shape: Size, flip: bool) -> dict[str, Tensor]:
         _, key = self.entries[index, shape, flip]
@@ -108,6 +110,10 @@ class LatentCache:
         stored = [self._stored(*entry) for entry in wanted]
         mean, std = (torch.stack([tensors[name] for tensors in stored]) for name in ("mean", "std"))
         return [self.entries[entry][0] for entry in wanted], mean, std
+
+
+def _key(content: str, shape: Size, flip: bool) -> str:
+    return f"{content} {shape[0]}x{shape[1]} centre{' flipped' * flip}"
 
 
 class EmbeddingCache:

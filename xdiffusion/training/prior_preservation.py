@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from xdiffusion.checkpoints.files import ensure_writable, write_atomically
+from xdiffusion.checkpoints.files import content_hash, ensure_writable, write_atomically
 from xdiffusion.data.captioned_images import CaptionedImages
 from xdiffusion.data.image_folder import load_image_folder, picture_files
 from xdiffusion.model import HALF, DiffusionModel, generate, generators_for, of_captions
@@ -39,13 +39,18 @@ def prepare_class_images(
         device: to draw on; the model is on the CPU afterwards.
 
     Raises:
-        ValueError: for settings that cannot be, or class images of another prompt; a CheckpointError if the folder cannot
-            be written.
+        ValueError: for settings that cannot be, or class images that another prompt or base has drawn, or in another size;
+            a CheckpointError if the folder cannot be written.
     """
     settings = settings_of(config, "prior")
     folder = ensure_writable(Path(settings.data_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    _check_prompt(folder, settings.prompt)
+    drawn = {
+        "prompt": settings.prompt,
+        "image_size": str(config.data.image_size),
+        "base": content_hash(model.state_dict(), torch.float32),
+    }
+    _check_drawn(folder, drawn)
     free = (number for number in count() if not _path(folder, number).exists())
     missing = list(islice(free, max(0, settings.num_images - len(picture_files(folder)))))
     if missing:
@@ -60,7 +65,7 @@ def prepare_class_images(
             model, [settings.prompt] * len(numbers), generators, autocast=precision, **of_captions(sampling)
         )
         for number, image in zip(numbers, images):
-            write = partial(save_png, as_picture(image), metadata={"prompt": settings.prompt})
+            write = partial(save_png, as_picture(image), metadata=drawn)
             write_atomically(_path(folder, number), write)  # the next run counts what stands there
     model.cpu()
     if missing:
@@ -79,14 +84,16 @@ def _path(folder: Path, number: int) -> Path:
     return folder / f"class_{number:04d}.png"
 
 
-def _check_prompt(folder: Path, prompt: str) -> None:
-    """Complain of class images that another prompt has drawn."""
+def _check_drawn(folder: Path, drawn: Mapping[str, str]) -> None:
+    """Complain of class images that another prompt or base has drawn, or in another size."""
     for path in sorted(folder.glob("class_*.png")):
         try:
-            drawn = read_metadata(path).get("prompt", prompt)  # the user's own say nothing
+            said = read_metadata(path)  # the user's own say nothing
         except ValueError:  # damaged: skipped and named where they are loaded
             continue
-        if drawn != prompt:
-            raise ValueError(
-                f"prior.prompt={prompt!r}, but {path} was drawn of {drawn!r}: name another prior.data_dir, or remove those"
-            )
+        for key, value in drawn.items():
+            if said.get(key, value) != value:
+                raise ValueError(
+                    f"{path} was drawn with {key} {said[key]!r}, this run's is {value!r}: name another prior.data_dir, or "
+                    "remove those"
+                )
