@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import runpy
 
 import pytest
@@ -88,3 +89,35 @@ def test_mean_similarity_leaves_out_layers_that_are_too_narrow(generator):
     wide, narrow = torch.eye(3, 8), torch.randn(3, 2, generator=generator)
     assert torch.allclose(mean_similarity([wide, narrow], [wide, narrow]), mean_similarity([wide], [wide]))
     assert torch.allclose(mean_similarity([wide], [wide]).diagonal(), torch.ones(3).double())
+
+
+def test_said_before_the_first_run_is_paid_for(tiny_run, work_folder, capsys):
+    words = ["--checkpoint", tiny_run.checkpoint, *set_words(tiny_run.overrides)]
+    for more, message in (
+        (["--targets", "config", "attenton"], "no layer of UNet matches the LoRA targets 'attenton'"),
+        (["--set", "lora.init=orthogonal", "--ranks", 2, 1, "--targets", "config"], "rank"),
+        (["--set", "training.seed=5"], "--set training.seed: it has a flag here, --seed"),
+        (["--set", "lora.rank=5"], "--set lora.rank: it has a flag here, --ranks"),
+        (
+            ["--targets", "attention", "--set", "lora.target_modules=all"],
+            "--set lora.target_modules: it has a flag here, --targets",
+        ),
+    ):
+        assert run_script(ABLATE, *words, *more) == 2
+        assert message in capsys.readouterr().err
+    assert not files_in(work_folder)
+
+
+def test_a_regular_expression_is_no_folder_and_sampling_reaches_the_scores(tiny_run, work_folder, capsys, monkeypatch):
+    monkeypatch.setattr(scoring, "train_judge", lambda *arguments: train_judge(*arguments, steps=5))
+    words = ["--checkpoint", tiny_run.checkpoint, "--num_samples", 10, "--ranks", 1, *set_words(tiny_run.overrides)]
+    more = [r"--targets", r".*\.(to_q|to_v)", r".*\.to_[qv]", *set_words(["sampling.cfg_scale=3"])]
+    assert run_script(ABLATE, *words, *more) == 0
+    scored = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("$ python sampling/image/evaluate.py")
+    ]
+    assert len(scored) == 2 and all("--set sampling.cfg_scale=3" in line for line in scored)
+    found = [json.loads(line) for line in (work_folder / "output/ablation/results.jsonl").read_text().splitlines()]
+    assert [r["target"] for r in found] == [r".*\.(to_q|to_v)", r".*\.to_[qv]"]
+    folders = [path.name for path in (work_folder / "output/ablation").iterdir() if path.is_dir()]
+    assert len(folders) == 2 and all(re.fullmatch(r"[\w-]+", name) and name[0].isalpha() for name in folders)

@@ -76,6 +76,28 @@ def test_the_table_says_what_differs_and_what_came_of_it(runs, tmp_path, capsys)
         assert len(page.convert("RGB").getcolors(1 << 20)) > 10
 
 
+def test_what_is_trained_and_from_where_is_a_difference_too(tmp_path, capsys):
+    """A LoRA's config is also a model's, and says nothing of the base."""
+    from_base = ["train.py", "--load_model_weights_from_checkpoint", "a.safetensors"]
+    commands = {
+        "tuned": (from_base, None),
+        "lora": ([*from_base, "--use_lora_training"], "0123456789abcdef"),
+        "word": (["train.py", "--load_model_weights_from_checkpoint=b.safetensors"], "fedcba9876543210"),
+        "fresh": (["train.py"], None),
+    }
+    folders = []
+    for name, (command, base) in commands.items():
+        segment = {"status": "finished", "first_step": 1, "last_step": 2, "seconds": 1.0, "command": command}
+        folders.append(write_run(tmp_path / name, 1.0, [segment], [1.0, 1.0]))
+        record = json.loads((folders[-1] / "run.json").read_text()) | {"base": base}
+        (folders[-1] / "run.json").write_text(json.dumps(record))
+    assert run_script(COMPARE, *folders, "--output_path", tmp_path / "c.png") == 0
+    found = cells(capsys.readouterr().out)
+    assert found["trains"] == ["model", "LoRA", "learned word", "model"]
+    assert found["base"] == ["-", "012345678", "fedcba987", "-"]
+    assert found["begins from"] == ["a.safetensors", "a.safetensors", "b.safetensors", "-"]
+
+
 def test_one_run_may_be_looked_at_alone(runs, tmp_path, capsys):
     assert run_script(COMPARE, runs[0], "--output_path", tmp_path / "c.png") == 0
     assert "optimizer" not in capsys.readouterr().out

@@ -59,7 +59,7 @@ def without_type_checks(monkeypatch):
     ("arguments", "message"),
     [
         ({"target_modules": ["to_w"]}, r"no layer of ModuleDict matches .* \['to_w'\]; allowed: attention, "),
-        ({"target_modules": "to_q"}, "named like a.to_q, a.not_to_q, b.to_q"),  # a pattern must match the whole name
+        ({"target_modules": "to_q"}, "named like a.to_q, a.not_to_q, conv"),  # a pattern must match the whole name
         ({"target_modules": "a"}, "no layer"),
         ({"target_modules": []}, "no layer"),
         ({"target_modules": ["norm"]}, "no layer"),

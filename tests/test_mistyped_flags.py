@@ -33,6 +33,11 @@ def test_the_flag_that_may_have_been_meant_is_named(script, words, said, work_fo
     assert said in err and err.count("\n") == 1
 
 
+def test_a_second_lora_is_not_dropped(work_folder, capsys):
+    assert run_script(EVALUATE, *f"{MODEL} --lora_path a --lora_path b".split()) == 2
+    assert "--lora_path is given 2 times, and one LoRA is scored" in capsys.readouterr().err
+
+
 def test_no_key_is_proposed_that_could_not_be_set(work_folder, capsys):
     assert run_script(SAMPLE, *f"{MODEL} --learning_rate 1".split()) == 2
     assert capsys.readouterr().err == "error: unrecognized arguments: --learning_rate 1 (--help lists the flags)\n"

@@ -1,9 +1,11 @@
 import pytest
 import torch
+from tiny import tiny_config, tiny_trainer
 
 from xdiffusion.diffusion.objective import draw_noise, draw_times, loss, min_snr_weight, squared_error
 from xdiffusion.diffusion.predictions import PREDICTIONS, to_x0
 from xdiffusion.diffusion.schedules import BetaSchedule, CosineSchedule
+from xdiffusion.training import diffusion_task
 
 CONTEXT = torch.zeros(6, 1, 2)
 
@@ -117,3 +119,15 @@ def test_weights_weigh_the_samples(generator):
     torch.testing.assert_close(torch.stack(one).mean(), value())
     torch.testing.assert_close(value(torch.tensor([3.0, 3, 0, 0, 0, 0])), (one[0] + one[1]) / 2)
     assert torch.equal(value(torch.ones(6)), value())
+
+
+def test_a_key_that_is_added_to_the_loss_reaches_it(monkeypatch):
+    """As docs/architecture.md says how to add a weighting."""
+    config = tiny_config("diffusion.offset_noise=0.1", "diffusion.min_snr_gamma=5")
+    seen = {}
+    monkeypatch.setattr(
+        diffusion_task, "loss", lambda *_, **given: seen.update(given) or torch.zeros((), requires_grad=True)
+    )
+    tiny_trainer(config).step(1)
+    of_config = {key: value for key, value in config.diffusion.items() if key != "schedule"}
+    assert of_config.items() <= seen.items() and {"prediction", "min_snr_gamma", "offset_noise"} <= of_config.keys()

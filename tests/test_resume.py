@@ -172,3 +172,14 @@ def test_a_warm_up_that_never_ends_is_said(tmp_path, capfd):
     assert "optimizer.warmup_steps=4 takes all of the 2 steps: its learning rate ends at 50% of the peak" in (
         capfd.readouterr().out
     )
+
+
+def test_a_run_that_is_done_is_left_as_it_is(tmp_path, capfd):
+    words = [*COMMON, "--num_training_steps", 2, "--output_path", tmp_path, "--resume_from", "auto"]
+    assert run_script(TRAIN, *words) == 0
+    assert run_script(TRAIN, *words, "--set", "optimizer.learning_rate=1e-3") == 0
+    assert run_script(TRAIN, *words, "--num_training_steps", 1) == 0
+    said = capfd.readouterr()
+    assert f"the run in {tmp_path} has taken all of its 1 steps, and 1 more" in said.out
+    assert "other conditions" not in said.err
+    assert not any(segment.get("changes") for segment in read_run(tmp_path)["segments"])

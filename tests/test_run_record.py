@@ -60,7 +60,7 @@ def test_a_resumed_run_appends_a_segment_and_a_fresh_one_begins_anew(tmp_path):
     assert again.changes == []
     again.finish("finished")
     assert [s["status"] for s in read_run(tmp_path)["segments"]] == ["interrupted", "finished"]
-    changed = record(tmp_path, 5, tiny_config("training.seed=1"), invert(tiny_images()))
+    changed = record(tmp_path, 4, tiny_config("training.seed=1"), invert(tiny_images()))
     assert changed.changes[:2] == [
         "training.seed=0 before, 1 now",
         "data.name=image/digits before, image/digits_inverted now",
@@ -68,6 +68,7 @@ def test_a_resumed_run_appends_a_segment_and_a_fresh_one_begins_anew(tmp_path):
     assert changed.changes[2].startswith("data.fingerprint=")
     segments = read_run(tmp_path)["segments"]
     assert [segment.get("changes") for segment in segments] == [None, [], changed.changes]
+    assert record(tmp_path, 5, tiny_config("training.seed=2")).changes == []  # it takes no step
     record(tmp_path)
     assert len(read_run(tmp_path)["segments"]) == 1
 

@@ -54,7 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_model_flags(parser)
     add = parser.add_argument
-    add("--lora_path", metavar="FILE[:SCALE]", help="a LoRA of this model and its strength (1)")
+    add("--lora_path", action="append", metavar="FILE[:SCALE]", help="a LoRA of this model and its strength (1)")
     add(
         "--dataset_name",
         metavar="NAME",
@@ -99,6 +99,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.report and args.report.is_dir():
         raise ValueError(f"--report {args.report} is a folder, not the name of a page")
+    if args.lora_path and len(args.lora_path) > 1:
+        raise ValueError(
+            f"--lora_path is given {len(args.lora_path)} times, and one LoRA is scored: lora merge A:1 B:1 OUT makes one of two"
+        )
+    args.lora_path = args.lora_path and args.lora_path[0]
     args.argv = list(sys.argv[1:] if argv is None else argv)
     return args
 

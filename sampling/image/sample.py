@@ -311,7 +311,8 @@ def write_grids(folder: Path, by_share: dict, scales: list[float], prompts: list
         }
     for file_name, picture in pictures.items():
         save_png(picture, folder / file_name, recipe)
-        print(folder / file_name)
+        some = f" (the first {columns})" if file_name == "paired.png" and len(prompts) > columns else ""
+        print(f"{folder / file_name}{some}")
 
 
 def write_images(

@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=["attention", "config"],
         metavar="T",
-        help="presets or regular expressions; config: what the config says (attention config)",
+        help="presets, or regular expressions that match whole names such as '.*\\.to_q'; config: what the config says "
+        "(attention config)",
     )
     add(
         "--variants",
@@ -67,19 +69,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="set any key of the runs' config, part of the budget; repeatable",
+        help="set a key of the runs' config, part of the budget; repeatable",
     )
     parser.settable = ""
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    own = {"training.seed": "--seed", "lora.rank": "--ranks"}
+    if "config" not in args.targets:
+        own["lora.target_modules"] = "--targets"
+    for key in (assigned.partition("=")[0] for assigned in args.set):
+        if key in own:
+            raise ValueError(f"--set {key}: it has a flag here, {own[key]}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     from omegaconf import OmegaConf
 
-    from xdiffusion.build import INVERTED, load_config
+    from xdiffusion.build import INVERTED, build_model, load_config, override
     from xdiffusion.checkpoints.files import content_hash, write_atomically
     from xdiffusion.checkpoints.native import load_model_file
+    from xdiffusion.training.trainable import make_trainable
 
     if not args.dataset_name.endswith(INVERTED):
         raise ValueError(
@@ -103,12 +113,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{record} holds runs on another base, config or budget; name another folder with --output_path"
         )
     # ranks change slowest, so that a stopped command has something of every target
-    for rank, target, variant, seed in itertools.product(args.ranks, args.targets, args.variants, args.seed):
-        combination = {"target": target, "variant": variant, "rank": rank, "seed": seed}
-        if not any(combination.items() <= result.items() for result in results):
-            results.append(combination | train_and_score(args, combination, config, steps) | {"budget": budget})
-            text = "".join(json.dumps(result) + "\n" for result in results)
-            write_atomically(record, lambda path, text=text: path.write_text(text))
+    combinations = itertools.product(args.ranks, args.targets, args.variants, args.seed)
+    named = (dict(zip(("rank", "target", "variant", "seed"), values)) for values in combinations)
+    missing = [new for new in named if not any(new.items() <= result.items() for result in results)]
+    for combination in missing:  # what cannot be trained is said before the first of them is
+        changed = override(config, settings(combination, config), "command line")
+        make_trainable(build_model(changed, without_weights=True), changed, lora=True)
+    for combination in missing:
+        results.append(combination | train_and_score(args, combination, config, steps) | {"budget": budget})
+        text = "".join(json.dumps(result) + "\n" for result in results)
+        write_atomically(record, lambda path, text=text: path.write_text(text))
     results.sort(key=lambda r: (r["target"], VARIANTS.index(r["variant"]), r["rank"], r["seed"]))
     write_report(args.output_path, results)
     write_spectra(args.output_path, results, weights)
@@ -120,7 +134,10 @@ def train_and_score(
     """Run the two commands; returns the scores, the file and its bytes, and the seconds of the training steps."""
     from xdiffusion.training.records import read_metrics
 
-    folder = args.output_path / "{target}-{variant}-rank{rank}-seed{seed}".format(**combination)
+    target = re.sub(r"\W+", "-", combination["target"]).strip("-")
+    if target != combination["target"]:  # of an expression: no characters that a shell reads, and two are not one
+        target += f"-{hashlib.blake2b(combination['target'].encode(), digest_size=3).hexdigest()}"
+    folder = args.output_path / f"{target}-{combination['variant']}-rank{combination['rank']}-seed{combination['seed']}"
     lora = folder / f"diffusion-{steps}-lora.safetensors"
     call_script(
         "training/image/train.py",
@@ -133,6 +150,7 @@ def train_and_score(
         "sampling/image/evaluate.py",
         *("--checkpoint", args.checkpoint, "--lora_path", lora, "--dataset_name", args.dataset_name),
         *("--num_samples", args.num_samples, "--json"),
+        *(word for key in args.set if key.startswith("sampling.") for word in ("--set", key)),
     )
     scores = json.loads(scored)
     seconds = sum(config.training.batch_size / m["images_per_second"] for m in read_metrics(folder / "metrics.jsonl"))

@@ -26,7 +26,7 @@ def initial_factors(weight: Tensor, rank: int, scaling: float, init: Init) -> tu
         init: see above.
 
     Raises:
-        LoRAError: for a scaling of zero or below with "pissa".
+        LoRAError: for a scaling of zero or below with "pissa", and for another init.
     """
     if init == "zero_b":
         lora_A = torch.empty(rank, *weight.shape[1:], device=weight.device)
@@ -34,8 +34,10 @@ def initial_factors(weight: Tensor, rank: int, scaling: float, init: Init) -> tu
         lora_B = torch.zeros(len(weight), rank, device=weight.device)
     elif init == "pissa":
         lora_A, lora_B = _principal(weight, rank, scaling)
-    else:
+    elif init == "orthogonal":
         lora_A, lora_B = _orthogonal(weight, rank)
+    else:
+        raise LoRAError(f"init={init!r} has no factors here")
     ones = [1] * (weight.dim() - 2)
     return lora_A.reshape(rank, *weight.shape[1:]).contiguous(), lora_B.reshape(-1, rank, *ones).contiguous()
 

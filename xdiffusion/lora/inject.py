@@ -82,6 +82,14 @@ def apply_lora_to_model(
     return model
 
 
+def _examples(layers: Iterable[str]) -> list[str]:
+    """Some names, each of another ending."""
+    first: dict[str, str] = {}
+    for name in layers:
+        first.setdefault(name.rpartition(".")[2], name)
+    return list(first.values())[:8]
+
+
 def target_names(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
     """The names of the layers that `target_modules` means in this model (see `apply_lora_to_model`).
 
@@ -95,8 +103,8 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str]) -> list[
     if not found:
         raise LoRAError(
             f"no layer of {type(model).__name__} matches the LoRA targets {target_modules!r}; allowed: "
-            f"{', '.join(PRESETS)}, a list of name endings, or a regular expression; "
-            f"its layers are named like {', '.join(list(layers)[:3]) or '(it has none)'}"
+            f"{', '.join(PRESETS)}, a list of name endings such as [to_q], or a regular expression that matches whole "
+            rf"names, such as .*\.to_q; its layers are named like {', '.join(_examples(layers)) or '(it has none)'}"
         )
     if not isinstance(target_modules, str):
         _check_each_matches(type(model).__name__, list(layers), target_modules)

@@ -54,9 +54,24 @@ def table(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     keys = dict.fromkeys(key for config in configs for key in config)
     differing = [key for key in keys if any(c.get(key, ABSENT) != configs[0].get(key, ABSENT) for c in configs)]
     rows = [("", *(run.name for run in runs))]
+    origins = [origin(run) for run in runs]
+    rows += [(key, *(o[key] for o in origins)) for key in origins[0] if len({o[key] for o in origins}) > 1]
     rows += [(key, *(str(config.get(key, ABSENT)) for config in configs)) for key in differing]
     outcomes = [outcome(run) for run in runs]
     return rows + [(name, *(o[name] for o in outcomes)) for name in outcomes[0]]
+
+
+def origin(run: Run) -> dict[str, str]:
+    """What is trained, and from where: the config of a LoRA is also that of a model."""
+    base, words = run.record.get("base"), list(map(str, run.record["segments"][0].get("command", [])))
+    flag = "--load_model_weights_from_checkpoint"
+    given = [*words, "-"][words.index(flag) + 1] if flag in words else ABSENT
+    given = next((word.partition("=")[2] for word in words if word.startswith(f"{flag}=")), given)
+    return {
+        "trains": "LoRA" if "--use_lora_training" in words else "learned word" if base else "model",
+        "base": str(base)[:9] if base else ABSENT,
+        "begins from": given,
+    }
 
 
 def outcome(run: Run) -> dict[str, str]:

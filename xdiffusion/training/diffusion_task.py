@@ -49,7 +49,7 @@ class DiffusionTask(Task[Part]):
         self.settings = settings_of(config, "training")
         self.optimizer_settings = settings_of(config, "optimizer")
         self.rows = self.settings.batch_size
-        self.objective = {k: config.diffusion[k] for k in ("prediction", "min_snr_gamma", "offset_noise")}
+        self.objective = {key: value for key, value in config.diffusion.items() if key != "schedule"}
         self.embedding_lock = Lock()  # a cache of embeddings grows as it is asked, by several threads
 
     def prepare(self, accelerator: Accelerator) -> None:

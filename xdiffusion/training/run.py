@@ -158,7 +158,7 @@ def train(
             print(_where_it_goes_on(first_step, checkpoints.folder, trainer.settings.num_training_steps))
         record = begin(trainer, checkpoints, config, [script, *words], first_step)
         steps, warmup = trainer.settings.num_training_steps, trainer.optimizer_settings.warmup_steps
-        if warmup >= steps > 1:
+        if warmup >= steps > 1 and first_step <= steps:
             end = f"its learning rate ends at {steps / warmup:.0%} of the peak"
             print(f"optimizer.warmup_steps={warmup} takes all of the {steps} steps: {end}")
         if record.status_before == "diverged":
@@ -192,7 +192,8 @@ def _why_it_stopped(error: Exception, last_step: int, checkpoints: RunCheckpoint
 
 def _where_it_goes_on(first_step: int, folder: Path, last_step: int) -> str:
     if first_step > last_step:
-        return f"the run in {folder} has taken all of its {last_step} steps"
+        more = f", and {first_step - 1 - last_step} more" if first_step - 1 > last_step else ""
+        return f"the run in {folder} has taken all of its {last_step} steps{more}"
     return f"going on with step {first_step}" if first_step > 1 else f"no checkpoint in {folder} yet: starting afresh"
 
 

@@ -116,13 +116,14 @@ class RunRecord:
         if self.path and (origin / FILE).is_file() and first_step > 1:
             earlier = read_run(origin)
             before = earlier["segments"][-1]
-            self.changes = self.segment["changes"] = differences(earlier, self.content)
+            if first_step <= config.training.num_training_steps:
+                self.changes = self.segment["changes"] = differences(earlier, self.content)
+            else:  # no step will be taken under this config
+                self.content["config"] = earlier["config"]
             self.status_before = before["status"]
             # its checkpoint may be older than the choice of other noise, which a kill must not undo
             self.segment["noise"] = max(noise, before.get("noise", noise) + (before["status"] == "diverged"))
             self.content["segments"] = [*earlier["segments"], self.segment]
-            if first_step > config.training.num_training_steps:  # no step will be taken under this config
-                self.content["config"] = earlier["config"]
         self._write()
 
     @property
