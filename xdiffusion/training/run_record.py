@@ -28,6 +28,7 @@ FILE = "run.json"
 MAX_BYTES, MAX_DEPTH = 8 * 2**20, 64  # of a run.json; a start takes 1 kB
 SEGMENT = {  # what is read of a start of a run, where it is there
     "status": str,
+    "command": list,
     "first_step": int,
     "last_step": int,
     "seconds": int | float,
