@@ -94,3 +94,9 @@ def test_bad_arguments_and_sizes_are_named(autoencoder):
         KLAutoencoder(3, **{**TINY, "norm_groups": 5})
     with pytest.raises(ValueError, match=r"multiples of 4, not \(16, 18\)"):
         autoencoder.encode(torch.zeros(1, 3, 16, 18))
+
+
+def test_tiles_in_half_precision_are_as_exact_as_the_whole(autoencoder):
+    """The weights of a tile of 512 go up to 65,536, which float16 does not have."""
+    x = torch.randn(1, 3, 640, 520, generator=torch.Generator().manual_seed(0)).half()
+    assert torch.allclose(_blended_tiles(lambda tile: tile, x, 512, 8, 8), x, atol=1e-3)

@@ -287,3 +287,36 @@ def test_an_output_without_weight_stays_zero_under_dora():
     zero = torch.zeros(OUT, IN, dtype=torch.float64)
     result = dora_weight(zero, zero, lora_A, zero[:, :RANK], scaling, torch.zeros(OUT, dtype=torch.float64))
     assert torch.equal(result, zero)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_gradients_of_gradients_are_the_formulas(kind):
+    """A gradient penalty reaches the factors; W' as a saved number would not be theirs any more."""
+    x, weight, _, lora_A, lora_B = inputs(dtype=torch.float64)
+    if kind == "linear":
+        of_library = lora_linear(x, weight, None, lora_A, lora_B, SCALING)
+        of_formula = F.linear(x, weight + SCALING * lora_B @ lora_A)
+    else:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(2, 3, 16, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(5, 3, 3, 3, generator=generator, dtype=torch.float64)
+        lora_A = torch.randn(2, 3, 3, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+        lora_B = torch.randn(5, 2, 1, 1, generator=generator, dtype=torch.float64, requires_grad=True)
+        geometry = Geometry((1, 1), (1, 1), (1, 1))
+        of_library = lora_conv(x, weight, None, lora_A, lora_B, SCALING, geometry)
+        product = (lora_B.flatten(1) @ lora_A.flatten(1)).view_as(weight)
+        of_formula = F.conv2d(x, weight + SCALING * product, None, 1, 1)
+    found = []
+    for out in (of_library, of_formula):
+        (grad_x,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(grad_x.square().sum(), (lora_A, lora_B)))
+    torch.testing.assert_close(*found)
+
+
+def test_no_second_copy_of_a_weight_is_kept_for_the_backward_pass(small_weight):
+    x, weight, bias, lora_A, lora_B = inputs()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lora_linear(x, weight, bias, lora_A, lora_B, SCALING)
+    own = {t.data_ptr() for t in (x, weight, lora_A, lora_B)}
+    assert kept and (small_weight or {t.untyped_storage().data_ptr() for t in kept} <= own)

@@ -1,6 +1,7 @@
 """Which layers get an adapter: names and patterns, and what is refused."""
 
 import math
+from functools import partial
 
 import jaxtyping
 import pytest
@@ -14,6 +15,7 @@ from xdiffusion.lora import (
     apply_lora_to_model,
     get_lora_parameters,
     load_lora_weights,
+    lora_disabled,
     merge_lora_weights,
     remove_lora,
     save_lora_weights,
@@ -160,8 +162,11 @@ def test_merging_and_unmerging_in_the_wrong_state_is_an_error():
     merge_lora_weights(model)
     with pytest.raises(LoRAError, match="no LoRA layers to merge"):
         merge_lora_weights(model)
-    with pytest.raises(LoRAError, match="has no LoRA adapter"):
-        set_lora_enabled(model, False)
+    for doing in (set_lora_enabled, partial(set_lora_scale, scale=0.0), lambda m: lora_disabled(m).__enter__()):
+        with pytest.raises(
+            LoRAError, match=r"a\.to_q is merged: call unmerge_lora_weights before (switching|changing)"
+        ):
+            doing(model)
     with pytest.raises(LoRAError, match="only inside a model"):
         merge_lora_weights(LoRALinear(4, 4))
 
@@ -297,3 +302,12 @@ def test_an_entry_of_a_list_that_matches_nothing_is_refused(targets, message):
     with pytest.raises(LoRAError, match=message):
         apply_lora_to_model(model, 2, target_modules=targets)
     assert lora_layers(model) == [] and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_part_that_reads_its_weights_without_a_call_is_refused():
+    from open_clip.modified_resnet import AttentionPool2d
+
+    model = nn.ModuleDict({"attnpool": AttentionPool2d(7, 32, 4, 16)})
+    with pytest.raises(LoRAError, match=r"attnpool\.[qkvc]_proj: open_clip.* reads its weight without calling it"):
+        apply_lora_to_model(model)
+    assert not lora_layers(model)

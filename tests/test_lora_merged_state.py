@@ -12,7 +12,10 @@ from xdiffusion.lora import (
     LoRAError,
     apply_lora_to_model,
     fold_lora_weights,
+    load_lora_weights,
+    lora_disabled,
     merge_lora_weights,
+    save_lora_weights,
     set_lora_scale,
     unmerge_lora_weights,
 )
@@ -155,3 +158,20 @@ def pickled(model):
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+def test_what_would_pass_a_merged_adapter_by_is_refused(tmp_path):
+    """Saving would lose it, switching off would leave it on, and unmerging would take a load back."""
+    model = adapted()
+    save_lora_weights(model, tmp_path / "b.safetensors", adapter_name="b")
+    merge_lora_weights(model, "a")
+    with pytest.raises(LoRAError, match="0 is merged: call unmerge_lora_weights before saving"):
+        save_lora_weights(model, tmp_path / "a.safetensors", adapter_name="a")
+    save_lora_weights(model, tmp_path / "again.safetensors", adapter_name="b")
+    set_lora_scale(model, 0.5, "b")
+    for doing in (lambda: set_lora_scale(model, 0.0), lambda: lora_disabled(model).__enter__()):
+        with pytest.raises(LoRAError, match="0 is merged: call unmerge_lora_weights before"):
+            doing()
+    for name in ("b", "c"):
+        with pytest.raises(LoRAError, match="0 is merged: call unmerge_lora_weights before loading a LoRA"):
+            load_lora_weights(model, tmp_path / "b.safetensors", adapter_name=name)

@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from lora_cases import factors
+from lora_layers import fill_b
 from sd_files import random_sd
 from torch import nn
 
@@ -94,6 +96,31 @@ def test_a_lora_on_both_parts_is_one_file_and_training_goes_on_after_a_load(ckpt
     assert torch.equal(generate(PROMPT, models=models, **FEW), after)
     same = [*get_lora_parameters(models["diffusion"]), *get_lora_parameters(models["clip"])]
     assert all(a is b for a, b in zip(both, same))  # what an optimizer holds
+
+
+def test_a_load_switches_on_and_drawing_and_saving_see_the_whole_lora(ckpt_path, work_folder, generator):
+    models = preload_models_with_lora(ckpt_path, lora_rank=2, lora_dropout=0.5, apply_to_clip=True)
+    fill_b(models["model"])
+    save_models_lora(models, "style.safetensors")
+    styled = generate(PROMPT, models=models, seed=np.int64(3), steps=np.int64(2))
+    models["clip"].train()  # with dropout
+    assert torch.equal(generate(PROMPT, models=models, seed=3, steps=2), styled)
+    assert models["clip"].training and not models["autoencoder"].training
+    models["clip"].eval()
+    set_lora_enabled(models["diffusion"], False)
+    assert not torch.equal(generate(PROMPT, models=models, seed=3, steps=2), styled)
+    load_lora_into_models(models, "style.safetensors")
+    assert torch.equal(generate(PROMPT, models=models, seed=3, steps=2), styled)
+    merge_lora_weights(models["diffusion"])
+    for doing in (save_models_lora, load_lora_into_models):
+        with pytest.raises(LoRAError, match="is merged: call unmerge_lora_weights before"):
+            doing(models, "style.safetensors")
+    for wrong, message in (
+        ({"seed": 1.5}, "seed=1.5: the seeds"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(PROMPT, models=models, **FEW, **wrong)
 
 
 def test_files_of_other_tools_and_strengths(ckpt_path, work_folder):
@@ -225,7 +252,7 @@ def test_no_prompt_and_seeds_that_no_generator_takes(ckpt_path):
     with pytest.raises(ValueError, match="0 prompts, 0 generators: must be as many, at least one"):
         generate([], models=models, **FEW)
     for seed in (2**64, -(2**63) - 1):
-        with pytest.raises(ValueError, match=f"seed={seed}: the seeds of 1 images must be from"):
+        with pytest.raises(ValueError, match=f"seed={seed}: the seeds of 1 images must be whole numbers from"):
             generate("a fox", models=models, seed=seed, **FEW)
     with pytest.raises(ValueError, match=r"strength=0.4 of 2 steps is less than one"):
         start = StartImage(torch.zeros(1, 3, 64, 64), 0.4)

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -185,7 +186,8 @@ class DiffusionModel(nn.Module):
     def base_weights(self) -> dict[str, Tensor]:
         """The model's own weights by name, without LoRA adapters and learned words; what the base hash is taken of."""
         added = (".lora_", ".learned_embedding")
-        return {k: v for k, v in self.state_dict().items() if not any(name in k for name in added)}
+        own = {k: v for k, v in self.state_dict().items() if not any(name in k for name in added)}
+        return {k.replace("_orig_mod.", ""): v for k, v in own.items()}  # as without torch.compile around a part
 
 
 def best_device(force_cpu: bool = False) -> torch.device:
@@ -215,9 +217,9 @@ def generators_for(seed: int, count: int) -> list[torch.Generator]:
     Raises:
         ValueError: for seeds that no generator takes.
     """
-    if not -(2**63) <= seed <= 2**64 - count:
-        raise ValueError(f"seed={seed}: the seeds of {count} images must be from -2^63 to 2^64 - 1")
-    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+    if not (isinstance(seed, Integral) and -(2**63) <= seed <= 2**64 - count):
+        raise ValueError(f"seed={seed}: the seeds of {count} images must be whole numbers from -2^63 to 2^64 - 1")
+    return [torch.Generator().manual_seed(int(seed) + i) for i in range(count)]
 
 
 @torch.no_grad()
@@ -248,7 +250,7 @@ def generate(
         settings: guidance, prompts and noise.
         start_image: what to start from; None: noise.
         autocast: what the network and the text encoder compute in; None: in their weights' precision.
-        on_start, on_step: called as on_start(x_T) and on_step(i, xt, x0) within each block.
+        on_start, on_step: called as on_start(x_T) and on_step(i, xt, x0) within each block, whose LoRA scales are fixed.
 
     Raises:
         ImagesNotFinite: after the first block with such images.

@@ -23,8 +23,8 @@ from xdiffusion.checkpoints.files import content_hash
 from xdiffusion.checkpoints.native import lora_file
 from xdiffusion.config_files import assignment
 from xdiffusion.loading import as_trained, load_model, tell_remarks
-from xdiffusion.lora.adapters import remove_lora, set_lora_scale, swap_lora
-from xdiffusion.lora.inject import apply_lora_to_model, lora_layers
+from xdiffusion.lora.adapters import remove_lora, set_lora_enabled, set_lora_scale, swap_lora
+from xdiffusion.lora.inject import apply_lora_to_model, check_apart, lora_layers
 from xdiffusion.lora.settings import DEFAULT_ADAPTER, LoRAError
 from xdiffusion.lora.weights import load_lora_weights, save_lora_weights
 from xdiffusion.model import DiffusionModel, StartImage, generators_for
@@ -101,8 +101,9 @@ def save_models_lora(models: Models, path: str | Path) -> Path:
         Where it was written.
 
     Raises:
-        LoRAError: if no part has a LoRA.
+        LoRAError: if no part has a LoRA, or one is merged.
     """
+    check_apart(models["model"], DEFAULT_ADAPTER, "saving the LoRA")  # else the base's hash would be of the two
     base_hash = content_hash(models["model"].base_weights())
     config, tokens = OmegaConf.to_container(models["config"]), models["clip"].learned_tokens()
     return save_lora_weights(models["model"], path, base_hash=base_hash, config=config, tokens=tokens)
@@ -130,6 +131,7 @@ def load_lora_into_models(
         CheckpointError, LoRAError: see `load_lora_weights`.
     """
     model = models["model"]
+    check_apart(model, None, "loading another LoRA")
     base_hash = None if allow_other_base else content_hash(model.base_weights())
     notes: list[str] = []
     config = as_trained(models["base_config"], [lora_file(path)], notes.append)
@@ -143,6 +145,7 @@ def load_lora_into_models(
     remove_lora(model, "incoming")
     swap_lora(model, incoming)
     set_lora_scale(model, scale, DEFAULT_ADAPTER)
+    set_lora_enabled(model, True, DEFAULT_ADAPTER)
     set_process(model, config)
     models["config"] = config
     print(f"{path}: {report}")
@@ -167,7 +170,7 @@ def generate(
     Args:
         prompt: one, or several.
         models: of `preload_models_with_lora`.
-        seed: image i is drawn from the noise of seed + i.
+        seed: image i is drawn from the noise of seed + i; dropout is off meanwhile.
         start_image: for img2img and inpainting, see `model.StartImage`.
         height, width: of the images, in pixels; None: the model's own.
         batch_size: images drawn at a time.
@@ -179,15 +182,24 @@ def generate(
         ValueError: if the start image, a side, the seed or a prompt is wrong, or there is no prompt.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    assignments = [assignment(f"sampling.{key}", value) for key, value in sampling.items()]
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    plain = {
+        key: value.item() if hasattr(value, "item") else value for key, value in sampling.items()
+    }  # numpy's numbers
+    assignments = [assignment(f"sampling.{key}", value) for key, value in plain.items()]
     config = override(models["config"], assignments, "generate")
     settings = build_sampling(config, models["model"].schedule)
     generators = generators_for(seed, len(prompts))
     model = models["model"]
     tell_remarks(model, config, [*prompts, config.sampling.negative_prompt])
     _, *usual = model.image_shape
+    training = [module for module in model.modules() if module.training]
     try:
+        model.eval()
         model.resize(height or usual[0], width or usual[1])
         return generate_images(model, prompts, generators, start_image=start_image, batch_size=batch_size, **settings)
     finally:
         model.resize(*usual)
+        for module in training:
+            module.training = True

@@ -239,15 +239,16 @@ def _blended_tiles(code: Callable[[Tensor], Tensor], x: Tensor, tile: int, unit:
         coded = code(x[:, :, top : top + tile, left : left + tile])
         if total is None:
             height, width = (side // unit * growth for side in x.shape[2:])
-            total = coded.new_zeros(*coded.shape[:2], height, width)
-            weights = coded.new_zeros(height, width)
+            exact = torch.promote_types(coded.dtype, torch.float32)  # float16 cannot count the pixels of a tile
+            total = coded.new_zeros(*coded.shape[:2], height, width, dtype=exact)
+            weights = coded.new_zeros(height, width, dtype=exact)
         rows, columns = (torch.arange(1, n + 1, device=x.device) for n in coded.shape[2:])
         pyramid = torch.minimum(rows, rows.flip(0))[:, None] * torch.minimum(columns, columns.flip(0))
         row, column = (start // unit * growth for start in (top, left))
         here = (..., slice(row, row + coded.shape[2]), slice(column, column + coded.shape[3]))
-        total[here] += coded * pyramid.to(coded.dtype)
+        total[here] += coded * pyramid.to(exact)
         weights[here] += pyramid
-    return total / weights
+    return (total / weights).to(coded.dtype)
 
 
 def _starts(side: int, tile: int, unit: int) -> list[int]:

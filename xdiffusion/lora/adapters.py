@@ -11,6 +11,7 @@ from xdiffusion.checkpoints.lora_file import LoRAFactors
 from xdiffusion.lora.inject import (
     base_class_of,
     check_adapter,
+    check_apart,
     check_layer,
     lora_layers,
     lora_layers_at,
@@ -38,8 +39,9 @@ def set_lora_enabled(model: nn.Module, enabled: bool = True, adapter_name: str |
     """Switch one adapter, or all, on or off; off is bit-identical to the base.
 
     Raises:
-        LoRAError: if the model has no such adapter.
+        LoRAError: if the model has no such adapter, or it is merged.
     """
+    check_apart(model, adapter_name, "switching an adapter")
     for settings in _settings(model, adapter_name):
         settings.enabled = enabled
 
@@ -48,16 +50,22 @@ def set_lora_scale(model: nn.Module, scale: float, adapter_name: str | None = No
     """Set the run-time strength of one adapter, or of all: 0 is the base, 1 as trained.
 
     Raises:
-        LoRAError: if the model has no such adapter, or the scale is no finite number.
+        LoRAError: if the model has no such adapter, or it is merged, or the scale is no finite number.
     """
     check_scale(scale)
+    check_apart(model, adapter_name, "changing a scale")
     for settings in _settings(model, adapter_name):
-        settings.scale = scale
+        settings.scale = float(scale)
 
 
 @contextmanager
 def lora_disabled(model: nn.Module) -> Iterator[None]:
-    """All adapters off inside, and afterwards each as it was; a model without adapters is left alone."""
+    """All adapters off inside, and afterwards each as it was; a model without adapters is left alone.
+
+    Raises:
+        LoRAError: if one is merged.
+    """
+    check_apart(model, None, "switching adapters off")
     settings = [s for _, layer in lora_layers(model) for s in layer.adapters.values() if s.enabled]
     for each in settings:
         each.enabled = False
@@ -113,7 +121,7 @@ def swap_lora(model: nn.Module, modules: Mapping[str, LoRAFactors], adapter_name
     kept = next(iter(old.values()), None)
     for name, layer in lora_layers_at(model, modules).items():
         layer.set_factors(adapter_name, modules[name])
-        if kept is not None:
+        if kept is not None and name not in old:
             new = layer.adapters[adapter_name]
             new.dropout, new.scale, new.enabled = kept.dropout, kept.scale, kept.enabled
     left = [present[name] for name in old.keys() - modules.keys()]

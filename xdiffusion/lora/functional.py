@@ -6,11 +6,11 @@ more positions than features it is cheaper to form W' = W + s B A, a matrix of W
     forward    y  = x W'^T + b
     backward   dx = g W',    dB = s g^T (x A^T),    dA = s (g B)^T x
 
-which keeps x alone and differs by rounding only. For up to SMALL_PRODUCT multiplications the gradient of W' itself, g^T x, is
-one product that costs little more than these four thin ones, and automatic differentiation does it all without coming back
-to Python, which the threads of a step would wait for. A W in half precision beside factors in float32 takes the plain
-formula (`holds_updates`). With B = 0 every way is bit-identical to the layer without LoRA. In a convolution x A^T is the
-convolution of x with A, and the last product its weight gradient.
+which keeps x alone (W' is formed again) and differs by rounding only. For up to SMALL_PRODUCT multiplications the gradient of
+W' itself, g^T x, is one product that costs little more than these four thin ones, and automatic differentiation does it all
+without coming back to Python, which the threads of a step would wait for. A W in half precision beside factors in float32
+takes the plain formula (`holds_updates`). With B = 0 every way is bit-identical to the layer without LoRA. In a
+convolution x A^T is the convolution of x with A, and the last product its weight gradient.
 """
 
 from __future__ import annotations
@@ -199,23 +199,27 @@ def _without_autocast(device: str) -> AbstractContextManager:
 
 
 class _MergedLinear(torch.autograd.Function):
-    """x has the dtype to compute in; W' is cast to it, and the factors' gradients come in the factors' dtype."""
+    """x has the dtype to compute in; W' is cast to it, and the factors' gradients come in the factors' dtype.
+
+    The backward pass forms W' again: kept, it would be a copy of every weight, and no gradient of it (a gradient penalty, a
+    Hessian) would reach the factors.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scaling):
         with _without_autocast(x.device.type):
             merged = merged_weight(weight, lora_A, lora_B, scaling).to(x.dtype)
-            ctx.save_for_backward(x, merged, lora_A, lora_B)
+            ctx.save_for_backward(x, weight, lora_A, lora_B)
             ctx.scaling = scaling
             return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
-        x, merged, lora_A, lora_B = ctx.saved_tensors
+        x, weight, lora_A, lora_B = ctx.saved_tensors
         rows, grad_rows = (a.reshape(-1, a.shape[-1]) for a in (x, grad.to(x.dtype)))
         grad_x = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_rows @ merged).view_as(x)
+            grad_x = (grad_rows @ merged_weight(weight, lora_A, lora_B, ctx.scaling).to(x.dtype)).view_as(x)
         if ctx.needs_input_grad[3]:
             grad_A = ((grad_rows @ (ctx.scaling * lora_B).to(x.dtype)).T @ rows).to(lora_A.dtype)
         if ctx.needs_input_grad[4]:
@@ -232,18 +236,19 @@ class _MergedConv(torch.autograd.Function):
     def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, geometry):
         with _without_autocast(x.device.type):
             merged = merged_weight(weight, lora_A, lora_B, scaling).to(x.dtype)
-            ctx.save_for_backward(x, merged, lora_A, lora_B)
+            ctx.save_for_backward(x, weight, lora_A, lora_B)
             ctx.scaling, ctx.geometry = scaling, geometry
             ctx.convolve = F.conv2d if weight.dim() == 4 else F.conv1d
             return ctx.convolve(x, merged, None if bias is None else bias.to(x.dtype), *geometry)
 
     @staticmethod
     def backward(ctx, grad):
-        x, merged, lora_A, lora_B = ctx.saved_tensors
+        x, weight, lora_A, lora_B = ctx.saved_tensors
         grad, down, up = grad.to(x.dtype), lora_A.to(x.dtype), lora_B.to(x.dtype).flatten(1)
         grad_rows = grad.movedim(1, -1).flatten(0, -2)  # (positions, O)
         grad_x = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
+            merged = merged_weight(weight, lora_A, lora_B, ctx.scaling).to(x.dtype)
             grad_x = _conv_gradient(grad, x, merged, ctx.geometry, of_input=True)
         if ctx.needs_input_grad[3]:
             grad_low = (grad_rows @ up).mul_(ctx.scaling).view(len(x), *grad.shape[2:], -1).movedim(-1, 1)

@@ -25,6 +25,12 @@ WRAPPERS: dict[type[nn.Module], type[LoRALayer]] = {
 ATTENTION = ("to_q", "to_k", "to_v", "to_out", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 MLP = ("proj_in", "proj_out", "ff.proj_in", "ff.proj_out", "ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2")
 PRESETS = ("attention", "attention+mlp", "all-linear", "all")
+# Parts of open_clip and torchvision that hand the weights of their linear layers on.
+READ_WITHOUT_A_CALL = (
+    "open_clip.modified_resnet.AttentionPool2d",
+    "torchvision.models.swin_transformer.ShiftedWindowAttention",
+    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2",
+)
 # Classes of diffusers whose forward, while their `lora_layer` is None, only repeats that of their base.
 REPEATS_ITS_BASE = ("LoRACompatibleLinear", "LoRACompatibleConv")
 
@@ -212,11 +218,26 @@ def check_adapter(
                 f"remove_lora(model, {adapter_name!r}), or choose another adapter_name"
             )
         parent = model.get_submodule(name.rpartition(".")[0])
+        if (kind := f"{type(parent).__module__}.{type(parent).__name__}") in READ_WITHOUT_A_CALL:
+            raise LoRAError(f"{name}: {kind} reads its weight without calling it, so that a LoRA would have no effect")
         if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
             raise LoRAError(
                 f"{name}: the fast path of nn.TransformerEncoderLayer reads its weight without calling it, so that a "
                 "LoRA would have no effect in evaluation; call torch.backends.mha.set_fastpath_enabled(False) first"
             )
+
+
+def check_apart(model: nn.Module, adapter_name: str | None, doing: str) -> None:
+    """Complain of an adapter (None: of any) that is merged into a weight, which `doing` would pass by.
+
+    Raises:
+        LoRAError: naming the layer.
+    """
+    for name, layer in model.named_modules():
+        (original,) = getattr(layer, "merged_from", (None,))
+        inside = original.adapters.keys() - getattr(layer, "adapters", {}).keys() if original else ()
+        if adapter_name in inside or (adapter_name is None and inside):
+            raise LoRAError(f"{name or type(model).__name__} is merged: call unmerge_lora_weights before {doing}")
 
 
 def check_layer(name: str, layer: nn.Module) -> None:

@@ -115,7 +115,7 @@ class LoRALayer(nn.Module):
         check_settings(rank, dropout, init, self.weight.shape, lora_alpha=alpha)
         if name in self.adapters:
             raise LoRAError(f"this layer has an adapter named {name!r} already")
-        settings = AdapterSettings(rank, alpha, dropout, use_rslora, use_dora)
+        settings = AdapterSettings(int(rank), float(alpha), float(dropout), use_rslora, use_dora)  # of numpy too
         lora_A, lora_B = initial_factors(self.weight, rank, settings.scaling, init)
         self.lora_A[name], self.lora_B[name] = nn.Parameter(lora_A), nn.Parameter(lora_B)
         if init == "pissa":
