@@ -48,6 +48,30 @@ def test_lora_add_lpl_is_the_weighted_average_of_the_updates(files, capsys):
         assert relative(delta, applied(0.3 * A1 + 0.7 * A2, 0.3 * B1 + 0.7 * B2)) < 1e-5
 
 
+def test_lora_add_takes_two_alphas_as_cloneofsimos_later_commands_do(files, capsys):
+    first, second = deltas("sd_style.safetensors"), deltas("sd_ink.safetensors")
+    for line in (
+        "lora_add sd_style.safetensors sd_ink.safetensors a.safetensors 0.3 0.5",
+        "lora_add sd_style.safetensors sd_ink.safetensors b.safetensors 0.3 0.5 lpl",
+        "lora_add sd_style.safetensors sd_ink.safetensors c.safetensors --alpha_1 0.3 --alpha_2 0.5",
+    ):
+        assert command(line) == 0
+    for file in "abc":
+        for name, delta in deltas(f"{file}.safetensors").items():
+            assert relative(delta, 0.3 * first[name] + 0.5 * second[name]) < 1e-6
+    assert command("lora_add sd_style.safetensors sd_ink.safetensors d.safetensors 0.3 0.5 ljl") == 2
+    assert "ALPHA_2 is for lpl" in capsys.readouterr().err
+
+
+def test_cloneofsimos_list_has_the_layers_that_its_own_loader_walks(files):
+    """It goes by CrossAttention, Attention and GEGLU, whatever a file was made of: zeros stand for what is not adapted."""
+    layers = sd_layer_table("sd15")
+    one = {name: factors(layers[name]) for name in layers if ".attn1.to_q" in name}
+    write_lora(LoRAFile(one), files / "one.pt", "cloneofsimo-pt", layers)
+    assert len(torch.load(files / "one.pt")) == 2 * 144
+    assert read_lora(files / "one.pt", layers).modules.keys() == one.keys()
+
+
 def test_lora_add_takes_and_makes_cloneofsimos_pickles(files):
     for name in ("sd_style", "sd_ink"):
         assert command(f"lora convert {name}.safetensors {name}.pt --to cloneofsimo-pt --base sd15") == 0

@@ -56,10 +56,28 @@ def test_concat_is_the_sum_for_every_kernel_rank_alpha_and_sign():
     for name, exact in weighted_sum(*parts).items():
         assert merged.modules[name].delta(torch.float64).shape == SHAPES[name]
         assert relative(merged.modules[name].delta(torch.float64), exact) < 2e-7
-        assert merged.modules[name].scaling == 1
         assert errors[name] < 2e-7
     assert merged.modules["linear"].rank == 9
     assert merged.modules["tall"].rank == 5  # no matrix of (30, 5) has more
+    assert {f.lora_alpha for f in merged.modules.values()} == {9.0}  # diffusers reads one of a kohya file's alphas
+
+
+def test_what_takes_itself_away_has_no_error():
+    lora = lora_file(seed=1)
+    _, errors = merge.merge_loras([(lora, 1.0), (lora, -1.0)])
+    assert set(errors.values()) == {0.0}
+
+
+def test_a_header_is_kept_where_the_parts_agree_and_predictions_have_to():
+    said = {"ss_tag": "fox", "ss_clip_skip": "2", "modelspec.prediction_type": "v"}
+    first, second = (replace(lora_file(seed=s), metadata=said | {"ss_tag": tag}) for s, tag in ((1, "fox"), (2, "hen")))
+    merged, _ = merge.merge_loras([(first, 1.0)], "svd", rank=1)
+    assert merged.metadata == said
+    merged, _ = merge.merge_loras([(first, 0.5), (second, 0.5)])
+    assert merged.metadata == {"ss_clip_skip": "2", "modelspec.prediction_type": "v"}
+    other = replace(second, metadata={"modelspec.prediction_type": "epsilon"})
+    with pytest.raises(LoRAError, match=r"modelspec.prediction_type=v in LoRA 1, epsilon in LoRA 2"):
+        merge.merge_loras([(first, 0.5), (other, 0.5)])
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])

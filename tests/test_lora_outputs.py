@@ -5,6 +5,7 @@ import torch
 from commands import files_in
 from lora_cases import command, write_files
 
+from xdiffusion.checkpoints.files import load_safetensors
 from xdiffusion.checkpoints.lora_formats import read_lora
 
 
@@ -79,3 +80,42 @@ def test_the_default_dtype_is_the_one_of_the_help(files, capsys):
         assert command(f"lora {name} --help") == 0
         says_float32 = "default: float32" in " ".join(capsys.readouterr().out.split())
         assert dtypes("out.safetensors") == {torch.float32 if says_float32 else torch.float16}, name
+
+
+def test_words_beside_what_is_read_and_files_beside_what_is_written_stay(files, capsys):
+    words = {"<s1>": torch.ones(8)}
+    for name in ("style", "ink"):
+        torch.save(words, files / f"{name}.ti.pt")
+    before = {name: (files / name).read_bytes() for name in files_in(files)}
+    for line, said in (
+        ("lora merge ink.safetensors:0.5 style.safetensors:0.5 style.pt", READ),
+        ("lora apply model.safetensors ink.safetensors ink.pt", READ),
+        ("lora_add ink.safetensors style.safetensors style.pt 0.5", READ),
+        ("lora inspect style.safetensors --plot style.safetensors", READ),
+    ):
+        assert command(line) == 2
+        assert said in capsys.readouterr().err
+    (files / "both.text_encoder.pt").write_bytes(b"another")
+    assert command("lora merge ink.safetensors:0.5 style.safetensors:0.5 both.pt") == 2
+    assert "both.text_encoder.pt is there already; --overwrite replaces it" in capsys.readouterr().err
+    assert {name: (files / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("name", ["both-v1.5", "both", "both.safetensors"])
+def test_a_merge_is_written_in_the_first_file_s_format_whatever_its_name(files, name):
+    assert command("lora convert sd_style.safetensors a.safetensors --to kohya") == 0
+    assert command(f"lora merge a.safetensors:0.5 sd_ink.safetensors:0.5 {name}") == 0
+    assert read_lora(files / name).format == "kohya"
+
+
+def test_a_merge_of_pefts_folder_into_a_file_is_one_that_other_programs_know(files):
+    assert command("lora convert sd_style.safetensors folder --to peft") == 0
+    assert command("lora merge folder:0.5 one.safetensors") == 0
+    assert read_lora(files / "one.safetensors").format == "diffusers"
+
+
+def test_what_was_folded_in_before_stays_in_the_header(files):
+    assert command("lora apply model.safetensors style.safetensors once.safetensors") == 0
+    assert command("lora apply once.safetensors ink.safetensors:0.5 twice.safetensors --allow_other_base") == 0
+    header = load_safetensors(files / "twice.safetensors")[1]
+    assert header["folded_lora"] == "style.safetensors:1, ink.safetensors:0.5"

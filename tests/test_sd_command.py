@@ -87,13 +87,15 @@ def test_another_autoencoder_is_no_part_of_an_extracted_lora(name, work_folder, 
 
 
 @pytest.mark.parametrize("name", ["sd15_tiny"], indirect=True)
-def test_dtype_changes_the_weights_and_an_output_may_be_its_input(name, work_folder):
+def test_dtype_changes_the_weights_and_no_output_takes_its_input_s_place(name, work_folder, capsys):
     assert command("sd convert model.safetensors half.safetensors --to original --dtype float16") == 0
     exact = random_sd(name).state_dict()
     stored = from_original(StoredTensors(work_folder / "half.safetensors"))
     assert all(torch.equal(tensor, exact[n].half()) for n, tensor in stored.items())
-    assert command("sd convert model.safetensors model.safetensors --to original") == 0
-    assert "network.conv_in.weight" in from_original(StoredTensors(work_folder / "model.safetensors"))
+    before = (work_folder / "model.safetensors").read_bytes()
+    assert command("sd convert model.safetensors ./model.safetensors --to original --dtype float16") == 2
+    assert "model.safetensors would be overwritten, and is read: name another output" in capsys.readouterr().err
+    assert (work_folder / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["sd15_tiny"], indirect=True)

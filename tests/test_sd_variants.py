@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from sd_files import EXTRA, FULL_SD, random_sd, sd_config, text_names, write_nat
 from xdiffusion.build import build_model
 from xdiffusion.checkpoints.diffusers import autoencoder_to_diffusers, unet_to_diffusers
 from xdiffusion.checkpoints.files import CheckpointError, save_safetensors
+from xdiffusion.checkpoints.lora_formats.native import trained_config
 from xdiffusion.checkpoints.native import load_model_file
 from xdiffusion.checkpoints.stable_diffusion import from_original, to_original
 from xdiffusion.checkpoints.streaming import StoredTensors
-from xdiffusion.commands import sd
+from xdiffusion.cli import run
+from xdiffusion.commands import lora, sd
 from xdiffusion.loading import STABLE_DIFFUSION, load_model
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -49,6 +52,20 @@ def test_settings_of_another_model_are_named_before_its_weights_are(part, key, v
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(ValueError, match=rf"{part}/config\.json: {message}"):
         load_model(folder)
+
+
+def test_an_extracted_lora_predicts_what_a_tuned_folder_does(folder):
+    tuned = folder.with_name("tuned")
+    shutil.copytree(folder, tuned)
+    scheduler = tuned / "scheduler/scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"rescale_betas_zero_snr": True}))
+    weights = tuned / f"unet/{WEIGHTS}.safetensors"
+    changed = {n: t.clone() for n, t in StoredTensors(weights).items()}
+    changed["conv_in.weight"] += 1
+    save_safetensors(weights, changed, {"format": "pt"})
+    assert run(lora.main, ["extract", "tuned", "folder", "found.safetensors", "--rank", "1"]) == 0
+    said = trained_config(folder.with_name("found.safetensors"))["diffusion"]
+    assert said["prediction"] == "v" and said["schedule"]["zero_terminal_snr"] is True
 
 
 def test_of_a_folder_that_holds_its_unet_twice_the_average_is_read_if_not_told(folder, capsys):

@@ -23,13 +23,20 @@ from xdiffusion.checkpoints.component_names import COMPONENTS, component_of, exc
 from xdiffusion.checkpoints.diffusers_folder import read_settings, weight_file
 from xdiffusion.checkpoints.diffusers_settings import config_from
 from xdiffusion.checkpoints.drawn_by import drawn_by, drawn_otherwise
-from xdiffusion.checkpoints.files import PICKLED, SAFETENSORS, CheckpointError, ensure_writable, weights_file
+from xdiffusion.checkpoints.files import (
+    PICKLED,
+    SAFETENSORS,
+    CheckpointError,
+    ensure_writable,
+    is_pipeline_folder,
+    weights_file,
+)
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import unsaid
-from xdiffusion.checkpoints.native import MODEL_FORMAT, ModelFile, reading_header
+from xdiffusion.checkpoints.native import MODEL_FORMAT, ModelFile, load_model_file, reading_header
 from xdiffusion.checkpoints.streaming import StoredTensors, copy_safetensors
 from xdiffusion.checkpoints.weight_index import open_shards
-from xdiffusion.loading import as_trained, stored_config
+from xdiffusion.loading import as_trained, config_of, stored_config
 from xdiffusion.lora.functional import dora_weight, merged_weight
 from xdiffusion.lora.settings import LoRAError
 
@@ -89,6 +96,17 @@ def open_base(path: Path) -> BaseModel:
             "read by lora_add --mode upl-ckpt-v2, and converted by sd convert"
         )
     return BaseModel(path, [file], ours)
+
+
+def config_of_base(base: BaseModel) -> Mapping[str, Any] | None:
+    """How a model is drawn, as a resolved config: of a checkpoint of ours its header's, of a pipeline's folder its settings'.
+
+    Raises:
+        CheckpointError, ConfigError: if it says what cannot be.
+    """
+    if base.ours or not is_pipeline_folder(base.path):
+        return base.config()
+    return OmegaConf.to_container(config_of(load_model_file(base.path)))
 
 
 def header_as_trained(base: BaseModel, lora: LoRAFile) -> dict[str, str]:

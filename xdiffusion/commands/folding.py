@@ -34,7 +34,8 @@ def fold_as_it_is(base: BaseModel, lora: LoRAFile, scale: float, output: Path, *
         _check_base(lora, base.files, content_hash(base.files[0]) if base.ours else None, base.path)
 
     def write() -> int:
-        note = {"folded_lora": f"{lora.path.name}:{scale:g}"} | header_as_trained(base, lora)
+        folded = [*filter(None, [base.files[0].metadata.get("folded_lora")]), f"{lora.path.name}:{scale:g}"]
+        note = {"folded_lora": ", ".join(folded)} | header_as_trained(base, lora)
         return fold(base, lora, scale, output, note, progress("folding"))
 
     _with_its_words(base.path, lora, scale, output, write)

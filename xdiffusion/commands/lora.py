@@ -153,6 +153,7 @@ def check_output(args: argparse.Namespace) -> None:
         ValueError: if it is a file that is read, or may be the last FILE of a merge without OUT.
     """
     from xdiffusion.checkpoints.files import refuse_overwriting
+    from xdiffusion.commands.lora_files import with_files_beside
     from xdiffusion.lora.weights import parse_lora_spec
 
     given, output = vars(args), Path(args.output)
@@ -160,18 +161,25 @@ def check_output(args: argparse.Namespace) -> None:
     read = [parse_lora_spec(spec)[0] for spec in specs]
     read += [Path(given[name]) for name in ("input", "model", "tuned") if name in given]
     refuse_overwriting(read, output)
+    if len(read) > 1:  # of one, what stands beside it is written as it is
+        for beside in with_files_beside(output)[1:]:
+            refuse_overwriting([path for one in read for path in with_files_beside(one)], beside)
     if "inputs" not in given:
         return
     if WEIGHT.search(args.output):
         raise ValueError(f"OUT is missing? the last name is that of the file to write; {output} is a FILE to merge")
-    if output.exists() and not args.overwrite:
-        raise ValueError(f"OUT is missing? {output} is there already; --overwrite replaces it")
+    for there in with_files_beside(output):
+        if there.exists() and not args.overwrite:
+            raise ValueError(f"OUT is missing? {there} is there already; --overwrite replaces it")
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    from xdiffusion.checkpoints.files import refuse_overwriting
     from xdiffusion.commands.lora_files import layer_table, read
     from xdiffusion.commands.report import draw, summary, text
 
+    if args.plot:
+        refuse_overwriting([Path(args.file)], Path(args.plot))
     lora = read(args.file, layer_table(args.base))
     facts = summary(lora)
     print(json.dumps(facts, indent=1) if args.json else text(facts))
@@ -227,11 +235,11 @@ def _extract(args: argparse.Namespace) -> None:
     from xdiffusion.checkpoints.component_names import exchange_name
     from xdiffusion.checkpoints.files import content_hash
     from xdiffusion.checkpoints.lora_file import LoRAFile
-    from xdiffusion.commands.base_weights import differences, open_base
+    from xdiffusion.commands.base_weights import config_of_base, differences, open_base
     from xdiffusion.commands.lora_files import layer_table, progress, write
     from xdiffusion.commands.report import table
     from xdiffusion.lora.base_identity import sample_of
-    from xdiffusion.lora.merge import extract_factors
+    from xdiffusion.lora.merge import extract_factors, with_one_alpha
 
     names = layer_table(args.base)
     tuned, base = open_base(Path(args.tuned)), open_base(Path(args.model))
@@ -254,7 +262,8 @@ def _extract(args: argparse.Namespace) -> None:
         )
     base_hash = content_hash(base.files[0]) if base.ours else None
     sample = sample_of({name: base.files[0][f"{name}.weight"] for name in modules}) if base.ours else {}
-    lora = LoRAFile(modules, base_hash=base_hash, base_sample=sample, config=tuned.config())
+    modules = with_one_alpha(modules)
+    lora = LoRAFile(modules, base_hash=base_hash, base_sample=sample, config=config_of_base(tuned))
     write(lora, args.output, args.to or "native", names, args.dtype)
 
 

@@ -36,13 +36,16 @@ MODES = ("lpl", "upl", "ljl", "upl-ckpt-v2")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__, prog="lora_add", usage="lora_add [options] [PATH_1 PATH_2 OUTPUT [ALPHA [MODE]]]")
+    parser = Parser(
+        __doc__, prog="lora_add", usage="lora_add [options] [PATH_1 PATH_2 OUTPUT [ALPHA [ALPHA_2] [MODE]]]"
+    )
     add = parser.add_argument
     add("words", nargs="*", help=argparse.SUPPRESS)
     add("--path_1", metavar="PATH", help="the model (upl) or the first LoRA")
     add("--path_2", metavar="PATH", help="the LoRA, or the second one")
     add("--output_path", metavar="PATH", help="what to write; a LoRA ending in .pt is written as cloneofsimo's")
-    add("--alpha", type=float, metavar="ALPHA", help="default 0.5")
+    add("--alpha", "--alpha_1", type=float, metavar="ALPHA", help="default 0.5")
+    add("--alpha_2", type=float, metavar="ALPHA", help="lpl: of the second LoRA (default: 1 - ALPHA)")
     add("--mode", choices=MODES, help="default lpl")
     add("--rank", type=positive_int, metavar="R", help="lpl and ljl: cut the result to this rank by SVD")
     add("--legacy", action="store_true", help="lpl: add the factors, as the original did, in place of the updates")
@@ -53,22 +56,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--allow_other_base", action="store_true", help="upl: although the LoRA was trained on another base")
     args = parser.parse_args(argv)
-    for word, name in zip(args.words, ("path_1", "path_2", "output_path", "alpha", "mode")):
+    names = ["path_1", "path_2", "output_path", "alpha", "mode"]
+    if _is_number(args.words[4:5]):  # cloneofsimo's later spelling
+        names.insert(4, "alpha_2")
+    for word, name in zip(args.words, names):
         if getattr(args, name) is not None:
             parser.error(f"{name} is given twice: {word!r} and --{name}")
         try:
-            setattr(args, name, float(word) if name == "alpha" else word)
+            setattr(args, name, float(word) if name.startswith("alpha") else word)
         except ValueError:
             parser.error(f"ALPHA must be a number, not {word!r}")
     missing = [f"--{name}" for name in ("path_1", "path_2", "output_path") if getattr(args, name) is None]
-    if missing or len(args.words) > 5:
-        parser.error(f"missing: {', '.join(missing)}" if missing else f"too many words: {args.words[5:]}")
+    if missing or len(args.words) > len(names):
+        parser.error(f"missing: {', '.join(missing)}" if missing else f"too many words: {args.words[len(names) :]}")
     args.alpha = 0.5 if args.alpha is None else args.alpha
-    if not math.isfinite(args.alpha):
-        parser.error(f"ALPHA must be a finite number, not {args.alpha}")
+    for alpha in (args.alpha, args.alpha_2 or 0.0):
+        if not math.isfinite(alpha):
+            parser.error(f"ALPHA must be a finite number, not {alpha}")
     args.mode = args.mode or "lpl"
     if args.mode not in MODES:
         parser.error(f"MODE must be one of {', '.join(MODES)}, not {args.mode!r}")
+    if args.alpha_2 is not None and args.mode != "lpl":
+        parser.error(f"ALPHA_2 is for lpl, the weighted sum of two LoRAs, not for {args.mode}")
     if args.legacy and (args.mode != "lpl" or args.rank):
         parser.error("--legacy is a rule of lpl, and knows no --rank")
     if args.rank and args.mode.startswith("upl"):
@@ -78,14 +87,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def _is_number(words: Sequence[str]) -> bool:
+    """Whether there is a word, and it is a number."""
+    try:
+        return bool(words) and isinstance(float(words[0]), float)
+    except ValueError:
+        return False
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     from xdiffusion.checkpoints.files import refuse_overwriting
     from xdiffusion.commands.base_weights import open_base
     from xdiffusion.commands.folding import fold_as_it_is, fold_into_original
-    from xdiffusion.commands.lora_files import layer_table, merge_and_write, read
+    from xdiffusion.commands.lora_files import layer_table, merge_and_write, read, with_files_beside
 
-    refuse_overwriting([Path(args.path_1), Path(args.path_2)], Path(args.output_path))
+    read_from = [path for given in (args.path_1, args.path_2) for path in with_files_beside(Path(given))]
+    for path in with_files_beside(Path(args.output_path)):
+        refuse_overwriting(read_from, path)
     names = layer_table(args.base)
     if args.mode.startswith("upl"):
         path, output = Path(args.path_1), Path(args.output_path)
@@ -98,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             fold_into_original(path, lora, args.alpha, output, allow_other_base=args.allow_other_base)
         return
     first, second = read(args.path_1, names), read(args.path_2, names)
-    weights = (args.alpha, 1 - args.alpha) if args.mode == "lpl" else (1.0, 1.0)
+    second_alpha = 1 - args.alpha if args.alpha_2 is None else args.alpha_2
+    weights = (args.alpha, second_alpha) if args.mode == "lpl" else (1.0, 1.0)
     method = "legacy" if args.legacy else "svd" if args.rank else "concat"
     merge_and_write(list(zip((first, second), weights)), args.output_path, names, method, rank=args.rank)
 

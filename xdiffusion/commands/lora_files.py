@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from xdiffusion.checkpoints.component_names import exchange_name
+from xdiffusion.checkpoints.component_names import component_of, exchange_name
+from xdiffusion.checkpoints.files import PICKLED, SAFETENSORS
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import (
     FORMATS,
@@ -18,6 +19,7 @@ from xdiffusion.checkpoints.lora_formats import (
     LayerTable,
     read_lora,
     sd_layer_table,
+    tokens_path,
     unsaid,
     write_lora,
 )
@@ -98,6 +100,11 @@ def merge_and_write(
     write(merged, output, format or _output_format(loras[0], Path(output)), names, dtype)
 
 
+def with_files_beside(path: Path) -> list[Path]:
+    """The file of a LoRA, and those that a format keeps beside it: learned words, and cloneofsimo's text encoder."""
+    return [path, tokens_path(path), path.with_suffix(".text_encoder.pt")] if path.name else [path]
+
+
 def progress(description: str) -> Callable[[Iterable[str]], Iterable[str]]:
     """A bar over names on stderr, where that is a terminal."""
     from tqdm import tqdm
@@ -108,11 +115,12 @@ def progress(description: str) -> Callable[[Iterable[str]], Iterable[str]]:
 def _output_format(lora: LoRAFile, path: Path) -> str:
     """The format to write where none is asked for: that of the LoRA, where the file's name and the format allow it."""
     kind = FORMATS[lora.format]
-    if kind.write and kind.suffix == path.suffix:
+    if kind.write and kind.suffix in (path.suffix, SAFETENSORS) and path.suffix not in PICKLED:
         return lora.format
     if path.suffix == ".pt":
-        return "cloneofsimo-pt"
-    return "native" if kind.write else "diffusers"
+        return lora.format if kind.suffix == ".pt" else "cloneofsimo-pt"
+    of_sd = all(component_of(exchange_name(name)) for name in lora.modules)
+    return "diffusers" if of_sd or not kind.write else "native"
 
 
 def _in_one_spelling(loras: Sequence[LoRAFile]) -> list[LoRAFile]:

@@ -50,11 +50,12 @@ def command() -> int:
 def _convert(args: argparse.Namespace) -> None:
     import torch
 
-    from xdiffusion.checkpoints.files import weights_file
+    from xdiffusion.checkpoints.files import refuse_overwriting, weights_file
     from xdiffusion.checkpoints.native import load_model_file
     from xdiffusion.commands.sd_files import write_model
     from xdiffusion.loading import check_fits, config_of
 
+    refuse_overwriting([Path(args.input)], Path(args.output))
     file = load_model_file(weights_file(args.input), args.ema)
     config = config_of(file, args.config_path)
     check_fits(file, config)

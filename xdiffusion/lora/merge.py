@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.lora.settings import LoRAError
 
 METHODS = ("concat", "svd", "legacy")
+PREDICTED = ("modelspec.prediction_type", "ss_zero_terminal_snr")  # how kohya's header says what our config does
 Progress = Callable[[Iterable[str]], Iterable[str]]
 
 
@@ -55,6 +57,7 @@ def merge_loras(
     """
     _check_choice(method, rank, energy)
     config = _common_config([lora for lora, _ in loras])
+    headers = [lora.metadata for lora, _ in loras]
     merged, errors = {}, {}
     for name in progress(dict.fromkeys(name for lora, _ in loras for name in lora.modules)):
         parts = [(lora.modules[name], weight) for lora, weight in loras if name in lora.modules]
@@ -66,14 +69,24 @@ def merge_loras(
     samples = {name: values for lora, _ in loras for name, values in lora.base_sample.items()}
     tokens, renamed = joined_tokens([(name, lora.tokens) for name, lora in _named([lora for lora, _ in loras])])
     return LoRAFile(
-        merged,
+        with_one_alpha(merged),
         tokens=tokens,
+        metadata={key: text for key, text in headers[0].items() if all(h.get(key) == text for h in headers)},
         repairs=tuple(renamed),
         base_hash=next(iter(hashes)) if len(hashes) == 1 else None,
         base_sample=samples if len(hashes) == 1 else {},
         config=config,
         step=max(lora.step for lora, _ in loras),
     ), errors
+
+
+def with_one_alpha(modules: Mapping[str, LoRAFactors]) -> dict[str, LoRAFactors]:
+    """The same updates with the largest rank for lora_alpha in all modules: diffusers reads one of a kohya file's alphas."""
+    alpha = float(max((factors.rank for factors in modules.values()), default=1))
+    return {
+        name: replace(f, lora_B=f.lora_B * (f.scaling * f.rank / alpha), lora_alpha=alpha, use_rslora=False)
+        for name, f in modules.items()
+    }
 
 
 def merge_factors(
@@ -92,7 +105,7 @@ def merge_factors(
     if any(factors.magnitude is not None for factors, _ in parts):
         raise LoRAError(
             f"{name} is DoRA, whose update is no product B A and cannot be summed; fold it into its base "
-            "(lora apply) and distil the result (lora extract)"
+            "(lora apply, or lora_add --mode upl for a folder of diffusers) and distil the result (lora extract)"
         )
     shape = max((factors.lora_A.shape[1:] for factors, _ in parts), key=len)  # 1x1 kernels are left out by some tools
     sizes = {(f.lora_B.shape[0], f.lora_A[0].numel()) for f, _ in parts}
@@ -214,11 +227,15 @@ def joined_tokens(parts: Sequence[tuple[object, Mapping[str, Tensor]]]) -> tuple
 
 
 def relative_error(result: LoRAFactors, parts: Sequence[tuple[LoRAFactors, float]]) -> float:
-    """|delta of result - sum of weight * delta| / |sum of weight * delta|, Frobenius norms; 0 / 0 is 0."""
+    """|delta of result - sum of weight * delta| / |sum of weight * delta|, Frobenius norms; 0 / 0 is 0.
+
+    A sum that is rounding alone, of updates that take each other away, is 0.
+    """
     lora_B, lora_A = concatenated(parts)
     difference_B, difference_A = concatenated([(result, 1.0), *((factors, -weight) for factors, weight in parts)])
     difference = product_norm(difference_B, difference_A)
-    return difference / product_norm(lora_B, lora_A) if difference else 0.0
+    rounding = 1e-12 * sum(abs(weight) * delta_norm(factors) for factors, weight in parts)
+    return difference / product_norm(lora_B, lora_A) if difference > rounding else 0.0
 
 
 def delta_norm(factors: LoRAFactors) -> float:
@@ -268,4 +285,9 @@ def _common_config(loras: Sequence[LoRAFile]) -> Mapping[str, Any] | None:
                 f"LoRAs that were trained for different things do not add up: {key}={ours!s:.100} in {said[0][0]}, "
                 f"{theirs!s:.100} in {path}"
             )
+    for key in PREDICTED:
+        words = {str(lora.metadata[key]): name for name, lora in _named(loras) if key in lora.metadata}
+        if len(words) > 1:
+            what = ", ".join(f"{word!s:.40} in {name}" for word, name in words.items())
+            raise LoRAError(f"LoRAs that were trained for different things do not add up: {key}={what}")
     return said[0][1] if said else None

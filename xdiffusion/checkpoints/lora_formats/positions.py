@@ -55,6 +55,9 @@ SETS = {  # component -> (ancestor classes, their linear and convolution layers)
         (("CLIPTextModel",), r".*"),
     ),
 }
+_WALKED = (
+    "GEGLU"  # a pickled list names no classes: cloneofsimo's own loader goes by the set of the attentions and this
+)
 LARGEST_JSON = 32 << 20  # bytes; rank 4 for Stable Diffusion takes 18 MB
 MOST_NUMBERS, MOST_LISTS = 1 << 22, 1 << 19  # in it, of which Python holds each; that one has 797,184 and 100,000
 Pairs = Sequence[tuple[Tensor, Tensor]]  # of (up, down)
@@ -147,7 +150,7 @@ def write_cloneofsimo_pt(lora: LoRAFile, path: Path, names: LayerTable | None) -
         raise CheckpointError(
             "cloneofsimo's list is for Stable Diffusion 1.x and 2.x; the list of a model is `positional`"
         )
-    parts, text_path = _in_old_order(lora, names), _sibling(path, "text_encoder")
+    parts, text_path = _in_old_order(lora, names, at_least=_WALKED), _sibling(path, "text_encoder")
     if "text_encoder" in parts:
         _save_list(parts["text_encoder"][1], text_path)
     else:
@@ -254,8 +257,13 @@ def _sd_table_for(lora: LoRAFile) -> LayerTable:
     )
 
 
-def _in_old_order(lora: LoRAFile, names: LayerTable | None) -> dict[str, tuple[tuple[str, ...], Pairs]]:
-    """component -> (ancestor classes, pairs) of the smallest set that has the component's modules."""
+def _in_old_order(
+    lora: LoRAFile, names: LayerTable | None, at_least: str = ""
+) -> dict[str, tuple[tuple[str, ...], Pairs]]:
+    """component -> (ancestor classes, pairs) of the smallest set that has the component's modules.
+
+    at_least: a class that the UNet's set must have.
+    """
     table = names or _sd_table_for(lora)
     stray = _stray(lora, table)
     if stray:
@@ -266,9 +274,11 @@ def _in_old_order(lora: LoRAFile, names: LayerTable | None) -> dict[str, tuple[t
     for component in COMPONENTS:
         wanted = {name for name in lora.modules if component_of(name) == component}
         if wanted:
-            classes = [classes for classes, _ in SETS[component]]
-            found = next(found for found in zip(classes, _old_orders(component, table)) if wanted <= found[1].keys())
-            result[component] = found[0], _with_zeros(lora, found[1])
+            sets = zip((classes for classes, _ in SETS[component]), _old_orders(component, table))
+            fitting = [(classes, order) for classes, order in sets if wanted <= order.keys()]
+            walked = [found for found in fitting if component != "unet" or at_least in (*found[0], "")]
+            classes, order = (walked or fitting)[0]
+            result[component] = classes, _with_zeros(lora, order)
     return result
 
 
