@@ -1,9 +1,12 @@
 """`lora COMMAND ... OUT`, and `lora_add`: no file that is read is overwritten, and a forgotten OUT is noticed."""
 
+import json
+
 import pytest
 import torch
 from commands import files_in
 from lora_cases import command, write_files
+from safetensors.torch import save_file
 
 from xdiffusion.checkpoints.files import load_safetensors
 from xdiffusion.checkpoints.lora_formats import read_lora
@@ -119,3 +122,15 @@ def test_what_was_folded_in_before_stays_in_the_header(files):
     assert command("lora apply once.safetensors ink.safetensors:0.5 twice.safetensors --allow_other_base") == 0
     header = load_safetensors(files / "twice.safetensors")[1]
     assert header["folded_lora"] == "style.safetensors:1, ink.safetensors:0.5"
+
+
+def test_what_is_not_finite_is_told_and_is_json_all_the_same(files, capsys):
+    tensors, header = load_safetensors(files / "style.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    next(tensor for name, tensor in tensors.items() if name.endswith("lora_B"))[0] = torch.nan
+    save_file(tensors, files / "odd.safetensors", header)
+    assert command("lora inspect odd.safetensors") == 0
+    assert "the factors of 1 modules are not finite, such as " in capsys.readouterr().out
+    assert command("lora inspect odd.safetensors --json") == 0
+    said = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert [module["delta"] for module in said["modules"].values()].count(None) == 1

@@ -182,7 +182,8 @@ def _inspect(args: argparse.Namespace) -> None:
         refuse_overwriting([Path(args.file)], Path(args.plot))
     lora = read(args.file, layer_table(args.base))
     facts = summary(lora)
-    print(json.dumps(facts, indent=1) if args.json else text(facts))
+    plain = json.loads(json.dumps(facts), parse_constant=lambda _: None)  # JSON has no word for NaN
+    print(json.dumps(plain, indent=1) if args.json else text(facts))
     if args.plot:
         draw(facts, Path(args.plot), title=Path(args.file).name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,8 @@ def summary(lora: LoRAFile) -> dict[str, Any]:
         }
         for name, factors in lora.modules.items()
     }
+    damaged = [name for name, module in modules.items() if not math.isfinite(module["delta"])]
+    warning = [f"the factors of {len(damaged)} modules are not finite, such as {damaged[0]}"] if damaged else []
     return {
         "format": lora.format,
         "step": lora.step,
@@ -39,7 +42,7 @@ def summary(lora: LoRAFile) -> dict[str, Any]:
         "targets": dict(Counter(_target(name) for name in modules)),
         "tokens": {name: list(vector.shape) for name, vector in lora.tokens.items()},
         "metadata": dict(lora.metadata),
-        "repairs": list(lora.repairs),
+        "repairs": [*lora.repairs, *warning],
         "blocks": _blocks(modules),
         "modules": modules,
     }
