@@ -95,7 +95,7 @@ def test_said_before_the_first_run_is_paid_for(tiny_run, work_folder, capsys):
     words = ["--checkpoint", tiny_run.checkpoint, *set_words(tiny_run.overrides)]
     for more, message in (
         (["--targets", "config", "attenton"], "no layer of UNet matches the LoRA targets 'attenton'"),
-        (["--set", "lora.init=orthogonal", "--ranks", 2, 1, "--targets", "config"], "rank"),
+        (["--set", "lora.init=orthogonal", "--ranks", 2, 1, "--targets", "config"], "init='orthogonal'"),
         (["--set", "training.seed=5"], "--set training.seed: it has a flag here, --seed"),
         (["--set", "lora.rank=5"], "--set lora.rank: it has a flag here, --ranks"),
         (

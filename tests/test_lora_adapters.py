@@ -240,6 +240,14 @@ def test_a_swap_makes_the_adapter_exactly_the_new_one():
         set_lora_scale(model, 1.0, "b")
 
 
+def test_a_swap_leaves_each_layer_its_own_switch_and_strength():
+    model = adapted({"a": "all"})
+    model[3].adapters["a"].enabled, model[5].adapters["a"].scale = False, 0.25
+    swap_lora(model, factors_of(adapted({"x": "all"}), "x"), "a")
+    settings = [layer.adapters["a"] for _, layer in lora_layers(model)]
+    assert [(each.enabled, each.scale) for each in settings] == [(True, 1.0), (False, 1.0), (True, 0.25)]
+
+
 def test_a_swap_into_a_plain_model_is_a_load():
     model = base_model()
     swap_lora(model, factors_of(adapted({"a": ["0"]}), "a"))

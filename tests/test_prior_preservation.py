@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, TRAIN, run_script
+from commands import ROOT, TRAIN, run_script, set_words
 from picture_folders import truncate, write_pictures
 from PIL import Image
 from sd_files import write_native
@@ -15,6 +15,7 @@ from xdiffusion.pictures import read_metadata
 from xdiffusion.training import prior_preservation
 from xdiffusion.training.prior_preservation import prepare_class_images
 from xdiffusion.training.run import begin
+from xdiffusion.training.run_record import read_run
 from xdiffusion.training.state import RunCheckpoints
 from xdiffusion.training.weights_files import AdapterWeights
 
@@ -32,7 +33,13 @@ def config_of(tmp_path):
 
 def prepare(config):
     model = tiny_sd_model(config)
-    return prepare_class_images(model, config, build_sampling(config, model.schedule))
+    return drawn_by(model, config)
+
+
+def drawn_by(model, config):
+    return prepare_class_images(
+        model, config, build_sampling(config, model.schedule), content_hash(model.base_weights())
+    )
 
 
 def test_missing_class_images_are_drawn_by_the_base(config_of, tmp_path, capsys):
@@ -56,7 +63,7 @@ def test_they_are_guided_as_the_config_says(flag, tmp_path, monkeypatch, capsys)
     write_pictures(tmp_path / "set", [(16, 16)])
     write_native("sd15_tiny", tmp_path / "base.safetensors")
 
-    def seen(model, config, sampling, device):
+    def seen(model, config, sampling, base_hash, device):
         raise ValueError(f"drawn with {sampling}")
 
     monkeypatch.setattr(prior_preservation, "prepare_class_images", seen)
@@ -101,7 +108,7 @@ def test_class_images_of_another_prompt_are_refused(config_of, tmp_path):
     other = tiny_sd_model(config)
     other.network.conv_in.bias.data += 1
     with pytest.raises(ValueError, match=r"class_0001\.png was drawn with base "):
-        prepare_class_images(other, config, build_sampling(config, other.schedule))
+        drawn_by(other, config)
 
 
 def test_they_are_drawn_in_the_run_s_precision_and_size(config_of, tmp_path):
@@ -136,6 +143,20 @@ def test_the_loss_is_the_weighted_mean_over_the_batch(config_of):
     base = content_hash(trainer.model.base_weights())
     assert all(torch.isfinite(torch.tensor(trainer.step(step).loss)) for step in (1, 2))
     assert content_hash(trainer.model.base_weights()) == base
+
+
+def test_a_model_that_is_trained_whole_beside_them_has_no_base(config_of, tmp_path):
+    """What drew them is no frozen base of it: run.json would take the run for an adapter's."""
+    config_of("training.seed=0")
+    write_native("sd15_tiny", tmp_path / "base.safetensors")
+    words = ["--config_path", ROOT / "configs/image/sd/sd15_dreambooth_lora_tiny.yaml", "--force_cpu"]
+    words += ["--load_model_weights_from_checkpoint", tmp_path / "base.safetensors", "--data_dir", tmp_path / "set"]
+    words += ["--num_training_steps", 1, "--output_path", tmp_path / "run"]
+    few = [f"prior.data_dir={tmp_path / 'class'}", "prior.num_images=1", "cache.latents=false", "sampling.steps=1"]
+    assert run_script(TRAIN, *words, *set_words([*few, "cache.text_embeddings=false"])) == 0
+    assert read_run(tmp_path / "run")["base"] is None
+    (picture,) = (tmp_path / "class").glob("*.png")
+    assert len(read_metadata(picture)["base"]) == 32
 
 
 def test_a_resume_with_other_class_images_is_said(config_of, tmp_path, capsys):

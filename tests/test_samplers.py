@@ -182,10 +182,10 @@ def test_beta_tables_end_in_clean_data_without_nan():
 @pytest.mark.parametrize(
     ("schedule", "steps"),
     [
-        (BetaSchedule(3000), 27),
-        (BetaSchedule(4000), 57),
-        (BetaSchedule(beta_end=0.06), 30),
-        (CosineSchedule(-15, 40), 20),
+        (BetaSchedule(3000), 22),
+        (BetaSchedule(4000), 22),
+        (BetaSchedule(beta_end=0.06), 43),
+        (CosineSchedule(-15, 40), 6),
     ],
     ids=["3000 steps", "4000 steps", "strong betas", "logsnr 40"],
 )

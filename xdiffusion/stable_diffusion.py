@@ -24,7 +24,7 @@ from xdiffusion.checkpoints.native import lora_file
 from xdiffusion.config_files import assignment
 from xdiffusion.loading import as_trained, load_model, tell_remarks
 from xdiffusion.lora.adapters import remove_lora, set_lora_enabled, set_lora_scale, swap_lora
-from xdiffusion.lora.inject import apply_lora_to_model, check_apart, lora_layers
+from xdiffusion.lora.inject import apply_lora_to_model, check_unmerged, lora_layers
 from xdiffusion.lora.settings import DEFAULT_ADAPTER, LoRAError
 from xdiffusion.lora.weights import load_lora_weights, save_lora_weights
 from xdiffusion.model import DiffusionModel, StartImage, generators_for
@@ -103,7 +103,7 @@ def save_models_lora(models: Models, path: str | Path) -> Path:
     Raises:
         LoRAError: if no part has a LoRA, or one is merged.
     """
-    check_apart(models["model"], DEFAULT_ADAPTER, "saving the LoRA")  # else the base's hash would be of the two
+    check_unmerged(models["model"], DEFAULT_ADAPTER, "saving the LoRA")  # else the base's hash would be of the two
     base_hash = content_hash(models["model"].base_weights())
     config, tokens = OmegaConf.to_container(models["config"]), models["clip"].learned_tokens()
     return save_lora_weights(models["model"], path, base_hash=base_hash, config=config, tokens=tokens)
@@ -131,7 +131,7 @@ def load_lora_into_models(
         CheckpointError, LoRAError: see `load_lora_weights`.
     """
     model = models["model"]
-    check_apart(model, None, "loading another LoRA")
+    check_unmerged(model, None, "loading another LoRA")
     base_hash = None if allow_other_base else content_hash(model.base_weights())
     notes: list[str] = []
     config = as_trained(models["base_config"], [lora_file(path)], notes.append)

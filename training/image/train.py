@@ -132,7 +132,7 @@ def set_up_and_train(
     from xdiffusion.checkpoints.files import content_hash
     from xdiffusion.loading import load_weights
     from xdiffusion.model import HALF
-    from xdiffusion.training.checks import check_apart, check_captions
+    from xdiffusion.training.checks import check_captions, check_outside
     from xdiffusion.training.diffusion_task import DiffusionTask
     from xdiffusion.training.loop import Trainer
     from xdiffusion.training.previews import draw_sample_grid
@@ -151,7 +151,7 @@ def set_up_and_train(
     kind = AdapterWeights if args.use_lora_training else TokenWeights if adapts else ModelWeights
     check_folder(folder, kind)
     if config.data.kind == "image/folder" and config.data.data_dir:
-        check_apart(folder, Path(config.data.data_dir), "what the run draws")
+        check_outside(folder, Path(config.data.data_dir), "what the run draws")
     with first_ones_first(process):  # the others find what the first has downloaded
         data = build_data(config)
     check_captions(data, config, model.text_encoder.context_length)
@@ -165,19 +165,20 @@ def set_up_and_train(
             load_weights(model, base_file(config, args, says=process.is_main_process))
         else:
             initialise_text_encoder(model.text_encoder, config, clip)
-        class_images = prepare_class_images(model, config, sampling, process.device) if "prior" in config else None
+        base_hash = content_hash(model.base_weights()) if adapts or "prior" in config else None
+        prepare = partial(prepare_class_images, model, config, sampling, base_hash, process.device)
+        class_images = prepare() if "prior" in config else None
     if process.num_processes > 1:
         sets = {"data": data} if class_images is None else {"data": data, "class images": class_images}
         hashes = {what: data_fingerprint(pictures) for what, pictures in sets.items()}
         check_same_everywhere(hashes | {"weights": content_hash(model.state_dict())})
-    base_hash = content_hash(model.base_weights()) if adapts else None
     make_trainable(model, config, lora=args.use_lora_training)
     rounded = config.training.half_frozen_weights and config.training.mixed_precision != "no"
     frozen_hash = content_hash(model.base_weights()) if adapts and rounded else base_hash
     print(describe_model(model))
 
     trainer = Trainer(DiffusionTask(model, data, config, class_images=class_images), force_cpu=args.force_cpu)
-    checkpoints = RunCheckpoints(folder, kind(config, base_hash))
+    checkpoints = RunCheckpoints(folder, kind(config, base_hash if adapts else None))
     sampling = sampling_of(config, guided=args.sample_with_guidance)  # class images are drawn as the config says
     draw = partial(draw_sample_grid, model, data.prompts, sampling, autocast=HALF.get(config.training.mixed_precision))
     status = train(trainer, checkpoints, config, draw, script=SCRIPT, words=words, resume_from=args.resume_from)

@@ -229,9 +229,6 @@ def _apply(args: argparse.Namespace) -> None:
     fold_as_it_is(base, lora, scale, Path(args.output), allow_other_base=args.allow_other_base)
 
 
-AUTOENCODER = "autoencoder."
-
-
 def _extract(args: argparse.Namespace) -> None:
     from xdiffusion.checkpoints.component_names import exchange_name
     from xdiffusion.checkpoints.files import content_hash
@@ -248,7 +245,7 @@ def _extract(args: argparse.Namespace) -> None:
     modules, rows, left_out = {}, [], []
     for name, delta in differences(tuned, base, progress("layers")):
         module = name.removesuffix(".weight")
-        if name.endswith(".weight") and exchange_name(module) in layers and not name.startswith(AUTOENCODER):
+        if name.endswith(".weight") and exchange_name(module) in layers and not name.startswith("autoencoder."):
             module = module if base.ours else exchange_name(module)
             modules[module], discarded = extract_factors(delta, rank=args.rank, energy=args.energy)
             rows.append((module, modules[module].rank, f"{discarded:.2e}"))

@@ -26,12 +26,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from xdiffusion.cli import Parser, positive_int, run
 
+NUMBER = re.compile(r"[-+\d.].*")
 MODES = ("lpl", "upl", "ljl", "upl-ckpt-v2")
 
 
@@ -57,7 +59,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--allow_other_base", action="store_true", help="upl: although the LoRA was trained on another base")
     args = parser.parse_args(argv)
     names = ["path_1", "path_2", "output_path", "alpha", "mode"]
-    if _is_number(args.words[4:5]):  # cloneofsimo's later spelling
+    if len(args.words) > 4 and NUMBER.fullmatch(args.words[4]):  # cloneofsimo's later spelling
         names.insert(4, "alpha_2")
     for word, name in zip(args.words, names):
         if getattr(args, name) is not None:
@@ -85,14 +87,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.allow_other_base and not args.mode.startswith("upl"):
         parser.error(f"--allow_other_base is for upl and upl-ckpt-v2, which fold into a base, not for {args.mode}")
     return args
-
-
-def _is_number(words: Sequence[str]) -> bool:
-    """Whether there is a word, and it is a number."""
-    try:
-        return bool(words) and isinstance(float(words[0]), float)
-    except ValueError:
-        return False
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,8 +11,8 @@ from xdiffusion.checkpoints.lora_file import LoRAFactors
 from xdiffusion.lora.inject import (
     base_class_of,
     check_adapter,
-    check_apart,
     check_layer,
+    check_unmerged,
     lora_layers,
     lora_layers_at,
     replace_modules,
@@ -41,7 +41,7 @@ def set_lora_enabled(model: nn.Module, enabled: bool = True, adapter_name: str |
     Raises:
         LoRAError: if the model has no such adapter, or it is merged.
     """
-    check_apart(model, adapter_name, "switching an adapter")
+    check_unmerged(model, adapter_name, "switching an adapter")
     for settings in _settings(model, adapter_name):
         settings.enabled = enabled
 
@@ -53,7 +53,7 @@ def set_lora_scale(model: nn.Module, scale: float, adapter_name: str | None = No
         LoRAError: if the model has no such adapter, or it is merged, or the scale is no finite number.
     """
     check_scale(scale)
-    check_apart(model, adapter_name, "changing a scale")
+    check_unmerged(model, adapter_name, "changing a scale")
     for settings in _settings(model, adapter_name):
         settings.scale = float(scale)
 
@@ -65,7 +65,7 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         LoRAError: if one is merged.
     """
-    check_apart(model, None, "switching adapters off")
+    check_unmerged(model, None, "switching adapters off")
     settings = [s for _, layer in lora_layers(model) for s in layer.adapters.values() if s.enabled]
     for each in settings:
         each.enabled = False

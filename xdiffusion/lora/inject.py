@@ -227,7 +227,7 @@ def check_adapter(
             )
 
 
-def check_apart(model: nn.Module, adapter_name: str | None, doing: str) -> None:
+def check_unmerged(model: nn.Module, adapter_name: str | None, doing: str) -> None:
     """Complain of an adapter (None: of any) that is merged into a weight, which `doing` would pass by.
 
     Raises:

@@ -17,7 +17,7 @@ from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import LayerTable, read_lora, write_lora
 from xdiffusion.checkpoints.lora_formats.factors import fitted, said_of_xl
 from xdiffusion.lora.base_identity import check_base, sample_of
-from xdiffusion.lora.inject import base_class_of, check_adapter, check_apart, check_layer, lora_layer_at, lora_layers
+from xdiffusion.lora.inject import base_class_of, check_adapter, check_layer, check_unmerged, lora_layer_at, lora_layers
 from xdiffusion.lora.layers import LoRALayer
 from xdiffusion.lora.settings import DEFAULT_ADAPTER, LoRAError, check_scale
 
@@ -79,7 +79,7 @@ def save_lora_weights(
         LoRAError: if no layer of the model has that adapter, one has it merged, or the model is itself a layer, without a name.
         CheckpointError: if `dtype` cannot hold the factors, or the file cannot be written.
     """
-    check_apart(model, adapter_name, "saving the adapter")
+    check_unmerged(model, adapter_name, "saving the adapter")
     layers = {plain_name(model, name): layer for name, layer in lora_layers(model) if adapter_name in layer.adapters}
     if not layers:
         raise LoRAError(f"{type(model).__name__} has no LoRA adapter named {adapter_name!r} to save")

@@ -21,7 +21,7 @@ OF_FILES = ("image/folder", "image/hugging_face")
 
 
 def check_together(config: DictConfig, *, lora: bool) -> None:
-    """See that the sections of a resolved config go together, and that the objective is one.
+    """See that the sections of a resolved config go together, and that the objective is one; warn where it teaches little.
 
     Raises:
         ValueError: if not.
@@ -54,10 +54,12 @@ def check_together(config: DictConfig, *, lora: bool) -> None:
             f"prior.prompt={config.prior.prompt!r} is in data.captions: class images have a prompt of their own"
         )
     if "prior" in config and data.kind == "image/folder" and data.data_dir:
-        check_apart(
+        check_outside(
             Path(config.prior.data_dir), Path(data.data_dir), "prior.data_dir, whose pictures are of the class,"
         )
-        check_apart(Path(data.data_dir), Path(config.prior.data_dir), "--data_dir, whose pictures are of the subject,")
+        check_outside(
+            Path(data.data_dir), Path(config.prior.data_dir), "--data_dir, whose pictures are of the subject,"
+        )
     if "textual_inversion" in config and captions:
         _check_named(config.textual_inversion.token, captions, "data.captions")
     if gamma is not None and config.diffusion.schedule.get("zero_terminal_snr"):
@@ -68,7 +70,7 @@ def check_together(config: DictConfig, *, lora: bool) -> None:
         )
 
 
-def check_apart(inner: Path, outer: Path, what: str) -> None:
+def check_outside(inner: Path, outer: Path, what: str) -> None:
     """See that a folder which a run reads or writes is not part of one whose pictures it learns from.
 
     Raises:

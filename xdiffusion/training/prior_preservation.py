@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from xdiffusion.checkpoints.files import content_hash, ensure_writable, write_atomically
+from xdiffusion.checkpoints.files import ensure_writable, write_atomically
 from xdiffusion.data.captioned_images import CaptionedImages
 from xdiffusion.data.image_folder import load_image_folder, picture_files
 from xdiffusion.model import HALF, DiffusionModel, generate, generators_for, of_captions
@@ -28,7 +28,11 @@ BLOCK = 4
 
 
 def prepare_class_images(
-    model: DiffusionModel, config: DictConfig, sampling: Mapping[str, Any], device: torch.device | str = "cpu"
+    model: DiffusionModel,
+    config: DictConfig,
+    sampling: Mapping[str, Any],
+    base_hash: str,
+    device: torch.device | str = "cpu",
 ) -> CaptionedImages:
     """The class images of `prior:`, after the base model has drawn those that are missing, in the run's precision.
 
@@ -36,6 +40,7 @@ def prepare_class_images(
         model: the base, before it has an adapter.
         config: resolved.
         sampling: see `build_sampling`.
+        base_hash: of the model's weights, kept in each picture that is drawn.
         device: to draw on; the model is on the CPU afterwards.
 
     Raises:
@@ -45,11 +50,7 @@ def prepare_class_images(
     settings = settings_of(config, "prior")
     folder = ensure_writable(Path(settings.data_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = {
-        "prompt": settings.prompt,
-        "image_size": str(config.data.image_size),
-        "base": content_hash(model.state_dict(), torch.float32),
-    }
+    drawn = {"prompt": settings.prompt, "image_size": str(config.data.image_size), "base": base_hash}
     _check_drawn(folder, drawn)
     free = (number for number in count() if not _path(folder, number).exists())
     missing = list(islice(free, max(0, settings.num_images - len(picture_files(folder)))))

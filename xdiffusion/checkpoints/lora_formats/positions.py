@@ -55,9 +55,7 @@ SETS = {  # component -> (ancestor classes, their linear and convolution layers)
         (("CLIPTextModel",), r".*"),
     ),
 }
-_WALKED = (
-    "GEGLU"  # a pickled list names no classes: cloneofsimo's own loader goes by the set of the attentions and this
-)
+_WALKED = 1  # of the UNet's sets: a pickled list names no classes, and cloneofsimo's own loader goes by this one
 LARGEST_JSON = 32 << 20  # bytes; rank 4 for Stable Diffusion takes 18 MB
 MOST_NUMBERS, MOST_LISTS = 1 << 22, 1 << 19  # in it, of which Python holds each; that one has 797,184 and 100,000
 Pairs = Sequence[tuple[Tensor, Tensor]]  # of (up, down)
@@ -150,7 +148,7 @@ def write_cloneofsimo_pt(lora: LoRAFile, path: Path, names: LayerTable | None) -
         raise CheckpointError(
             "cloneofsimo's list is for Stable Diffusion 1.x and 2.x; the list of a model is `positional`"
         )
-    parts, text_path = _in_old_order(lora, names, at_least=_WALKED), _sibling(path, "text_encoder")
+    parts, text_path = _in_old_order(lora, names, smallest_unet=_WALKED), _sibling(path, "text_encoder")
     if "text_encoder" in parts:
         _save_list(parts["text_encoder"][1], text_path)
     else:
@@ -258,11 +256,11 @@ def _sd_table_for(lora: LoRAFile) -> LayerTable:
 
 
 def _in_old_order(
-    lora: LoRAFile, names: LayerTable | None, at_least: str = ""
+    lora: LoRAFile, names: LayerTable | None, smallest_unet: int = 0
 ) -> dict[str, tuple[tuple[str, ...], Pairs]]:
     """component -> (ancestor classes, pairs) of the smallest set that has the component's modules.
 
-    at_least: a class that the UNet's set must have.
+    smallest_unet: the place in SETS of the first set that a UNet may have.
     """
     table = names or _sd_table_for(lora)
     stray = _stray(lora, table)
@@ -274,10 +272,9 @@ def _in_old_order(
     for component in COMPONENTS:
         wanted = {name for name in lora.modules if component_of(name) == component}
         if wanted:
-            sets = zip((classes for classes, _ in SETS[component]), _old_orders(component, table))
-            fitting = [(classes, order) for classes, order in sets if wanted <= order.keys()]
-            walked = [found for found in fitting if component != "unet" or at_least in (*found[0], "")]
-            classes, order = (walked or fitting)[0]
+            sets = list(zip((classes for classes, _ in SETS[component]), _old_orders(component, table)))
+            allowed = sets[smallest_unet:] if component == "unet" else sets
+            classes, order = next(found for found in allowed if wanted <= found[1].keys())
             result[component] = classes, _with_zeros(lora, order)
     return result
 
