@@ -4,7 +4,7 @@ Keys are `base_model.model.<path>.lora_A.weight`; scaling is lora_alpha / r or, 
 where rank_pattern and alpha_pattern name the modules that differ. A LoRA of a pipeline goes to `unet/` and
 `text_encoder/` below the folder; one of any other model into the folder itself. The text encoder's keys are written as
 transformers 5 names its modules, without `text_model.`, and read with it too; with transformers 4 peft takes them by
-`PeftModel.from_pretrained(..., key_mapping={"^encoder": "text_model.encoder"})`.
+`PeftModel.from_pretrained(..., key_mapping={"^encoder": "text_model.encoder"})` (peft 0.16 and later).
 """
 
 from __future__ import annotations
