@@ -60,7 +60,18 @@ def load_model(
         model = build_model(config, without_weights=True)
     model.set_precision(dtype)
     load_weights(model, file)
+    if file.words:
+        _add_words(model, file)
     return model.eval().requires_grad_(False), config
+
+
+def _add_words(model: DiffusionModel, file: ModelFile) -> None:
+    """Give the text encoder the words that a pipeline's folder was saved with, and say which."""
+    try:
+        model.text_encoder.add_tokens(file.words)
+    except ValueError as error:
+        raise CheckpointError(f"{file.path}: {error}") from error
+    _to_stderr(f"{file.path} has words of its own: {', '.join(file.words)}")
 
 
 def config_of(file: ModelFile, config_path: str | Path | None = None) -> DictConfig:

@@ -1,5 +1,7 @@
 """A learned word in diffusers: the file that a run writes gives a prompt the same context there."""
 
+import json
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -8,6 +10,7 @@ from tiny_sd import tiny_sd_config, tiny_sd_model
 from xdiffusion.checkpoints.learned_tokens import save_learned_tokens
 from xdiffusion.checkpoints.native import save_model
 from xdiffusion.commands import sd
+from xdiffusion.loading import load_model
 from xdiffusion.training.settings import TextualInversionSettings
 from xdiffusion.training.textual_inversion import learn_token
 
@@ -43,3 +46,49 @@ def test_diffusers_reads_a_learned_word(base, vectors, tmp_path):
         ours, other = model.text_encoder.encode([prompt]), model.text_encoder.encode(["a photo of red cat, large"])
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
     assert (ours - other).abs().max() > 0.01
+
+
+@pytest.fixture
+def saved(base, tmp_path):
+    """A pipeline of diffusers that was saved with words of its own, one of three vectors, and the folder."""
+    _, folder = base
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    added = ["<cat>", "<cat>_1", "<cat>_2", "dog_toy"]
+    assert pipeline.tokenizer.add_tokens(added) == 4
+    pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    with torch.no_grad():
+        rows = pipeline.text_encoder.get_input_embeddings().weight[-64:]
+        rows.copy_(torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)))
+    pipeline.save_pretrained(tmp_path / "saved")
+    return pipeline, tmp_path / "saved"
+
+
+def names_in_the_tokenizer(folder, form):
+    """Leave the added words to one of the files by which versions of transformers name them."""
+    tokenizer = folder / "tokenizer"
+    named = {
+        token["id"]: token["content"]
+        for token in json.loads((tokenizer / "tokenizer.json").read_text())["added_tokens"]
+    }
+    if form != "tokenizer.json":
+        (tokenizer / "tokenizer.json").unlink()
+    if form == "added_tokens.json":
+        (tokenizer / form).write_text(json.dumps({name: i for i, name in named.items()}))
+    if form == "tokenizer_config.json":
+        decoder = {"added_tokens_decoder": {str(i): {"content": name} for i, name in named.items()}}
+        (tokenizer / form).write_text(json.dumps(json.loads((tokenizer / form).read_text()) | decoder))
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+def test_words_that_a_pipeline_was_saved_with_are_read(saved, form, capsys):
+    pipeline, folder = saved
+    names_in_the_tokenizer(folder, form)
+    model, _ = load_model(folder)
+    assert f"{folder} has words of its own: <cat>, dog_toy" in capsys.readouterr().err
+    assert {name: len(rows) for name, rows in model.text_encoder.learned_tokens().items()} == {"<cat>": 3, "dog_toy": 1}
+    for prompt in ("a photo of <cat>, large", "dog_toy and <cat>", "a red cat"):
+        with torch.no_grad():
+            theirs, _ = pipeline.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=False)
+            torch.testing.assert_close(model.text_encoder.encode([prompt]), theirs, rtol=1e-4, atol=1e-5)
+    plain = model.text_encoder.encode(["a photo of cat, large"])
+    assert (model.text_encoder.encode(["a photo of <cat>, large"]) - plain).abs().max() > 0.01

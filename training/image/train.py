@@ -220,6 +220,11 @@ def base_file(config: DictConfig, args: argparse.Namespace, *, says: bool) -> Mo
     check_same_architecture(config, file)
     for choice in choices_of_run(config, file) if says else ():
         print(f"{file.path}: {choice}, by which this run goes", file=sys.stderr)
+    if says and file.words:
+        print(
+            f"{file.path}: its words {', '.join(file.words)} are left out: a run has those that it learns",
+            file=sys.stderr,
+        )
     return file
 
 

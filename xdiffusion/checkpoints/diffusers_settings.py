@@ -212,15 +212,8 @@ def text_encoder_settings(text: Mapping[str, Any]) -> dict[str, Any]:
 def text_encoder_from(clip: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """`model.text_encoder` of a CLIPTextModel's config.json, whose weights have that many layers.
 
-    Raises:
-        ValueError: where words were added to it.
+    Its vocab_size may count words that were added; `added_words` reads them.
     """
-    words = clip.get("vocab_size", VOCABULARY)
-    if words != VOCABULARY:
-        raise ValueError(
-            f"vocab_size={words!r:.80}; here it can only be {VOCABULARY}: a word that was added (textual inversion) is read "
-            "from a file of its own, --learned_tokens"
-        )
     return {
         "width": clip.get("hidden_size", 512),
         "layers": layers,

@@ -50,6 +50,11 @@ class ModelFile:
     step: int
     stable_diffusion: StableDiffusionFile | None = None
 
+    @property
+    def words(self) -> Mapping[str, Tensor]:
+        """Learned words that are in it, (n, width) each: only a folder of diffusers has a place for them."""
+        return self.stable_diffusion.words if self.stable_diffusion else {}
+
 
 def package_version() -> str:
     """The installed version of xdiffusion."""

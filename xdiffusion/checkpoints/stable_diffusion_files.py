@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xdiffusion.checkpoints.added_words import take_added_words
 from xdiffusion.checkpoints.diffusers_folder import folder_tensors, read_settings
 from xdiffusion.checkpoints.diffusers_settings import config_from
 from xdiffusion.checkpoints.files import CheckpointError, is_pipeline_folder
@@ -70,6 +71,7 @@ class StableDiffusionFile:
     said: what the file says of that config, in its sections; above all the prediction and the schedule.
     guessed: the config's key that is taken by the file's name, since nothing in the file says it; "" if none is.
     unused: what an original file has, by our names, and no picture depends on: the last layer of 2.x's text encoder.
+    words: that were added to a folder's vocabulary, (n, width) each; see `added_words`.
     notes: lines to print.
     """
 
@@ -78,6 +80,7 @@ class StableDiffusionFile:
     said: Mapping[str, Any] = field(default_factory=dict)
     guessed: str = ""
     unused: Mapping[str, Tensor] = field(default_factory=dict)
+    words: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -206,7 +209,9 @@ def _read_folder(path: Path, ema: bool | None) -> StableDiffusionFile:
         said = config_from(read_settings(path), _layers(tensors))
     except ValueError as error:
         raise CheckpointError(f"{path}/{error}") from error
-    found = StableDiffusionFile(tensors, size or "sd15", said, notes=notes)  # of other sizes than the built-in ones too
+    words = take_added_words(path / "tokenizer", tensors)
+    # of other sizes than the built-in ones too
+    found = StableDiffusionFile(tensors, size or "sd15", said, words=words, notes=notes)
     return _with_prediction(path, found, said["diffusion"].get("prediction"))
 
 

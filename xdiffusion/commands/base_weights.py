@@ -21,7 +21,7 @@ from torch import Tensor
 
 from xdiffusion.checkpoints.component_names import COMPONENTS, component_of, exchange_name
 from xdiffusion.checkpoints.diffusers_folder import read_settings, weight_file
-from xdiffusion.checkpoints.diffusers_settings import config_from
+from xdiffusion.checkpoints.diffusers_settings import VOCABULARY, config_from
 from xdiffusion.checkpoints.drawn_by import drawn_by, drawn_otherwise
 from xdiffusion.checkpoints.files import (
     PICKLED,
@@ -40,6 +40,7 @@ from xdiffusion.loading import as_trained, config_of, stored_config
 from xdiffusion.lora.functional import dora_weight, merged_weight
 from xdiffusion.lora.settings import LoRAError
 
+_TABLE = "token_embedding.weight"
 TEXT_LAYERS = "text_encoder.text_model.encoder.layers."
 OF_ANY_TOOL = (SAFETENSORS, *PICKLED, ".msgpack", ".h5", ".onnx")  # endings of weight files
 Progress = Callable[[Iterable[str]], Iterable[str]]
@@ -98,15 +99,18 @@ def open_base(path: Path) -> BaseModel:
     return BaseModel(path, [file], ours)
 
 
-def config_of_base(base: BaseModel) -> Mapping[str, Any] | None:
-    """How a model is drawn, as a resolved config: of a checkpoint of ours its header's, of a pipeline's folder its settings'.
+def config_and_words(base: BaseModel) -> tuple[Mapping[str, Any] | None, Mapping[str, Tensor]]:
+    """How a model is drawn, as a resolved config, and the learned words that are in it.
+
+    The config is of a checkpoint of ours its header's, of a pipeline's folder its settings'.
 
     Raises:
         CheckpointError, ConfigError: if it says what cannot be.
     """
     if base.ours or not is_pipeline_folder(base.path):
-        return base.config()
-    return OmegaConf.to_container(config_of(load_model_file(base.path)))
+        return base.config(), {}
+    file = load_model_file(base.path)
+    return OmegaConf.to_container(config_of(file)), file.words
 
 
 def header_as_trained(base: BaseModel, lora: LoRAFile) -> dict[str, str]:
@@ -228,16 +232,25 @@ def differences(tuned: BaseModel, base: BaseModel, progress: Progress = iter) ->
     for path in (*tuned.pickled, *base.pickled):
         raise _is_pickled(path)
     theirs, ours = map(_by_common_name, (tuned, base))
-    shapes = [{common: file.shape(name) for common, (file, name) in model.items()} for model in (theirs, ours)]
+    shapes = [{common: _shape(file, name) for common, (file, name) in model.items()} for model in (theirs, ours)]
     if shapes[0] != shapes[1]:
         raise CheckpointError(f"{tuned.path} and {base.path} are models of different parts or architectures")
     for common in progress(ours):
         (their_file, their_name), (file, name) = theirs[common], ours[common]
-        delta = their_file[their_name].float() - file[name].float()
+        their_weight, weight = their_file[their_name], file[name]
+        if common.endswith(_TABLE):
+            their_weight, weight = their_weight[:VOCABULARY], weight[:VOCABULARY]
+        delta = their_weight.float() - weight.float()
         if not delta.isfinite().all():
             raise CheckpointError(f"{name} of {tuned.path} and {base.path} does not differ by finite numbers")
         if delta.any():
             yield name, delta
+
+
+def _shape(file: StoredTensors, name: str) -> tuple[int, ...]:
+    """Of a tensor; a text encoder's table is counted without the words that were added to it."""
+    rows, *rest = file.shape(name) or (0,)
+    return (min(rows, VOCABULARY) if name.endswith(_TABLE) else rows, *rest)
 
 
 def _by_common_name(model: BaseModel) -> dict[str, tuple[StoredTensors, str]]:

@@ -33,12 +33,13 @@ def fold_as_it_is(base: BaseModel, lora: LoRAFile, scale: float, output: Path, *
     if lora.base_hash and not allow_other_base:
         _check_base(lora, base.files, content_hash(base.files[0]) if base.ours else None, base.path)
 
-    def write() -> int:
+    def write() -> str:
         folded = [*filter(None, [base.files[0].metadata.get("folded_lora")]), f"{lora.path.name}:{scale:g}"]
         note = {"folded_lora": ", ".join(folded)} | header_as_trained(base, lora)
-        return fold(base, lora, scale, output, note, progress("folding"))
+        count = fold(base, lora, scale, output, note, progress("folding"))
+        return _told(base.path, lora, scale, output, count)
 
-    _with_its_words(base.path, lora, scale, output, write)
+    write_with_words(base.path, [(lora.path, lora.tokens)], output, write)
 
 
 def fold_into_original(path: Path, lora: LoRAFile, scale: float, output: Path, *, allow_other_base: bool) -> None:
@@ -53,12 +54,16 @@ def fold_into_original(path: Path, lora: LoRAFile, scale: float, output: Path, *
     if lora.base_hash and not allow_other_base:
         _check_base(lora, [file.tensors], content_hash(file.tensors, torch.float32), file.path)
 
-    def write() -> int:
+    def write() -> str:
         count = fold_into(file, lora, scale)
         write_model(file, as_trained(config, [lora.path]), output, "original")
-        return count
+        return _told(file.path, lora, scale, output, count)
 
-    _with_its_words(file.path, lora, scale, output, write)
+    write_with_words(file.path, [(file.path, file.words), (lora.path, lora.tokens)], output, write)
+
+
+def _told(base: Path, lora: LoRAFile, scale: float, output: Path, count: int) -> str:
+    return f"{output}: {base} + {scale:g} * {lora.path}, {count} layers"
 
 
 def _check_base(lora: LoRAFile, files: Sequence[Mapping[str, Tensor]], base_hash: str | None, path: Path) -> None:
@@ -71,18 +76,26 @@ def _check_base(lora: LoRAFile, files: Sequence[Mapping[str, Tensor]], base_hash
         print(f"{lora.path}: {other_form}", file=sys.stderr)
 
 
-def _with_its_words(base: Path, lora: LoRAFile, scale: float, output: Path, write: Callable[[], int]) -> None:
-    """Write a model, which returns how many layers changed, and the learned words beside it, which no model has a place for.
+def write_with_words(
+    base: Path, added: Sequence[tuple[Path, Mapping[str, Tensor]]], output: Path, write: Callable[[], str]
+) -> None:
+    """Write a model, which returns a line to print, and the learned words beside it, which no file of a model has a place for.
 
-    Those beside the base are of a LoRA that was folded into it before.
+    Args:
+        base: the words beside it, of a LoRA that was folded into it before, are written first.
+        added: further words, by the path that they are of.
+        output: of the model.
+        write: is called if nothing stands in the way.
+
+    Raises:
+        ValueError: if a tokens file stands where it would be taken for the output's.
     """
     beside = tokens_path(base)
     earlier = read_learned_tokens(beside) if beside.is_file() else {}
-    words, renamed = joined_tokens([(beside, earlier), (lora.path, lora.tokens)])
+    words, renamed = joined_tokens([(source, held) for source, held in ((beside, earlier), *added) if held])
     if not words:
         refuse_leftover(tokens_path(output))
-    count = write()
-    print(f"{output}: {base} + {scale:g} * {lora.path}, {count} layers")
+    print(write())
     if words:
         path = save_tokens_beside(output, words)
         print(

@@ -233,7 +233,7 @@ def _extract(args: argparse.Namespace) -> None:
     from xdiffusion.checkpoints.component_names import exchange_name
     from xdiffusion.checkpoints.files import content_hash
     from xdiffusion.checkpoints.lora_file import LoRAFile
-    from xdiffusion.commands.base_weights import config_of_base, differences, open_base
+    from xdiffusion.commands.base_weights import config_and_words, differences, open_base
     from xdiffusion.commands.lora_files import layer_table, progress, write
     from xdiffusion.commands.report import table
     from xdiffusion.lora.base_identity import sample_of
@@ -261,7 +261,8 @@ def _extract(args: argparse.Namespace) -> None:
     base_hash = content_hash(base.files[0]) if base.ours else None
     sample = sample_of({name: base.files[0][f"{name}.weight"] for name in modules}) if base.ours else {}
     modules = with_one_alpha(modules)
-    lora = LoRAFile(modules, base_hash=base_hash, base_sample=sample, config=config_of_base(tuned))
+    config, words = config_and_words(tuned)
+    lora = LoRAFile(modules, tokens=words, base_hash=base_hash, base_sample=sample, config=config)
     write(lora, args.output, args.to or "native", names, args.dtype)
 
 

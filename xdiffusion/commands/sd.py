@@ -52,6 +52,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     from xdiffusion.checkpoints.files import refuse_overwriting, weights_file
     from xdiffusion.checkpoints.native import load_model_file
+    from xdiffusion.commands.folding import write_with_words
     from xdiffusion.commands.sd_files import write_model
     from xdiffusion.loading import check_fits, config_of
 
@@ -68,8 +69,12 @@ def _convert(args: argparse.Namespace) -> None:
                     raise ValueError(
                         f"{file.path}: {largest}, too large for --dtype {args.dtype}; take bfloat16 or float32"
                     )
-    write_model(file, config, Path(args.output), args.to)
-    print(f"{args.output}: {len(file.tensors)} tensors, {args.to}, from {file.path}")
+
+    def write() -> str:
+        write_model(file, config, Path(args.output), args.to)
+        return f"{args.output}: {len(file.tensors)} tensors, {args.to}, from {file.path}"
+
+    write_with_words(file.path, [(file.path, file.words)], Path(args.output), write)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ SHARED_SPACE = "model.text_encoder.embed_dim"  # of texts and images: no picture
 
 
 def write_model(file: ModelFile, config: DictConfig, output: Path, layout: str) -> None:
-    """Write a model under the names of a layout.
+    """Write a model under the names of a layout, without the learned words that it may have.
 
     Args:
         file: tensors by our names.
