@@ -16,8 +16,8 @@ from xdiffusion.checkpoints.diffusers_settings import VOCABULARY
 from xdiffusion.checkpoints.files import CheckpointError, read_json
 
 _TABLE = "text_encoder.token_embedding.weight"
-Pairs = Callable[[Any], Iterable[tuple[Any, Any]]]  # a file's content -> (id, word)
-_FILES: dict[str, tuple[int, Pairs]] = {  # by name: bytes that it may have, and its pairs
+_Pairs = Callable[[Any], Iterable[tuple[Any, Any]]]  # a file's content -> (id, word)
+_FILES: dict[str, tuple[int, _Pairs]] = {  # by name: bytes that it may have, and its pairs
     "added_tokens.json": (2**20, lambda content: ((i, name) for name, i in content.items())),
     "tokenizer_config.json": (
         2**20,
