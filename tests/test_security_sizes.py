@@ -225,8 +225,10 @@ def in_itself():
         (lambda: torch.ones(2, 2).to_sparse(), "sparse_tensor, which no weights need"),
         (lambda: torch.ones(2, device="meta"), "meta_tensor_no_storage, which no weights need"),
         (lambda: torch.ones(2, dtype=torch.complex64).conj(), "ComplexFloatStorage, which no weights need"),
+        (lambda: torch.ones(1).as_strided((1,) * 65, (1,) * 65), "a tensor of 65 sides and 65 strides"),
+        (lambda: {k * (2**61 - 1): 0 for k in range(9)}, "a number of more than 60 bits as a key"),
     ],
-    ids=["shape", "sharing", "laughs", "itself", "sparse", "meta", "complex"],
+    ids=["shape", "sharing", "laughs", "itself", "sparse", "meta", "complex", "sides", "equal hashes"],
 )
 def test_a_pickle_that_claims_more_than_it_holds_is_refused(content, message, tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
@@ -240,10 +242,11 @@ def test_a_pickle_that_claims_more_than_it_holds_is_refused(content, message, tm
     [
         *("(a+)+", "(a|a)*b", "(a*)*", "a?" * 30 + "a" * 30, "(a|a)" * 30, ".*" * 20, "(", "x" * 1000),
         *("b|.*.*.*a", "(.*a|.*b|.*c)", r".*\|.*|.*[|]a.*b.*|c", "(?x)(.*a#)\n|.*b.*#(\n)", "a|" * 20),
+        *("(?x)(a+) +$", "(?x:(a+)\n+)$", "(?-i:(?x)(a+) +)$"),
     ],
 )
 def test_a_pattern_that_could_take_for_ever_is_refused(pattern):
-    with pytest.raises(ValueError, match=r"is too long, or has too many|repeats a group|is no regular expression"):
+    with pytest.raises(ValueError, match=r"is too long, or has too many|repeats a group|sets flags|is no regular expression"):
         module_pattern(pattern)
 
 

@@ -1,5 +1,8 @@
 """Files that are read and copied tensor by tensor, beside safetensors' own reader."""
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -74,3 +77,37 @@ def test_a_file_that_is_none_is_named(tmp_path):
         StoredTensors(tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="no file at"):
         StoredTensors(tmp_path / "missing.safetensors")
+
+
+def test_more_tensors_are_held_than_files_may_be_open(tmp_path, monkeypatch):
+    """Stable Diffusion has 1,130, and the usual limit of a shell is 1,024."""
+    tensors = {str(i): torch.full((3,), float(i)) for i in range(300)}
+    path = tmp_path / "many.safetensors"
+    save_file(tensors, path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        held = dict(StoredTensors(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert all(torch.equal(held[name], tensor) for name, tensor in tensors.items())
+    monkeypatch.setattr("xdiffusion.checkpoints.streaming.MAX_TENSORS", 299)
+    with pytest.raises(CheckpointError, match="holds 300 tensors; allowed are 299"):
+        StoredTensors(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists a process's maps")
+def test_a_map_lives_as_long_as_a_tensor_of_it(path):
+    def maps():
+        return sum(str(path) in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    stored = StoredTensors(path)
+    tensor = stored["b.weight"]
+    row = tensor[1]
+    del tensor
+    assert maps() == 1 and torch.equal(row, TENSORS["b.weight"][1])
+    del row
+    assert maps() == 0
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: b\.weight cannot be mapped"):
+        stored["b.weight"]

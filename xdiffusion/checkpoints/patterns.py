@@ -13,6 +13,7 @@ MAX_LENGTH = 300  # of a pattern, and of the name that is compared with it
 MAX_ALTERNATIVES = 16
 _LIMITS = {r"[*+{]": 2, r"\?": 2, r"\(": 3}  # of an alternative
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
+_FLAGS = re.compile(r"\(\?[aiLmsux-]+[:)]")  # of which x lets blanks and comments stand before a repetition
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\\\]])*\]|.", re.DOTALL)  # an escape, a set of characters, a character
 
 
@@ -27,6 +28,8 @@ def module_pattern(pattern: str) -> re.Pattern[str]:
         raise ValueError(f"{pattern[:80]!r} is too long, or has too many repetitions, groups or alternatives")
     if _REPEATED_GROUP.search(pattern):
         raise ValueError(f"{pattern[:80]!r} repeats a group, which can take for ever to compare")
+    if _FLAGS.search(pattern):
+        raise ValueError(f"{pattern[:80]!r} sets flags: a module's name needs none")
     try:
         return re.compile(pattern)
     except (re.error, OverflowError) as error:

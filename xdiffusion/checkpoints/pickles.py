@@ -22,6 +22,8 @@ from torch import Tensor
 MAX_WORK = 1_000_000  # operations, and more for what costs more; Stable Diffusion's trainer state needs 300,000
 MADE_WORK, TEXT_WORK = 10, 1 / 32  # of a name, a tensor or its storage; of a byte of text
 LONGEST_NAME = 256
+MAX_DIMENSIONS = 64  # torch's own limit, which its views do not see
+HASH_MODULUS = 2**61 - 1  # of Python's numbers
 
 STORAGES = {
     "torch.storage.UntypedStorage": torch.uint8, "torch.ByteStorage": torch.uint8, "torch.CharStorage": torch.int8,
@@ -215,11 +217,14 @@ class Unpickler:
 
 
 def _pairs(pairs: Any) -> dict[Any, Any]:
-    """A dict with keys that are quick to compare: the hash of nested tuples can take for ever."""
+    """A dict with keys that are quick to compare: the hash of nested tuples can take for ever, and all multiples of
+    HASH_MODULUS have the same."""
     made = {}
     for key, value in pairs:
         if not isinstance(key, str | int | float | None | Nothing):
             raise ValueError(f"its pickle has a {type(key).__name__} as a key")
+        if isinstance(key, int) and abs(key) >= HASH_MODULUS:
+            raise ValueError("its pickle has a number of more than 60 bits as a key")
         made[key] = value
     return made
 
@@ -229,6 +234,8 @@ def _pairs(pairs: Any) -> dict[Any, Any]:
 
 def _tensor(storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> Tensor:
     """A part of a storage; that it wants a gradient, and hooks, are forgotten."""
+    if not len(size) == len(stride) <= MAX_DIMENSIONS:
+        raise ValueError(f"it holds a tensor of {len(size):,} sides and {len(stride):,} strides")
     return storage.as_strided(size, stride, offset)
 
 

@@ -5,8 +5,11 @@ The format: 8 bytes, the header's length; the header, JSON {name: {dtype, shape,
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
+import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -22,6 +25,12 @@ _DTYPES = {
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
+MAX_TENSORS = 32_768  # a process may have 65,530 maps; Stable Diffusion has 1,130 tensors, a LoRA of XL some thousand
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
 
 class StoredTensors(Mapping[str, Tensor]):
     """The tensors of a file by name, each mapped when it is asked for and held by nobody but who asked.
@@ -33,7 +42,7 @@ class StoredTensors(Mapping[str, Tensor]):
     metadata: the strings of the file's header. entries: {dtype, shape, data_offsets} by tensor name.
 
     Raises:
-        CheckpointError: if the file is missing or no whole safetensors file.
+        CheckpointError: if the file is missing, no whole safetensors file, or one of more than MAX_TENSORS.
     """
 
     def __init__(self, path: Path):
@@ -43,6 +52,8 @@ class StoredTensors(Mapping[str, Tensor]):
             self.entries = json.loads(file.read(length))
         self._start = 8 + length
         self.metadata: dict[str, str] = self.entries.pop("__metadata__", None) or {}
+        if len(self.entries) > MAX_TENSORS:
+            raise CheckpointError(f"{path} holds {len(self.entries):,} tensors; allowed are {MAX_TENSORS:,}")
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, without reading it."""
@@ -62,8 +73,10 @@ class StoredTensors(Mapping[str, Tensor]):
                 raise CheckpointError(f"{self.path}: {name} cannot have the shape {tuple(shape)}") from error
         begin, end = (self._start + offset for offset in entry["data_offsets"])
         page = begin - begin % mmap.ALLOCATIONGRANULARITY
-        with self.path.open("rb") as file:
-            part = mmap.mmap(file.fileno(), end - page, offset=page, access=mmap.ACCESS_COPY)
+        try:
+            part = _mapped(self.path, page, end - page)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {name} cannot be mapped ({error})") from error
         return torch.frombuffer(part, dtype=dtype, count=prod(shape), offset=begin - page).view(shape)
 
     def __iter__(self) -> Iterator[str]:
@@ -71,6 +84,29 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+
+def _mapped(path: Path, offset: int, length: int) -> ctypes.Array:
+    """A private map of a part of a file, which is unmapped when nobody holds it.
+
+    Python's own `mmap` keeps the file open for each map, and a process may have 1,024 files open where Stable Diffusion has
+    1,130 tensors.
+
+    Args:
+        path: of the file.
+        offset, length: in bytes; the offset is that of a page.
+
+    Raises:
+        OSError: if the file cannot be opened or mapped.
+    """
+    with path.open("rb") as file:
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        address = _LIBC.mmap(None, length, protection, mmap.MAP_PRIVATE, file.fileno(), offset)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    part = (ctypes.c_ubyte * length).from_address(address)
+    weakref.finalize(part, _LIBC.munmap, address, length).atexit = False
+    return part
 
 
 def copy_safetensors(
