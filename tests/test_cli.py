@@ -1,12 +1,10 @@
 """The commands as a user types them: their help, what they write and what they say."""
 
-import argparse
 import json
 import math
 import re
 import resource
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -30,8 +28,7 @@ from commands import (
 from omegaconf import OmegaConf
 from PIL import Image, ImageSequence
 
-from xdiffusion import cli, scoring
-from xdiffusion.build import load_config
+from xdiffusion import scoring
 from xdiffusion.checkpoints.native import load_model_file, save_model
 from xdiffusion.evaluation.judge import train_judge
 
@@ -76,60 +73,6 @@ def test_help_lists_every_flag_and_loads_nothing_heavy(script):
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "argparse" in loaded
     assert not loaded & {"torch", "numpy", "omegaconf", "PIL", "matplotlib"}
-
-
-# --- the shared part ---
-
-
-def test_flags_beat_set_and_keep_their_type():
-    """YAML would read `no` as false, 2024 as a number, and what follows # as a comment."""
-    keys = {"precision": "training.mixed_precision", "data_dir": "data.data_dir", "compile": "training.compile"}
-    args = argparse.Namespace(precision="no", data_dir="2024", compile=False, set=["training.mixed_precision=fp16"])
-    digits = ROOT / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
-    config = load_config(digits, [*cli.overrides_from_flags(args, keys), "data.kind=image/mnist"])
-    assert (config.training.mixed_precision, config.data.data_dir, config.training.compile) == ("no", "2024", False)
-    args.data_dir = "my data # [old"
-    config = load_config(digits, [*cli.overrides_from_flags(args, keys), "data.kind=image/mnist"])
-    assert config.data.data_dir == "my data # [old"
-    args = argparse.Namespace(precision=None, data_dir=None, compile=None, set=["a=1"])
-    assert cli.overrides_from_flags(args, keys) == ["a=1"]
-
-
-def test_a_users_mistake_is_one_line_and_status_2(capsys, monkeypatch):
-    def mistaken(argv):
-        raise ValueError("first\n  second")
-
-    monkeypatch.delenv("XDIFFUSION_TRACEBACK", raising=False)
-    assert cli.run(mistaken) == 2
-    assert capsys.readouterr() == ("", "error: first second\n")
-    monkeypatch.setenv("XDIFFUSION_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="first"):
-        cli.run(mistaken)
-
-
-def test_an_error_with_a_name_without_end_is_cut(capsys):
-    def main(argv):
-        raise ValueError("a.json names\n" + "x " * 10**6 + "x" * 10**6)
-
-    assert cli.run(main) == 2
-    assert len(capsys.readouterr().err) <= cli.LONGEST_ERROR + 10
-
-
-def test_ctrl_c_is_one_line_and_status_130(capsys):
-    def stopped(argv):
-        raise KeyboardInterrupt
-
-    assert cli.run(stopped) == 130
-    assert capsys.readouterr().err == "stopped by SIGINT\n"
-
-
-def test_our_own_mistakes_keep_their_traceback():
-    with pytest.raises(ZeroDivisionError):
-        cli.run(lambda argv: 1 // 0)
-
-
-def test_the_exit_status_is_that_of_main():
-    assert (cli.run(lambda argv: None), cli.run(lambda argv: 1)) == (0, 1)
 
 
 # --- what the training command writes ---
@@ -336,11 +279,3 @@ def test_a_model_of_nan_is_one_line_and_no_picture(words, tiny_run, work_folder,
         "numbers too large for its precision\n"
     )
     assert not list(work_folder.rglob("*.png")) and not (work_folder / "out.html").exists()
-
-
-def test_a_reader_that_has_had_enough_is_no_error():
-    code = "from xdiffusion.cli import run; import sys; sys.exit(run(lambda argv: print('line\\n' * 100_000)))"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.readline()
-        process.stdout.close()
-        assert (process.wait(timeout=30), process.stderr.read()) == (0, b"")

@@ -1,5 +1,6 @@
 """YAML files with bases and overrides, and the checks that turn them into a resolved, frozen config."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from omegaconf.errors import ReadonlyConfigError
 
 from xdiffusion.build import SCHEMA, load_config
 from xdiffusion.config import resolve, with_overrides
-from xdiffusion.config_files import ConfigError, load_yaml, parse_overrides
+from xdiffusion.config_files import ConfigError, from_mapping, load_yaml, parse_overrides
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST = "data: {kind: image/digits, image_size: 16}\ndiffusion: {prediction: v}\n"
@@ -235,6 +236,40 @@ def test_a_wrong_key_or_value_is_named_with_what_is_allowed(write, assignment, m
     assert str(error.value).startswith(f"{path}: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("words", [["training.batch_size='???'"], ['training="???"'], []])
+def test_omegaconfs_missing_value_is_none(write, words):
+    with pytest.raises(ConfigError, match=r"='\?\?\?': OmegaConf's sign of a missing value is none"):
+        load_config(write(config=SMALLEST + ("" if words else "training: ???")), words)
+    with pytest.raises(ConfigError, match=r"a header: training\.seed='\?\?\?'"):
+        from_mapping({"training": {"seed": "???"}}, "a header")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("sampling.cfg_scale", "99999999999999999999", "=99999999999999999999"),
+        ("training.seed", "-9223372036854775808", "=-9223372036854775808"),
+        ("lora.rank_pattern.to_q", "1.0e300", ""),
+        ("optimizer.betas.1", f"[0.9, 0x{'f' * 9999}]", ""),
+        ("training.batch_size", f"0x{'f' * 9999}", ""),
+    ],
+)
+def test_a_number_that_no_float_holds_is_named(write, key, value, shown):
+    section, name = key.split(".")[:2]
+    value = f"{{to_q: {value}}}" if key.count(".") == 2 and "[" not in value else value
+    for path, words in (
+        (write(config=SMALLEST), [f"{section}.{name}={value}"]),
+        (write(config=SMALLEST + f"{section}: {{{name}: {value}}}"), []),
+    ):
+        with pytest.raises(ConfigError, match=rf"{re.escape(key + shown)} must be a number below 2\^63"):
+            load_config(path, words)
+
+
+def test_a_mistake_in_what_a_lora_run_lays_over_others_is_said_of_its_place(write):
+    with pytest.raises(ConfigError, match=r"lora\.training\.batchsize is unknown"):
+        load_config(write(config=WITH_LORA), ["lora.training.batchsize=5"], use_lora_training=True)
 
 
 def test_missing_keys_are_named(write):

@@ -246,7 +246,9 @@ def test_a_pickle_that_claims_more_than_it_holds_is_refused(content, message, tm
     ],
 )
 def test_a_pattern_that_could_take_for_ever_is_refused(pattern):
-    with pytest.raises(ValueError, match=r"is too long, or has too many|repeats a group|sets flags|is no regular expression"):
+    with pytest.raises(
+        ValueError, match=r"is too long, or has too many|repeats a group|sets flags|is no regular expression"
+    ):
         module_pattern(pattern)
 
 

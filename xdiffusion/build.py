@@ -134,6 +134,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), use_lora_traini
         config = with_overrides(config, of_lora, SCHEMA)
         if not isinstance(config.get("lora"), DictConfig):
             raise ConfigError(f"{path} has no section lora:, which --use_lora_training reads")
+        resolved(config, str(path))  # so that a mistake in what is laid over others is said of its own place
         config = merge(str(path), config, _laid_over(config.lora, "lora"))
     return override(config, overrides, str(path))
 

@@ -20,17 +20,19 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 USAGE_ERROR = 2
 LONGEST_ERROR = 4000  # letters
 AT_HOME = re.compile(r"^(--\w+=|)~/")  # a word of a command line
+CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # but tab, line feed and carriage return
 TEXT_FLAGS = ("--prompt", "--negative_prompt")  # whose words are no paths
 
 
 def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
-    """Call main(argv) and return its exit status; a user's mistake (ValueError) becomes one line and status 2.
+    """Call main(argv) and return its exit status; a user's mistake (ValueError), and what the system refuses (OSError), becomes
+    one line and status 2.
 
     Set XDIFFUSION_TRACEBACK=1 to see where an error was raised.
     """
@@ -38,21 +40,21 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
         # OpenMP's threads spin while they wait; by default so long that another busy process makes a step 20 times slower
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     try:
-        with _terminating():
+        with _terminating(), _plain_terminal():
             return main(argv) or 0
-    except ValueError as error:
+    except BrokenPipeError:  # the reader of the output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it flushes at its end
+        return 0
+    except (ValueError, OSError) as error:
         if os.environ.get("XDIFFUSION_TRACEBACK"):
             raise
         text = str(error)[: 2 * LONGEST_ERROR]  # names of any length that a file has chosen may be in it
-        print(f"error: {shorten(text, LONGEST_ERROR, placeholder=' ...')}", file=sys.stderr)
+        print(CONTROLS.sub("?", f"error: {shorten(text, LONGEST_ERROR, placeholder=' ...')}"), file=sys.stderr)
         return USAGE_ERROR
     except (KeyboardInterrupt, _Terminated) as stop:  # a training takes both itself from its first step on
         number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
         print(f"stopped by {number.name}", file=sys.stderr)
         return 128 + number
-    except BrokenPipeError:  # the reader of the output, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it flushes at its end
-        return 0
 
 
 class _Terminated(BaseException):
@@ -74,6 +76,33 @@ def _terminating() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class _Plain:
+    """A terminal that is given no control characters but ends of lines, tabs and a progress bar's way back to its line.
+
+    Names in files of strangers are printed, and a terminal takes some of them for commands.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(CONTROLS.sub("?", text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _plain_terminal() -> Iterator[None]:
+    """Within this block nothing that is printed can command the terminal; what goes to a file or a pipe is as it is."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_Plain(stream) if stream and stream.isatty() else stream for stream in streams)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
 
 
 class Parser(argparse.ArgumentParser):
@@ -134,6 +163,7 @@ def call_script(script: str, *arguments: object) -> str:
 
     Raises:
         ValueError: if the script failed without saying why as an error of its own.
+        KeyboardInterrupt, _Terminated: if a signal stopped it.
     """
     words = [str(a) for a in arguments]
     print(f"\n$ python {script} {shlex.join(words)}", flush=True)
@@ -141,6 +171,10 @@ def call_script(script: str, *arguments: object) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed) if "--json" in words else contextlib.nullcontext():
         status = main(words)
+    if status == 128 + signal.SIGINT:
+        raise KeyboardInterrupt
+    if status == 128 + signal.SIGTERM:
+        raise _Terminated
     if status:
         raise ValueError(f"{script} ended with status {status}")
     print(printed.getvalue(), end="")
@@ -163,7 +197,7 @@ def add_model_flags(parser: Parser) -> None:
         "optional: a checkpoint of ours carries its config; this must be of the same model, and its section sampling: is "
         "used (flags beat it); for others what they do not say"
     )
-    setting = "set a key of the section sampling:, such as sampling.sampler.eta=1; repeatable"
+    setting = "set a key of the section sampling:, such as sampling.clip_x0=false; repeatable"
     add(
         "--checkpoint",
         required=True,

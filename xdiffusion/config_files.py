@@ -24,6 +24,7 @@ MAX_BYTES = 2**16  # of a YAML file; the longest here has 2 kB
 MAX_VALUES = 2_000  # of a config with its bases; ours have 70, and each takes a tenth of a millisecond and more
 MAX_DEPTH = 16  # of sections in sections
 SUFFIXES = (".yaml", ".yml")  # of a base: one that a stranger names is none of the files that hold passwords
+LARGEST = 2**63  # no number is as large: torch's whole numbers end there, and its floats have no use for more
 MAX_FILES = 64  # that one file names under base:, and those under theirs
 
 
@@ -64,6 +65,7 @@ def _layers(path: Path, readers: tuple[Path, ...], read: list[Path], values: Ite
         raise ConfigError(f"{read[0]} names more than {MAX_FILES} files through base:")
     try:
         own = OmegaConf.load(io.StringIO(_plain_yaml(path, values)))
+        check_values(OmegaConf.to_container(own), str(path))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError, OSError) as error:
         raise ConfigError(f"{path} is not readable YAML: {one_line(error)}") from error
     bases = own.pop("base", [])
@@ -116,13 +118,18 @@ def check_values(content: Any, source: str, key: str = "value", depth: int = 0) 
     """See that a config's mappings and lists hold plain values, and count them.
 
     Raises:
-        ConfigError: for `${...}`, which OmegaConf would replace by an environment variable or another value, and for
-            nesting or numbers of values without reason.
+        ConfigError: for `${...}`, which OmegaConf would replace by an environment variable or another value, for `???`,
+            which it takes for no value, and for nesting, numbers or numbers of values without reason.
     """
     if depth > MAX_DEPTH:
         raise ConfigError(f"{source}: {key[:40]} is nested more than {MAX_DEPTH} deep")
     if isinstance(content, str) and "${" in content:
         raise ConfigError(f"{source}: {key}={content[:80]!r}: a config holds values, nothing in it is replaced")
+    if isinstance(content, str) and content == "???":
+        raise ConfigError(f"{source}: {key}={content!r}: OmegaConf's sign of a missing value is none")
+    if isinstance(content, int | float) and LARGEST <= abs(content) < math.inf:
+        shown = f"={content}" if abs(content) < 1e40 else ""  # Python does not print thousands of digits
+        raise ConfigError(f"{source}: {key}{shown} must be a number below 2^63")
     pairs = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     values = 1
     for name, value in pairs:

@@ -86,7 +86,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    from xdiffusion.build import build_data, build_model, load_config
+    from xdiffusion.build import build_data, build_model, clip_config, load_config
     from xdiffusion.training.checks import check_captions, check_together
     from xdiffusion.training.settings import check_settings
 
@@ -98,12 +98,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if adapts and not (args.load_model_weights_from_checkpoint or args.dry_run):
         what = "--use_lora_training" if args.use_lora_training else "textual_inversion:"
         raise ValueError(f"{what} adapts a trained model: name it with --load_model_weights_from_checkpoint")
+    if args.ema is not None and not args.load_model_weights_from_checkpoint:
+        raise ValueError("--ema and --no-ema are of --load_model_weights_from_checkpoint, and there is none")
 
     import torch
 
     from xdiffusion.training.processes import LostProcess, leaving_together, noticing_lost_processes
     from xdiffusion.training.trainable import describe_model, make_trainable
 
+    if trains_tiny_clip(config, args):
+        try:
+            check_settings(clip_config(config))
+        except ValueError as error:
+            raise ValueError(f"clip.{error}") from error
     sampling = sampling_of(config)
     torch.manual_seed(config.training.seed)
     if args.dry_run or "prior" in config:  # else what cannot be trained is said after hours of drawing class images
@@ -141,7 +148,7 @@ def set_up_and_train(
     from xdiffusion.training.run import run_folder, train
     from xdiffusion.training.run_record import data_fingerprint
     from xdiffusion.training.state import RunCheckpoints
-    from xdiffusion.training.text_encoder import TINY, initialise_text_encoder
+    from xdiffusion.training.text_encoder import initialise_text_encoder
     from xdiffusion.training.trainable import describe_model, make_trainable
     from xdiffusion.training.weights_files import AdapterWeights, ModelWeights, TokenWeights, check_folder
 
@@ -156,7 +163,7 @@ def set_up_and_train(
         data = build_data(config)
     check_captions(data, config, model.text_encoder.context_length)
     clip = None
-    if not args.load_model_weights_from_checkpoint and config.model.text_encoder.pretrained == TINY:
+    if trains_tiny_clip(config, args):
         clip, status = tiny_clip(config, data, process, words, force_cpu=args.force_cpu)
         if status:
             return status
@@ -184,6 +191,13 @@ def set_up_and_train(
     status = train(trainer, checkpoints, config, draw, script=SCRIPT, words=words, resume_from=args.resume_from)
     assert not adapts or content_hash(model.base_weights()) == frozen_hash, "an adapter changed its frozen base"
     return status
+
+
+def trains_tiny_clip(config: DictConfig, args: argparse.Namespace) -> bool:
+    """Whether the run begins with a tiny CLIP of its own, unless it is there already."""
+    from xdiffusion.training.text_encoder import TINY
+
+    return not args.load_model_weights_from_checkpoint and config.model.text_encoder.get("pretrained") == TINY
 
 
 def begin_process(config: DictConfig, args: argparse.Namespace) -> PartialState:

@@ -77,6 +77,11 @@ def _load(name: str, torchvision_name: str, image_size: int, data_dir: str | Non
             f"torchvision.datasets.{torchvision_name}(root=FOLDER) reads, or use --dataset_name image/digits, "
             "which needs no download"
         ) from error
+    for dataset in (train, test):
+        if len(dataset.data) != len(dataset.targets):
+            raise DatasetUnavailable(
+                f"{name} of --data_dir {root} has {len(dataset.targets):,} labels for {len(dataset.data):,} images"
+            )
     splits, classes = [_split(dataset, image_size) for dataset in (train, test)], PROMPT_TABLES[name].num_classes
     for split in splits:
         low, high = int(split.labels.min()), int(split.labels.max())
