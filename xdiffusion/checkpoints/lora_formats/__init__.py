@@ -196,6 +196,8 @@ def write_lora(
     kind, path = FORMATS[format], Path(path)
     if kind.suffix and (path.suffix in PICKLED) != (kind.suffix in PICKLED):
         raise CheckpointError(f"{path}: the format {format} is written as {kind.suffix}; name such a file")
+    if not kind.suffix and path.suffix in (SAFETENSORS, *PICKLED):
+        raise CheckpointError(f"{path}: the format {format} is a folder; name one without {path.suffix}")
     if not lora.modules:
         raise CheckpointError(f"{path} is not written: the LoRA holds no factors")
     modules = dict(lora.modules)
