@@ -227,7 +227,7 @@ def test_a_lora_of_another_base_is_a_flag(config, work_folder, capsys):
 def scored(config, monkeypatch):
     """scored(new, depth): the scores of a model that draws the pictures of its captions in the folder `new`."""
 
-    def score(new, training=None, depth=Depth(0, False, ColourTowers())):  # noqa: B008
+    def score(new, training=None, depth=Depth(0, False, ColourTowers()), num_samples=None):  # noqa: B008
         given = build_data(OmegaConf.merge(config, {"data": {"data_dir": str(new)}}))
         pictures = {given.captions[i][0]: i for i in range(len(given))}
         cut = Cut(given, (16, 16), 4)
@@ -238,9 +238,8 @@ def scored(config, monkeypatch):
         )
         model = tiny_sd_model(config)
         sampling = build_sampling(config, model.schedule) | {"batch_size": 4}
-        return score_captioned(
-            model, given, training or given, sampling, num_samples=len(given), seed=0, has_lora=False, depth=depth
-        )
+        common = {"num_samples": num_samples or len(given), "seed": 0, "has_lora": False, "depth": depth}
+        return score_captioned(model, given, training or given, sampling, **common)
 
     return score
 
@@ -269,6 +268,15 @@ def test_copies_of_training_pictures_are_told_from_new_ones(scored, config, work
     assert scores["data_copying"] == 0.5  # samples that are the held-out pictures are as near as these
     assert scores["nearest_distance"] == scores["nearest_distance_real"] > 0.1
     assert scored(work_folder / "few", other).scores["frechet_floor"] > 0.01  # of the training pictures
+
+
+@pytest.mark.parametrize(("num_samples", "real_images"), [(7, 7), (50, 9)])
+def test_the_floor_is_of_as_many_training_pictures_as_samples(num_samples, real_images, scored, config, work_folder):
+    write_discs(work_folder / "few", 3, 24, COLOURS)
+    write_pictures(work_folder / "other", [(16, 16)] * 9, ["green"], seed=1)
+    other = build_data(OmegaConf.merge(config, {"data": {"data_dir": str(work_folder / "other")}}))
+    assert scored(work_folder / "few", other, num_samples=num_samples).scores["real_images"] == real_images
+    assert "real_images" not in scored(work_folder / "few").scores
 
 
 def test_pictures_are_known_by_their_bytes(config, work_folder):

@@ -58,12 +58,17 @@ def test_a_published_model_that_cannot_be_downloaded_is_said_at_once(monkeypatch
 
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match="cannot be downloaded"):
+    with pytest.raises(
+        ValueError, match=r"cannot be downloaded .* Connect to the network, or name another one, or leave it"
+    ):
         PublishedTowers("ViT-B-32-quickgelu/openai")
+    with pytest.raises(ValueError, match="--clip: 'foo' is unknown; open_clip has for ViT-B-32: openai, "):
+        PublishedTowers("ViT-B-32/foo")
 
 
-def test_published_towers_are_open_clips(monkeypatch):
-    """A tiny model of open_clip's, under the name of a published one."""
+@pytest.mark.parametrize("centred", [False, True])
+def test_published_towers_are_open_clips(centred, monkeypatch):
+    """A tiny model of open_clip's, under the name of a published one, which may have been trained on images in [-1, 1]."""
     import open_clip
 
     settings = {
@@ -74,11 +79,15 @@ def test_published_towers_are_open_clips(monkeypatch):
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-clip", settings)
     torch.manual_seed(0)
     model = open_clip.create_model("tiny-clip")
-    monkeypatch.setattr(clip_towers, "download_open_clip_weights", lambda name, tag: model.state_dict())
+    monkeypatch.setattr(clip_towers, "download_open_clip_weights", lambda *asked: model.state_dict())
+    if centred:
+        own = {"tiny-clip": {"ours": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}}}
+        monkeypatch.setattr(open_clip.pretrained, "_PRETRAINED", own)
     towers = PublishedTowers("tiny-clip/ours")
     images = torch.rand(2, 1, 24, 24) * 2 - 1
     normalised = (images.expand(-1, 3, -1, -1) + 1) / 2
-    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    constants = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD) if not centred else ([0.5] * 3, [0.5] * 3)
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in constants)
     expected = torch.nn.functional.normalize(model.eval().encode_image((normalised - mean) / std), dim=-1)
     torch.testing.assert_close(towers.image_features(images), expected, rtol=1e-4, atol=1e-5)
     texts = torch.nn.functional.normalize(model.encode_text(open_clip.tokenize(["a", "b"])), dim=-1)

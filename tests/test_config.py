@@ -1,6 +1,5 @@
-"""YAML files with bases and overrides, and the checks that turn them into a resolved, frozen config."""
+"""Overrides and the checks that turn a config into a resolved, frozen one; how a LoRA run lays its settings over it."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from omegaconf.errors import ReadonlyConfigError
 
 from xdiffusion.build import SCHEMA, load_config
 from xdiffusion.config import resolve, with_overrides
-from xdiffusion.config_files import ConfigError, from_mapping, load_yaml, parse_overrides
+from xdiffusion.config_files import ConfigError, parse_overrides
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST = "data: {kind: image/digits, image_size: 16}\ndiffusion: {prediction: v}\n"
@@ -34,75 +33,7 @@ def plain(config) -> dict:
     return OmegaConf.to_container(config)
 
 
-# --- files ---
-
-
-def test_a_base_lies_below_the_file_that_names_it(write):
-    path = write(below="a: {x: 1, y: 2}\nlist: [1, 2]", above="base: below.yaml\na: {y: 3}\nlist: [4]")
-    assert plain(load_yaml(path)) == {"a": {"x": 1, "y": 3}, "list": [4]}
-
-
-def test_bases_are_relative_to_their_file_nested_and_later_ones_win(tmp_path, monkeypatch):
-    (tmp_path / "parts/deep").mkdir(parents=True)
-    (tmp_path / "parts/deep/root.yaml").write_text("a: 1\nb: 1\nc: 1")
-    (tmp_path / "parts/first.yaml").write_text("base: deep/root.yaml\nb: 2\nc: 2")
-    (tmp_path / "parts/second.yaml").write_text("c: 3")
-    (tmp_path / "top.yaml").write_text("base: [parts/first.yaml, parts/second.yaml]\nd: 4")
-    monkeypatch.chdir(tmp_path / "parts/deep")
-    assert plain(load_yaml(tmp_path / "top.yaml")) == {"a": 1, "b": 2, "c": 3, "d": 4}
-
-
-def test_two_files_may_share_a_base(write):
-    path = write(root="a: 1", left="base: root.yaml", right="base: root.yaml", top="base: [left.yaml, right.yaml]")
-    assert plain(load_yaml(path)) == {"a": 1}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("base: config.yaml", r"config\.yaml: reads itself through base:"),
-        ("base: absent.yaml", r"no config file at .*absent\.yaml"),
-        ("base: 5", r"config\.yaml: base=5 must be the path of a \.yaml file or a list"),
-        ("base: [5]", r"base=\[5\] must be the path"),
-        ("base:", r"base=None must be the path"),
-        ("a: [1", r"config\.yaml is not readable YAML: .*line 1"),
-        ("a: 1\na: 2", r"not readable YAML: .*duplicate key a"),
-        ("5", "it must hold a mapping of sections"),
-        ("- a\n- b", "it must hold a mapping of sections"),
-        ("base: list.yaml\na: [1]", r"config\.yaml: .*(incompatible container types|Cannot merge)"),
-    ],
-)
-def test_unusable_files_are_named(write, text, message):
-    with pytest.raises(ConfigError, match=message) as error:
-        load_yaml(write(list="a: {b: 1}", config=text))
-    assert "\n" not in str(error.value)
-
-
-def test_bytes_that_are_no_text_are_named(tmp_path):
-    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00a")
-    with pytest.raises(ConfigError, match="not readable YAML"):
-        load_yaml(tmp_path / "config.yaml")
-
-
-def test_two_files_that_name_each_other_are_a_circle(write):
-    with pytest.raises(ConfigError, match="reads itself"):
-        load_yaml(write(one="base: two.yaml", two="base: one.yaml"))
-
-
 # --- overrides ---
-
-
-def test_override_values_are_read_as_yaml():
-    overrides = parse_overrides(["a.b=1e-3", "a.c=[1,2]", "a.d=null", "e=true", 'f="no"', "a.b=2e-3", "g=x=y"])
-    assert plain(overrides) == {"a": {"b": 2e-3, "c": [1, 2], "d": None}, "e": True, "f": "no", "g": "x=y"}
-
-
-@pytest.mark.parametrize("assignment", ["novalue", "=5", "a.b=[1"])
-def test_an_unreadable_override_is_named(assignment):
-    with pytest.raises(ConfigError) as error:
-        parse_overrides(["fine=1", assignment])
-    assert repr(assignment) in str(error.value)
-    assert "fine" not in str(error.value)
 
 
 def test_a_change_of_kind_keeps_common_keys_and_drops_the_others():
@@ -236,35 +167,6 @@ def test_a_wrong_key_or_value_is_named_with_what_is_allowed(write, assignment, m
     assert str(error.value).startswith(f"{path}: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("words", [["training.batch_size='???'"], ['training="???"'], []])
-def test_omegaconfs_missing_value_is_none(write, words):
-    with pytest.raises(ConfigError, match=r"='\?\?\?': OmegaConf's sign of a missing value is none"):
-        load_config(write(config=SMALLEST + ("" if words else "training: ???")), words)
-    with pytest.raises(ConfigError, match=r"a header: training\.seed='\?\?\?'"):
-        from_mapping({"training": {"seed": "???"}}, "a header")
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "shown"),
-    [
-        ("sampling.cfg_scale", "99999999999999999999", "=99999999999999999999"),
-        ("training.seed", "-9223372036854775808", "=-9223372036854775808"),
-        ("lora.rank_pattern.to_q", "1.0e300", ""),
-        ("optimizer.betas.1", f"[0.9, 0x{'f' * 9999}]", ""),
-        ("training.batch_size", f"0x{'f' * 9999}", ""),
-    ],
-)
-def test_a_number_that_no_float_holds_is_named(write, key, value, shown):
-    section, name = key.split(".")[:2]
-    value = f"{{to_q: {value}}}" if key.count(".") == 2 and "[" not in value else value
-    for path, words in (
-        (write(config=SMALLEST), [f"{section}.{name}={value}"]),
-        (write(config=SMALLEST + f"{section}: {{{name}: {value}}}"), []),
-    ):
-        with pytest.raises(ConfigError, match=rf"{re.escape(key + shown)} must be a number below 2\^63"):
-            load_config(path, words)
 
 
 def test_a_mistake_in_what_a_lora_run_lays_over_others_is_said_of_its_place(write):

@@ -308,7 +308,7 @@ def test_open_clip_weights_arrive_under_our_names(monkeypatch):
     theirs = _build_text_tower(12, CLIPTextCfg(**sizes))
     asked = []
     monkeypatch.setattr(
-        module, "download_open_clip_weights", lambda name, tag: asked.append((name, tag)) or theirs.state_dict()
+        module, "download_open_clip_weights", lambda name, tag, *_: asked.append((name, tag)) or theirs.state_dict()
     )
     encoder = CLIPTextEncoder(**sizes, embed_dim=12)
     initialise(encoder, open_clip_config("openai"))
@@ -323,7 +323,7 @@ def test_open_clip_weights_arrive_under_our_names(monkeypatch):
 
 def test_unknown_open_clip_tags_are_named():
     encoder, _ = encoder_and_config()
-    with pytest.raises(ValueError, match="pretrained='opanai': open_clip has for ViT-B-32: openai, "):
+    with pytest.raises(ValueError, match="pretrained: 'opanai' is unknown; open_clip has for ViT-B-32: openai, "):
         initialise(encoder, open_clip_config("opanai"))
 
 

@@ -201,10 +201,11 @@ def test_the_scores_of_a_model(good_judge, tmp_path):
     scores = scored(model, tiny_images(), tmp_path)
     assert scores.keys() == {
         "prompt_accuracy", "frechet_distance", "frechet_floor", "background", "gap_closed", "seconds_per_image",
-        "judge_accuracy", "dataset", "num_samples", "seed",
+        "judge_accuracy", "dataset", "num_samples", "real_images", "seed",
     }  # fmt: skip
     assert scores["gap_closed"] is None
     assert (scores["dataset"], scores["num_samples"], scores["seed"]) == ("image/digits", 20, 0)
+    assert scores["real_images"] == 20 and scored(model, tiny_images(9), tmp_path)["real_images"] == 9
     assert 0 <= scores["prompt_accuracy"] < 0.5  # a fresh network draws noise
     assert scores["frechet_distance"] > 2 * scores["frechet_floor"] > 0
 
@@ -331,4 +332,11 @@ def test_scores_that_cannot_be_had(tmp_path):
     larger = Split(nn.functional.pad(data.train.images, (0, 4, 0, 4)), data.train.labels)
     with pytest.raises(ValueError, match=r"image/digits has images \(1, 16, 16\), the model makes \(1, 12, 12\)"):
         scored(model, ImageSet(data.name, larger, larger, data.prompts), tmp_path)
+    for kept, number, of_one_class in ((slice(5), 5, 1), (slice(10), 10, 1)):
+        few = Split(data.test.images[kept], torch.arange(10)[kept])
+        held_out = (
+            rf"has {number} held-out images, of one class at most {of_one_class}: scores with --full need at least 6"
+        )
+        with pytest.raises(ValueError, match=held_out):
+            scored(model, replace(data, test=few), tmp_path, num_samples=20, depth=Depth(full=True))
     assert list(tmp_path.iterdir()) == []

@@ -127,8 +127,9 @@ def score_captioned(
 
     scores: dict[str, Any] = dict.fromkeys(REASONS) | {"seconds_per_image": clock[0] / num_samples}
     if depth.clip is not None:
-        chosen = torch.randperm(len(compared.pictures), generator=generator)[: len(real.small)]
+        chosen = torch.randperm(len(compared.pictures), generator=generator)[:num_samples]
         known = seen(compared.batches(chosen), depth.clip) if shared == 0 else None
+        scores |= {"real_images": len(chosen)} if known else {}
         scores |= clip_scores(samples, real, known, depth.resamples, seed)
     scores |= diversity_scores(samples, real, depth.resamples, seed)
     more, neighbours = copy_scores(samples, real if shared == 0 else None, compared, depth.resamples)

@@ -112,7 +112,9 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str | None = None, **settings: Any):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        # flags are written out: what a command was is read again, from run.json and from pictures
+        shared = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(description=description, **shared, **settings)
         self.settable: str | None = None  # how the config keys begin that --set takes
         self._words: list[str] = []
 
@@ -138,7 +140,7 @@ class Parser(argparse.ArgumentParser):
         """What the user may have meant by each flag that there is not."""
         known = self.flags()
         for flag in (word.partition("=")[0] for word in self._words if word.startswith("--")):
-            if flag in known or (self.allow_abbrev and any(name.startswith(flag) for name in known)):
+            if flag in known:
                 continue
             prefix = self.settable
             keys = [key for key in _config_keys(flag) if key.startswith(prefix)][:2] if prefix is not None else []

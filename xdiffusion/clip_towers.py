@@ -71,11 +71,13 @@ class PublishedTowers(nn.Module):
             raise ValueError(
                 f"--clip {name!r} must be own, or MODEL/TAG of open_clip such as ViT-B-32-quickgelu/openai"
             )
-        weights = download_open_clip_weights(model_name, tag)
+        weights = download_open_clip_weights(model_name, tag, "--clip", "name another one, or leave it out")
         self.clip = open_clip.create_model(model_name)
         self.clip.load_state_dict(weights)
         self.tokenize = open_clip.get_tokenizer(model_name)
-        statistics = torch.tensor([open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD])
+        trained = open_clip.get_pretrained_cfg(model_name, tag)  # some were trained on images in [-1, 1]
+        mean, std = trained.get("mean"), trained.get("std")
+        statistics = torch.tensor([mean or open_clip.OPENAI_DATASET_MEAN, std or open_clip.OPENAI_DATASET_STD])
         self.register_buffer("mean_std", statistics.view(2, 1, 3, 1, 1))
         self.eval().requires_grad_(False)
 

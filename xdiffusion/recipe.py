@@ -168,7 +168,7 @@ def _values(flags: Iterable[str], words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _finder(flags: Iterable[str]) -> argparse.ArgumentParser:
-    finder = Parser(add_help=False, allow_abbrev=False)
+    finder = Parser(add_help=False)
     for flag in flags:
         finder.add_argument(f"--{flag}", action="append")
     return finder

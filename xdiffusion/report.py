@@ -112,11 +112,13 @@ def write_report(path: Path, evaluation: Evaluation, config: str, provenance: Ma
         provenance: where from the numbers are, shown as it stands.
     """
     scores = evaluation.scores
+    count = f"{scores['real_images']:,} training images" if "real_images" in scores else "real images"
+    judged = "; of the accuracy, of all held-out images" if scores.get("judge_accuracy") is not None else ""
     title = f"{scores['dataset']}: {scores['num_samples']} samples"
     tiles = [_tile(key, label, scores) for key in TILES for k, label, *_ in SCORES if k == key]
     sections = [
         f"<h1>{_text(title)}</h1><p>{_text(evaluation.about)}</p>",
-        "<p>Brackets: intervals of 95%. Real: the same score of as many real images.</p>",
+        f"<p>Brackets: intervals of 95%. Real: the same score of {count}{judged}.</p>",
         f'<div class="tiles">{"".join(tiles)}</div>',
         f"<h2>Samples</h2><p>Not chosen: the first{' of each class, in columns' if evaluation.columns else ''}.</p>",
         _samples(evaluation),

@@ -60,14 +60,14 @@ class Depth:
 class Samples(NamedTuple):
     """images: as drawn, in [-1, 1]; labels, prompts: what was asked for; seconds: of the drawing.
 
-    real: as many training images to compare with; generator: goes on from the draws above.
+    real: as many training images to compare with, or all where there are fewer; generator: goes on from the draws above.
     """
 
     images: Float[Tensor, "N C H W"]
     labels: Int[Tensor, " N"]
     prompts: list[str]
     seconds: float
-    real: Int[Tensor, " N"]
+    real: Int[Tensor, " R"]
     generator: torch.Generator
 
 
@@ -141,6 +141,7 @@ def score(
         "judge_accuracy": judge_accuracy,
         "dataset": data.name,
         "num_samples": num_samples,
+        "real_images": len(samples.real),
         "seed": seed,
     }
     suspects, curves = [], {}
@@ -162,7 +163,7 @@ def score(
 
 
 def check_fits(model: DiffusionModel, data: ImageSet, num_samples: int, full: bool) -> None:
-    """Raise ValueError for too few samples, or a data set of another image shape than the model's."""
+    """Raise ValueError for too few samples or held-out images, or a data set of another image shape than the model's."""
     fewest = max(NEIGHBOURS + 1, 2 * data.prompts.num_classes) if full else 2
     if num_samples < fewest:
         needs = "neighbours and two of each class need" if full else "a Frechet distance needs"
@@ -170,6 +171,13 @@ def check_fits(model: DiffusionModel, data: ImageSet, num_samples: int, full: bo
     shape = tuple(data.train.images.shape[1:])
     if shape != model.image_shape:
         raise ValueError(f"{data.name} has images {shape}, the model makes {model.image_shape}")
+    for which, split in {"held-out": data.test, "training": data.train}.items() if full else ():
+        number, of_one_class = len(split), int(split.labels.bincount().max())
+        if number <= NEIGHBOURS or of_one_class < 2:
+            raise ValueError(
+                f"{data.name} has {number} {which} images, of one class at most {of_one_class}: scores with --full need at "
+                f"least {NEIGHBOURS + 1}, and two of a class"
+            )
 
 
 def draw_samples(
@@ -215,7 +223,7 @@ def image_scores(
 def full_scores(
     samples: Samples, data: ImageSet, normal: ImageSet, judge: Judge, depth: Depth, seed: int
 ) -> tuple[dict[str, Any], Nearest]:
-    """Overlap, diversity, memorisation and CLIP score; `_real` is the same score of as many real training images.
+    """Overlap, diversity, memorisation and CLIP score; `_real` is the same score of the real training images.
 
     The neighbourhoods of the overlap are those of the samples and of as many held-out images, and are held fixed in
     the intervals, which are of the chance of the points in them: one that a bootstrap draws twice would shrink them.

@@ -5,17 +5,17 @@
     python sampling/image/evaluate.py --checkpoint P --lora_path L --data_dir photos --clip ViT-B-32-quickgelu/openai
 
 prompt_accuracy: share of samples in which the judge, a classifier of the real images, sees the prompted class.
-frechet_distance: between the judge's features of the samples and of the held-out images; frechet_floor: the same for as
-many real training images. background: mean brightness in [0, 1] over the pixels that are background in 99% of the images.
-gap_closed (a LoRA on an inverted set): share of the way from the base's loss there to its loss on its own images. For an
-inverted set the judge sees the samples un-inverted.
+frechet_distance: between the judge's features of the samples and of the held-out images; frechet_floor: the same for
+real_images training images, as many as samples or all that there are. background: mean brightness in [0, 1] over the pixels
+that are background in 99% of the images. gap_closed (a LoRA on an inverted set): share of the way from the base's loss there
+to its loss on its own images. For an inverted set the judge sees the samples un-inverted.
 
 --intervals adds intervals of 95%, for the chance of the samples and the held-out images, not of the training: of shares by
 counting, of other scores by the bootstrap, of gap_closed over its fixed images and noise. Held-out images that are variants
 of one digit count as one. What a score is read beside (frechet_floor, judge_accuracy, NAME_real) has none. --full adds:
 precision, recall, density and coverage of the samples' features against held-out images; diversity within a class over the
 data's; data_copying, copies and nearest_distance, a check for memorised training images; loss_curve, the held-out loss by
-log-SNR; bits_per_dim of discrete DDPMs. NAME_real is the same score of as many real images. --report writes all of it, with
+log-SNR; bits_per_dim of discrete DDPMs. NAME_real is the same score of those training images. --report writes all of it, with
 pictures, as one page.
 
 Captioned pictures without classes (image/folder, as for Stable Diffusion) have no judge. Samples of their captions have
@@ -173,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def as_text(evaluation: Evaluation) -> str:
     """A line for each score, or for why there is none."""
     lines = {key: value for key, value in evaluation.scores.items() if value is not None and key != "loss_curve"}
+    lines |= {"loss_curve": "in --json and --report"} if evaluation.curves else {}
     lines |= {key: f"none: {reason}" for key, reason in evaluation.reasons.items()}
     width = max(map(len, lines))
     return "\n".join([evaluation.about, *(f"{key:<{width}}  {value}" for key, value in lines.items())])

@@ -37,7 +37,7 @@ MAX_MEGAPIXELS = 300  # of all images; 1100 of 512x512, which take 3.6 GB
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__, allow_abbrev=False)
+    parser = Parser(__doc__)
     add_model_flags(parser)
     add_flags(parser)
     words, output_path, recipe = with_recipe(sys.argv[1:] if argv is None else argv)
@@ -99,7 +99,7 @@ def with_recipe(argv: Sequence[str]) -> tuple[list[str], str | None, Recipe | No
     Raises:
         ValueError: if the picture is none of ours.
     """
-    finder = Parser(add_help=False, allow_abbrev=False)
+    finder = Parser(add_help=False)
     finder.add_argument("--from_png", type=Path)
     finder.add_argument("--output_path")
     own, words = finder.parse_known_args(list(argv))

@@ -21,7 +21,8 @@ BINS = 16
 
 
 class LossCurve(NamedTuple):
-    """logsnr: the bins' centres; loss: their mean losses; low, high: bootstrap intervals, or empty."""
+    """logsnr: the bins' centres; loss: their mean losses; low, high: bootstrap intervals; empty where none were asked for, or
+    a bin has a single group, from which no spread can be told."""
 
     logsnr: list[float]
     loss: list[float]
@@ -60,9 +61,9 @@ def loss_curve(
     rows = [error[which == k] for k in range(bins)]
     groups = torch.arange(len(u)) if groups is None else groups
     centres = logsnr_at((torch.arange(bins) + 0.5) / bins, span)
-    bounds = (
-        [mean_interval(r, groups[which == k], resamples=resamples) for k, r in enumerate(rows)] if resamples else []
-    )
+    members = [groups[which == k] for k in range(bins)]
+    told = resamples and all(len(of.unique()) > 1 for of in members)
+    bounds = [mean_interval(r, of, resamples=resamples) for r, of in zip(rows, members)] if told else []
     return LossCurve(
         centres.tolist(), [float(r.mean()) for r in rows], [low for low, _ in bounds], [high for _, high in bounds]
     )

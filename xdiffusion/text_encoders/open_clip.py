@@ -43,12 +43,16 @@ def open_clip_text_encoder(model_name: str) -> CLIPTextEncoder:
     )
 
 
-def download_open_clip_weights(model_name: str, tag: str) -> dict[str, Float[Tensor, "..."]]:
+def download_open_clip_weights(
+    model_name: str, tag: str, asked_by: str, otherwise: str
+) -> dict[str, Float[Tensor, "..."]]:
     """The state dict of a published open_clip model, from its cache or the network.
 
     Args:
         model_name: such as "ViT-B-32-quickgelu".
         tag: of the weights, such as "openai".
+        asked_by: the key or flag that names the tag, for an error.
+        otherwise: what to do without a network, for an error.
 
     Raises:
         ValueError: if there is no such tag, or, within seconds, if the weights cannot be downloaded; the message says
@@ -58,16 +62,14 @@ def download_open_clip_weights(model_name: str, tag: str) -> dict[str, Float[Ten
 
     tags = open_clip.list_pretrained_tags_by_model(model_name)
     if tag not in tags:
-        raise ValueError(f"model.text_encoder.pretrained={tag!r}: open_clip has for {model_name}: {', '.join(tags)}")
+        raise ValueError(f"{asked_by}: {tag!r} is unknown; open_clip has for {model_name}: {', '.join(tags)}")
     try:
         with _offline_unless_reachable(), _quiet():
             return open_clip.create_model(model_name, pretrained=tag).state_dict()
     except Exception as error:  # the hub's own errors, a full disk, a damaged cache: all end here
         reason = shorten(str(error), 200, placeholder="...")
         raise ValueError(
-            f"the weights {tag!r} of {model_name} cannot be downloaded ({reason}). Connect to the network, or add "
-            "--set model.text_encoder.pretrained=null for random frozen weights, or take a config whose text encoder is "
-            "pretrained: tiny, which is trained here in under a minute"
+            f"the weights {tag!r} of {model_name} cannot be downloaded ({reason}). Connect to the network, or {otherwise}"
         ) from error
 
 

@@ -34,6 +34,10 @@ from xdiffusion.training.state import RunCheckpoints
 from xdiffusion.training.weights_files import ClipWeights
 
 TINY = "tiny"
+OTHERWISE = (
+    "add --set model.text_encoder.pretrained=null for random frozen weights, or take a config whose text encoder is "
+    "pretrained: tiny, which is trained here in under a minute"
+)
 # of the section training:, what decides over a tiny CLIP's weights
 DECISIVE = ("num_training_steps", "batch_size", "gradient_accumulation_steps", "ema_decay", "mixed_precision", "seed")
 
@@ -54,7 +58,8 @@ def initialise_text_encoder(
     if pretrained is None:
         say("text encoder: random frozen weights")
     elif slot.kind == "open_clip":
-        weights = text_encoder_from_open_clip(download_open_clip_weights(slot.model_name, pretrained))
+        published = download_open_clip_weights(slot.model_name, pretrained, "model.text_encoder.pretrained", OTHERWISE)
+        weights = text_encoder_from_open_clip(published)
         _load(encoder, weights, f"{slot.model_name}/{pretrained}")
     elif pretrained == TINY or pretrained.endswith(SAFETENSORS):
         path = tiny if pretrained == TINY else Path(pretrained)
