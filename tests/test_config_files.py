@@ -108,17 +108,17 @@ def test_omegaconfs_missing_value_is_none(write, words):
     [
         ("sampling.cfg_scale", "99999999999999999999", "=99999999999999999999"),
         ("training.seed", "-9223372036854775808", "=-9223372036854775808"),
-        ("lora.rank_pattern.to_q", "1.0e300", ""),
+        ("lora.rank_pattern.to_q", "-1" + 99 * "0", ""),
         ("optimizer.betas.1", f"[0.9, 0x{'f' * 9999}]", ""),
         ("training.batch_size", f"0x{'f' * 9999}", ""),
     ],
 )
-def test_a_number_that_no_float_holds_is_named(write, key, value, shown):
+def test_a_whole_number_that_torch_does_not_hold_is_named(write, key, value, shown):
     section, name = key.split(".")[:2]
     value = f"{{to_q: {value}}}" if key.count(".") == 2 and "[" not in value else value
     for path, words in (
         (write(config=SMALLEST), [f"{section}.{name}={value}"]),
         (write(config=SMALLEST + f"{section}: {{{name}: {value}}}"), []),
     ):
-        with pytest.raises(ConfigError, match=rf"{re.escape(key + shown)} must be a number below 2\^63"):
+        with pytest.raises(ConfigError, match=rf"{re.escape(key + shown)} must be below 2\^63"):
             load_config(path, words)

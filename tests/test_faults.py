@@ -1,7 +1,5 @@
 """What can go wrong during a run: kills, signals, full disks, lost files. The last good checkpoint is found and named."""
 
-import errno
-import fcntl
 import json
 import re
 import resource
@@ -25,7 +23,7 @@ from xdiffusion.checkpoints import files, native
 from xdiffusion.checkpoints.files import CheckpointError, save_pickled
 from xdiffusion.data import digits
 from xdiffusion.data.image_set import ImageSet
-from xdiffusion.training import folder_lock, previews, run_record, state
+from xdiffusion.training import previews, run_record, state
 from xdiffusion.training.records import Records
 from xdiffusion.training.run_record import read_run
 from xdiffusion.training.state import state_path
@@ -290,40 +288,6 @@ def test_temporary_files_of_a_killed_run_are_cleaned_away(tmp_path):
     assert run_script(TRAIN, *COMMON, "--num_training_steps", 1, "--output_path", tmp_path) == 0
     assert not any(map(Path.exists, left))
     assert all(map(Path.exists, other))
-
-
-def test_a_second_run_in_a_folder_ends_at_once_and_leaves_the_first_alone(tmp_path, capfd):
-    """Of another process too; one that is killed frees the folder."""
-    code = "import sys, time; from pathlib import Path; from xdiffusion.training.folder_lock import held\n"
-    code += "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(100)"
-    folder = tmp_path / "run"
-    words = [*COMMON, "--num_training_steps", 1, "--output_path", folder]
-    with subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, cwd=ROOT) as other:
-        assert other.stdout.readline() == b"held\n"
-        assert run_script(TRAIN, *words) == 2
-        assert capfd.readouterr().err.splitlines()[-1] == (
-            f"error: {folder} is in use by another run: wait for its end, or name another folder with --output_path"
-        )
-        assert [path.name for path in folder.iterdir()] == [".lock"]
-        other.kill()
-    assert run_script(TRAIN, *words) == 0
-    assert not (folder / ".lock").exists()
-
-
-def test_a_lock_that_its_run_has_taken_away_holds_nothing(tmp_path):
-    """Whoever opened it just before that has nothing, for a third run may have made a new one."""
-    with (tmp_path / ".lock").open("w") as file:
-        assert folder_lock._locked(file)
-        (tmp_path / ".lock").unlink()
-        assert not folder_lock._locked(file)
-
-
-def test_a_disk_without_locks_is_trained_on(tmp_path, monkeypatch):
-    def flock(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    assert run_script(TRAIN, *COMMON, "--num_training_steps", 1, "--output_path", tmp_path) == 0
 
 
 def test_a_killed_process_leaves_a_segment_that_says_running(tmp_path, monkeypatch):

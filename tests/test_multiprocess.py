@@ -14,10 +14,11 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
-from commands import ROOT, TRAIN, run_script, set_words
+from commands import ROOT, TRAIN, TRAIN_CLIP, run_script, set_words
 from test_resume import COMMON, STEPS
 
 from xdiffusion.checkpoints.files import load_safetensors
+from xdiffusion.training.folder_lock import held
 from xdiffusion.training.interruption import resuming_command
 from xdiffusion.training.processes import check_shares, spread
 from xdiffusion.training.records import read_metrics
@@ -190,13 +191,34 @@ def test_two_machines_without_a_common_disk_have_the_losses_of_one_process(tmp_p
     assert ".pt" in written[0] and written[1] == [".safetensors"]
 
 
-def test_processes_that_do_not_begin_with_the_same_are_told_so(tmp_path):
-    words = [*COMMON, "--batch_size", 8, "--output_path", tmp_path]
-    results = map(finish, start(words, words_of_last=["--dataset_name", "image/digits_inverted"]))
+@pytest.mark.parametrize(
+    ("of_last", "what"),
+    [
+        (["--dataset_name", "image/digits_inverted"], "data: [0-9a-f]*"),
+        (["--set", "optimizer.learning_rate=0.1"], "settings: [0-9a-f]*"),
+        (["--resume_from", "auto", "--output_path", "{folder}/old"], "checkpoint: step 2, [0-9a-f]*"),
+    ],
+)
+def test_processes_that_do_not_begin_with_the_same_are_told_so(of_last, what, tmp_path):
+    """Else the run would end as if all were well, with losses of no run."""
+    assert run_script(TRAIN, *COMMON, "--num_training_steps", 2, "--output_path", tmp_path / "old") == 0
+    words = [*COMMON, "--batch_size", 8, "--output_path", tmp_path / "run", "--resume_from", "auto"]
+    results = map(finish, start(words, words_of_last=[word.format(folder=tmp_path) for word in of_last]))
     for status, _, err in results:
         assert status == 2
-        assert re.search("error: the processes do not begin with the same data: .* in process 1", err.splitlines()[-1])
-    assert not list(tmp_path.glob("*.safetensors"))
+        assert re.search(f"error: the processes do not begin with the same {what} in process 1", err.splitlines()[-1])
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_a_tiny_clip_that_one_process_cannot_begin_is_a_line_in_each(tmp_path):
+    words = ["--config_path", COMMON[1], "--force_cpu", "--output_path", tmp_path / "clip.safetensors"]
+    with held(tmp_path / "clip"):
+        results = [*map(finish, start(words, script=ROOT / TRAIN_CLIP))]
+    assert [status for status, _, _ in results] == [2, 1]
+    assert "is in use by another run" in results[0][2].splitlines()[-1]
+    assert (
+        results[1][2].splitlines()[-1].startswith("error: before the first step, another process of this run is gone")
+    )
 
 
 def test_a_killed_process_ends_the_other_and_one_goes_on(tmp_path):

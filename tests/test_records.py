@@ -159,7 +159,7 @@ def test_a_picture_is_recorded(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with Records(tmp_path, 1, 9) as records:
-        records.image("samples", Image.new("RGB", (30, 20), "red"), 5)
+        records.sampled(5, Image.new("RGB", (30, 20), "red"), "sample-5.png")
     accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
     accumulator.Reload()
     (event,) = accumulator.Images("samples")

@@ -8,6 +8,7 @@ import torch
 from commands import ROOT, TRAIN, run_script, set_words
 
 from xdiffusion.checkpoints.files import load_safetensors
+from xdiffusion.training import previews
 from xdiffusion.training.records import read_metrics
 from xdiffusion.training.run_record import read_run
 
@@ -164,6 +165,48 @@ def test_going_on_from_an_earlier_step_says_what_becomes_of_the_later_ones(tmp_p
     assert f"run holds later steps, up to {STEPS}: their states are set aside, their lines leave metrics.jsonl" in error
     script = shlex.split(error.splitlines()[-1].partition("to go on: ")[2])[1]
     assert (tmp_path / script).resolve() == ROOT / TRAIN
+
+
+def test_a_file_without_its_run_says_that_the_conditions_are_not_known(tmp_path, capfd):
+    words = [*COMMON, "--num_training_steps", 2]
+    assert run_script(TRAIN, *words, "--output_path", tmp_path / "run") == 0
+    (tmp_path / "alone").mkdir()
+    for suffix in ("safetensors", "state.pt"):
+        (tmp_path / f"run/diffusion-2.{suffix}").rename(tmp_path / f"alone/diffusion-2.{suffix}")
+    words = [*COMMON, "--output_path", tmp_path / "new", "--resume_from", tmp_path / "alone/diffusion-2.safetensors"]
+    assert run_script(TRAIN, *words, "--set", "optimizer.learning_rate=1e-3") == 0
+    assert f"{tmp_path / 'alone'} holds no run.json: whether it was begun under these conditions is not known" in (
+        capfd.readouterr().err
+    )
+    (tmp_path / "new/run.json").write_text("{")
+    words = [*COMMON, "--num_training_steps", STEPS + 1, "--output_path", tmp_path / "new", "--resume_from", "auto"]
+    assert run_script(TRAIN, *words) == 2
+    assert f"the run goes on without it if {tmp_path / 'new/run.json'} is moved away" in capfd.readouterr().err
+
+
+def test_a_picture_of_an_earlier_run_does_not_stay_beside_new_weights(tmp_path, monkeypatch):
+    words = [*COMMON, "--num_training_steps", 2, "--output_path", tmp_path]
+    assert run_script(TRAIN, *words) == 0
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(previews, "draw_sample_grid", killed)
+        assert run_script(TRAIN, *words, "--seed", 5) == 130
+    assert not (tmp_path / "samples/sample-2.png").exists()
+    assert run_script(TRAIN, *words, "--seed", 5, "--resume_from", "auto") == 0
+    assert (tmp_path / "samples/sample-2.png").is_file()
+
+
+def test_no_step_left_replaces_nothing(tmp_path, capfd):
+    words = [*COMMON, "--output_path", tmp_path]
+    assert run_script(TRAIN, *words) == 0
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.*") if path.name != "run.json"}
+    few = ["--num_training_steps", 1, "--resume_from", tmp_path / "diffusion-2.safetensors"]
+    assert run_script(TRAIN, *words, *few) == 0
+    assert "has taken all of its 1 steps, and 1 more" in capfd.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_warm_up_that_never_ends_is_said(tmp_path, capfd):

@@ -225,6 +225,10 @@ def test_headers_that_lie_and_files_that_are_cut(shards, tmp_path):
         cut.write_bytes(content[:length])
         with pytest.raises(ShardError, match=r"cut\.tar"):
             list(read_shard(cut))
+    with tarfile.open(shards[0]) as tar:
+        cut.write_bytes(content[: tar.getmembers()[4].offset])  # between two samples
+    with pytest.raises(ShardError, match=r"cut\.tar.*it is cut: the blocks of zeros that end a tar are missing"):
+        list(read_shard(cut))
     lie = tarfile.TarInfo("a.png")
     lie.size = 2**40
     cut.write_bytes(lie.tobuf() + b"\0" * 1024)

@@ -86,6 +86,13 @@ def test_training_repeats_bit_for_bit_and_the_seed_matters():
     assert equal_bits(weights(first), weights(second))
 
 
+def test_no_environment_variable_divides_the_gradients(monkeypatch):
+    norms = [run(tiny_trainer(tiny_config()), 1)[0].grad_norm]
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    norms.append(run(tiny_trainer(tiny_config()), 1)[0].grad_norm)
+    assert norms[0] == norms[1]
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_two_accumulated_parts_are_the_whole_batch(lora):
     """The same images, captions, times and noise, however the batch is cut."""

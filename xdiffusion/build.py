@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from xdiffusion.config import Overlay, Section, Slot, resolve, with_home, with_overrides
 from xdiffusion.config_files import ConfigError, load_yaml, merge, parse_overrides
+from xdiffusion.places import PATHS
 from xdiffusion.signatures import Parameter, signature
 
 if TYPE_CHECKING:
@@ -66,7 +67,6 @@ TIME_GRIDS = {
 }
 INVERTED = "_inverted"
 WITH_CLASSES = ("image/digits", "image/mnist", "image/fashion_mnist", "image/cifar10")
-PATHS = ("data.data_dir", "cache.folder", "prior.data_dir", "model.text_encoder.pretrained")
 MAX_PARAMETERS = 3_000  # weight tensors of a model that is read from a file; Stable Diffusion has 1,200
 MAX_SIDE = 8192  # pixels of an image
 _PRETRAINED = Parameter("pretrained", ast.parse("str | None", mode="eval").body, "tiny")

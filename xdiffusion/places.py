@@ -7,6 +7,7 @@ from pathlib import Path
 
 OUTPUT_ROOT = Path("output")
 JUDGE_FOLDER = OUTPUT_ROOT / "judge"
+PATHS = ("data.data_dir", "cache.folder", "prior.data_dir", "model.text_encoder.pretrained")  # keys of a config
 CACHE_FOLDER = "output/cache"  # a literal: the schema of configs reads it from this source
 
 

@@ -56,23 +56,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--output_path {path} must name a .safetensors file")
 
     from xdiffusion.places import OUTPUT_ROOT
-    from xdiffusion.training.processes import leaving_together
+    from xdiffusion.training.processes import LostProcess, leaving_together, noticing_lost_processes
     from xdiffusion.training.settings import check_settings
     from xdiffusion.training.text_encoder import tiny_clip_path, train_tiny_clip
 
     check_settings(config)
     data = build_data(config)
-    with leaving_together():
-        return train_tiny_clip(
-            build_fresh_text_encoder(config),
-            config,
-            data,
-            path or tiny_clip_path(config, data, OUTPUT_ROOT),
-            script=SCRIPT,
-            words=sys.argv[1:] if argv is None else argv,
-            resume_from=args.resume_from,
-            force_cpu=args.force_cpu,
-        )
+    command = {"script": SCRIPT, "words": sys.argv[1:] if argv is None else argv, "resume_from": args.resume_from}
+    path = path or tiny_clip_path(config, data, OUTPUT_ROOT)
+    try:
+        with leaving_together(), noticing_lost_processes():
+            encoder = build_fresh_text_encoder(config)
+            return train_tiny_clip(encoder, config, data, path, **command, force_cpu=args.force_cpu)
+    except LostProcess as error:
+        print(f"error: before the first step, {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

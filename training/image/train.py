@@ -20,6 +20,7 @@ from xdiffusion.cli import Parser, add_ema_flag, add_run_flags, naming_flags, ov
 if TYPE_CHECKING:
     from accelerate import PartialState
     from omegaconf import DictConfig
+    from torch import nn
 
     from xdiffusion.checkpoints.native import ModelFile
 
@@ -144,9 +145,8 @@ def set_up_and_train(
     from xdiffusion.training.loop import Trainer
     from xdiffusion.training.previews import draw_sample_grid
     from xdiffusion.training.prior_preservation import prepare_class_images
-    from xdiffusion.training.processes import check_same_everywhere, first_ones_first
+    from xdiffusion.training.processes import first_ones_first
     from xdiffusion.training.run import run_folder, train
-    from xdiffusion.training.run_record import data_fingerprint
     from xdiffusion.training.state import RunCheckpoints
     from xdiffusion.training.text_encoder import initialise_text_encoder
     from xdiffusion.training.trainable import describe_model, make_trainable
@@ -175,10 +175,7 @@ def set_up_and_train(
         base_hash = content_hash(model.base_weights()) if adapts or "prior" in config else None
         prepare = partial(prepare_class_images, model, config, sampling, base_hash, process.device)
         class_images = prepare() if "prior" in config else None
-    if process.num_processes > 1:
-        sets = {"data": data} if class_images is None else {"data": data, "class images": class_images}
-        hashes = {what: data_fingerprint(pictures) for what, pictures in sets.items()}
-        check_same_everywhere(hashes | {"weights": content_hash(model.state_dict())})
+    check_beginning(process, config, model, data, class_images)
     make_trainable(model, config, lora=args.use_lora_training)
     rounded = config.training.half_frozen_weights and config.training.mixed_precision != "no"
     frozen_hash = content_hash(model.base_weights()) if adapts and rounded else base_hash
@@ -216,6 +213,24 @@ def begin_process(config: DictConfig, args: argparse.Namespace) -> PartialState:
     return process
 
 
+def check_beginning(
+    process: PartialState, config: DictConfig, model: nn.Module, data: Any, class_images: Any | None
+) -> None:
+    """See that all processes begin with the same settings, data and weights.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    from xdiffusion.checkpoints.files import content_hash
+    from xdiffusion.training.processes import check_same_everywhere
+    from xdiffusion.training.run_record import data_fingerprint, settings_hash
+
+    if process.num_processes > 1:
+        hashes = {"data": data_fingerprint(data), "settings": settings_hash(config)}
+        hashes |= {"class images": data_fingerprint(class_images)} if class_images is not None else {}
+        check_same_everywhere(process, hashes | {"weights": content_hash(model.state_dict())})
+
+
 def sampling_of(config: DictConfig, *, guided: bool = True) -> dict[str, Any]:
     """How the run draws pictures; see `build_sampling`."""
     from xdiffusion.build import build_sampling, build_schedule, override
@@ -251,11 +266,14 @@ def tiny_clip(
     """
     from xdiffusion.build import build_fresh_text_encoder, clip_config
     from xdiffusion.places import OUTPUT_ROOT
+    from xdiffusion.training.folder_lock import wait_until_free
     from xdiffusion.training.processes import largest
     from xdiffusion.training.text_encoder import tiny_clip_path, train_tiny_clip
 
     clip = clip_config(config)
     path = tiny_clip_path(clip, data, OUTPUT_ROOT)
+    if process.is_main_process:
+        wait_until_free(path.with_suffix(""))  # another run that has begun to train the same
     if not largest(process, int(not path.is_file())):
         return path, 0
     print(f"text encoder: no tiny CLIP at {path} yet, training it")

@@ -34,7 +34,7 @@ def tar_members(path: Path) -> Iterator[Member]:
     """The members in their order; whether their bytes are all there is not looked at.
 
     Raises:
-        tarfile.TarError, ValueError, OSError: if a header is damaged or too long.
+        tarfile.TarError, ValueError, OSError: if a header is damaged or too long, or the end is missing.
     """
     with path.open("rb") as file:
         extended: dict[str, str] = {}
@@ -55,6 +55,8 @@ def tar_members(path: Path) -> Iterator[Member]:
                 raise tarfile.ReadError(f"a member of {size} bytes")
             file.seek(start + _in_blocks(size))
             extended = {}
+        if not header:
+            raise tarfile.ReadError("it is cut: the blocks of zeros that end a tar are missing")
 
 
 def _extension(file: BinaryIO, info: tarfile.TarInfo) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,6 +38,19 @@ def held(folder: Path) -> Iterator[None]:
         finally:
             with suppress(OSError):
                 path.unlink()
+
+
+def wait_until_free(folder: Path) -> None:
+    """Wait for the end of the run that has the folder, if one has it."""
+    path, told = folder / FILE, False
+    while path.is_file():
+        with suppress(FileNotFoundError), path.open("r+") as file:
+            if _locked(file):  # by a process that is gone
+                return
+        if not told:
+            print(f"{folder} is in use by another run: waiting for its end")
+            told = True
+        time.sleep(0.5)
 
 
 def _locked(file: TextIO) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
 
 from xdiffusion.lora.formed_weights import layers_to_form
 from xdiffusion.training.clipping import clip_gradients
@@ -70,7 +71,13 @@ class Trainer:
         self.task, self.model = task, task.model.train()
         self.settings, self.optimizer_settings = task.settings, task.optimizer_settings
         AcceleratorState._reset_state()  # else a second run in this process must have the first one's precision
-        self.accelerator = Accelerator(mixed_precision=self.settings.mixed_precision, cpu=force_cpu)
+        self.accelerator = Accelerator(
+            mixed_precision=self.settings.mixed_precision,
+            cpu=force_cpu,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=1
+            ),  # else an environment variable divides
+        )
         check_shares(self.accelerator, task)
         check_can_be_sharded(task)
         check_precision(self.accelerator, self.settings)

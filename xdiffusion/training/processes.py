@@ -85,15 +85,17 @@ def in_own_order(items: Sequence[Item]) -> list[Item]:
     return [items[int(i)] for i in order]
 
 
-def check_same_everywhere(hashes: Mapping[str, str]) -> None:
+def check_same_everywhere(process: Accelerator | PartialState, hashes: Mapping[str, str]) -> None:
     """Raise ValueError where another process has another hash of the same thing; all processes call it, and all raise."""
+    if process.num_processes == 1:
+        return
     everyones = gather_object([dict(hashes)])
     for what, of_first in everyones[0].items():
         others = [str(rank) for rank, own in enumerate(everyones) if own[what] != of_first]
         if others:
             raise ValueError(
-                f"the processes do not begin with the same {what}: {everyones[int(others[0])][what][:8]} in process "
-                f"{', '.join(others)}, {of_first[:8]} in process 0; give every machine the same files"
+                f"the processes do not begin with the same {what}: {everyones[int(others[0])][what]:.24} in process "
+                f"{', '.join(others)}, {of_first:.24} in process 0; give every machine the same files and flags"
             )
 
 

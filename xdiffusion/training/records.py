@@ -32,12 +32,12 @@ class Records:
 
     Args:
         folder: of the run.
-        first_step, last_step: the steps that this process takes; a resumed run appends to what is there, dropping
+        first_step, last_step: the steps that this process takes, if any; a resumed run appends to what is there, dropping
             lines of steps that it repeats.
     """
 
     def __init__(self, folder: Path, first_step: int, last_step: int):
-        self.folder = folder
+        self.folder, self.last_step = folder, last_step
         self.metrics_path = folder / "metrics.jsonl"
         self.skipped = 0  # of the steps since TensorBoard was last told
         self._open(first_step)
@@ -53,14 +53,16 @@ class Records:
     def _open(self, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        none_taken = first_step > self.last_step
+
         def write(path: Path) -> None:
             with path.open("w") as file:
-                kept = (m for m in read_metrics(self.metrics_path) if m["step"] < first_step)
+                kept = (m for m in read_metrics(self.metrics_path) if m["step"] < first_step or none_taken)
                 file.writelines(json.dumps(m) + "\n" for m in kept)
 
         write_atomically(self.metrics_path, write)
         self.metrics = self.metrics_path.open("a", buffering=1)
-        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=None if none_taken else first_step)
 
     def go_back(self, first_step: int, line: str) -> None:
         """Forget the steps from first_step on, which the run will repeat; print why."""
@@ -86,9 +88,11 @@ class Records:
                 if getattr(metrics, name) is not None:
                     self.board.add_scalar(name, getattr(metrics, name), metrics.step)
 
-    def image(self, name: str, page: Image.Image, step: int) -> None:
-        """Record a picture."""
-        self.board.add_image(name, np.asarray(page), step, dataformats="HWC")
+    def sampled(self, step: int, page: Image.Image | None, said: str) -> None:
+        """Record the picture of a step, where it could be drawn, and print where it is or why there is none."""
+        if page is not None:
+            self.board.add_image("samples", np.asarray(page), step, dataformats="HWC")
+        self.say(f"step {step}: {said}")
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""

@@ -18,9 +18,9 @@ from xdiffusion.model import ImagesNotFinite
 from xdiffusion.places import OUTPUT_ROOT
 from xdiffusion.training.divergence import TrainingDiverged, write_report
 from xdiffusion.training.folder_lock import held
-from xdiffusion.training.interruption import Interruption, resuming_command
+from xdiffusion.training.interruption import Interruption, lasting_output, resuming_command
 from xdiffusion.training.loop import StepMetrics, Trainer, averaged, fit
-from xdiffusion.training.processes import LostProcess, largest, noticing_lost_processes
+from xdiffusion.training.processes import LostProcess, check_same_everywhere, largest, noticing_lost_processes
 from xdiffusion.training.records import Records, begin_with_metrics_of
 from xdiffusion.training.run_record import RunRecord
 from xdiffusion.training.state import RunCheckpoints
@@ -39,6 +39,8 @@ def run_folder(config: DictConfig, config_path: str, output_path: str | None, *,
     Raises:
         CheckpointError: if it cannot be written.
     """
+    if output_path == "":
+        raise CheckpointError("--output_path is empty; leave it out for the default folder")
     folder = Path(output_path) if output_path else OUTPUT_ROOT / config.data.kind / Path(config_path).stem
     if lora and not output_path:
         folder = folder / "lora"
@@ -57,7 +59,8 @@ def begin(
     if writes:
         for place in (folder, folder / "samples"):
             remove_leftovers(place)
-        earlier = checkpoints.set_aside(after=0 if moved else first_step - 1)
+        none_left = first_step > trainer.settings.num_training_steps  # so that nothing is replaced
+        earlier = [] if none_left and not moved else checkpoints.set_aside(after=0 if moved else first_step - 1)
         if earlier and (moved or first_step == 1):
             print(
                 f"{folder} holds an earlier run up to step {earlier[-1]}: its states are set aside; its metrics.jsonl, "
@@ -92,6 +95,8 @@ def begin(
     trainer.rollbacks = largest(trainer.accelerator, record.noise)  # all draw the noise that the first process knows of
     for change in record.changes:
         print(f"resumed under other conditions: {change}", file=sys.stderr)
+    if writes and first_step > 1 and not record.continues:
+        print(f"{origin} holds no run.json: whether it was begun under these conditions is not known", file=sys.stderr)
     if writes:  # not `config` where no step is left to take
         text = OmegaConf.to_yaml(OmegaConf.create(record.content["config"]))
         write_atomically(folder / "config.yaml", lambda path: path.write_text(text))
@@ -121,6 +126,7 @@ def go_back(trainer: Trainer, checkpoints: RunCheckpoints, record: RunRecord, er
     if step == 0:
         raise error
     checkpoints.resume(trainer, str(checkpoints.path(step)))
+    check_same_everywhere(trainer.accelerator, {"checkpoint": checkpoints.resumed})
     trainer.accelerator.wait_for_everyone()  # before the states of later steps have other names
     if writes:
         checkpoints.set_aside(after=step)
@@ -129,6 +135,7 @@ def go_back(trainer: Trainer, checkpoints: RunCheckpoints, record: RunRecord, er
     return step + 1
 
 
+@lasting_output()
 def train(
     trainer: Trainer,
     checkpoints: RunCheckpoints,
@@ -153,6 +160,7 @@ def train(
         CheckpointError: if another run is in the folder, or there is nothing to resume from.
     """
     first_step = 1 + (checkpoints.resume(trainer, resume_from) if resume_from else 0)
+    check_same_everywhere(trainer.accelerator, {"checkpoint": checkpoints.resumed})
     with held(checkpoints.folder) if trainer.accelerator.is_main_process else nullcontext():
         if resume_from:
             print(_where_it_goes_on(first_step, checkpoints.folder, trainer.settings.num_training_steps))
@@ -167,6 +175,7 @@ def train(
         with Interruption() as interruption:
             try:
                 number = take_steps(trainer, checkpoints, draw, record, first_step, interruption)
+                number = number or largest(trainer.accelerator, interruption.signal)  # at the last picture
             except Exception as error:
                 with suppress(CheckpointError):  # a full disk holds no record either
                     record.finish("diverged" if isinstance(error, TrainingDiverged) else "failed")
@@ -227,8 +236,9 @@ def take_steps(
                 checkpoints.raise_failure()
 
         def on_checkpoint(step: int) -> None:
-            say = lambda path: records.say(f"step {step}: {path} ({path.stat().st_size:,} bytes)")  # noqa: E731
-            checkpoints.save(trainer, step, say)
+            if writes:  # a kill would leave an earlier run's picture beside these weights
+                picture_of(step).unlink(missing_ok=True)
+            checkpoints.save(trainer, step, lambda p: records.say(f"step {step}: {p} ({p.stat().st_size:,} bytes)"))
 
         def on_sample(step: int) -> None:
             if not (writes or trainer.sharded):  # sharded weights compute in all processes together
@@ -238,9 +248,7 @@ def take_steps(
             except ImagesNotFinite as error:  # the loss decides whether the run is lost
                 page, said = None, f"no samples: {error}"
             if writes:
-                if page is not None:
-                    records.image("samples", page, step)
-                records.say(f"step {step}: {said}")
+                records.sampled(step, page, said)
 
         callbacks = {"on_step": on_step, "on_checkpoint": on_checkpoint, "on_sample": on_sample}
         if resumed := first_step - 1:

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from xdiffusion.checkpoints.files import CheckpointError, content_hash, read_json, write_atomically
 from xdiffusion.data.image_set import ImageSet
 from xdiffusion.data.shards import Shards
+from xdiffusion.places import PATHS
 
 FILE = "run.json"
 MAX_BYTES, MAX_DEPTH = 8 * 2**20, 64  # of a run.json; a start takes 1 kB
@@ -63,8 +64,8 @@ class RunRecord:
         class_images: trained on beside the data, if any.
         origin: the folder whose run.json this one continues, if it is another one.
 
-    `last_step` is kept up to date by the run; `changes`, kept in its segment, says how a resumed run differs from its segment
-    before, and `status_before` how that ended.
+    `last_step` is kept up to date by the run; `continues` says whether there is a segment before, `changes`, kept in its
+    segment, how a resumed run differs from that, and `status_before` how that ended.
     """
 
     def __init__(
@@ -114,8 +115,9 @@ class RunRecord:
         self.changes: list[str] = []
         self.status_before: str | None = None
         origin = origin or folder
-        if self.path and (origin / FILE).is_file() and first_step > 1:
-            earlier = read_run(origin)
+        self.continues = bool(self.path and (origin / FILE).is_file() and first_step > 1)
+        if self.continues:
+            earlier = _earlier(origin)
             before = earlier["segments"][-1]
             if first_step <= config.training.num_training_steps:
                 self.changes = self.segment["changes"] = differences(earlier, self.content)
@@ -162,6 +164,18 @@ class RunRecord:
             return
         text = json.dumps(self.content, indent=1) + "\n"
         write_atomically(self.path, lambda path: path.write_text(text))
+
+
+def _earlier(folder: Path) -> dict[str, Any]:
+    """The run.json of a run that goes on.
+
+    Raises:
+        CheckpointError: if it is damaged, saying how to go on without it.
+    """
+    try:
+        return read_run(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; the run goes on without it if {folder / FILE} is moved away") from error
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -280,6 +294,12 @@ def _ends(stream: io.BufferedIOBase) -> str:
             file.seek(start)
             ends.append(file.read(END_BYTES))
     return hashlib.blake2b(b"|".join([str(length).encode(), *ends]), digest_size=8).hexdigest()
+
+
+def settings_hash(config: DictConfig) -> str:
+    """Of a resolved config without its paths, which may be others on another machine."""
+    settings = {key: value for key, value in flat(OmegaConf.to_container(config)).items() if key not in PATHS}
+    return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
 
 
 def device_name(device: torch.device) -> str:

@@ -45,11 +45,12 @@ class RunCheckpoints:
 
     Attributes:
         origin: the folder of the run that was resumed last; another one where a file of it was named.
+        resumed: what was resumed last, the same in all processes of a run: a step and a hash, or "none".
     """
 
     def __init__(self, folder: Path, files: WeightsFiles):
         self.folder, self.files = folder, files
-        self.origin = folder
+        self.origin, self.resumed = folder, "none"
         self.kept = CheckpointSettings(**files.config["checkpoints"])
         self._writing: Thread | None = None
         self._error: Exception | None = None
@@ -149,6 +150,7 @@ class RunCheckpoints:
                 trainer.accelerator.scaler.load_state_dict(state["scaler"])
             trainer.watch.restore(state["losses"])
             trainer.rollbacks = int(state["rollbacks"])
+            self.resumed = f"step {state['step']}, {state['weights_hash']:.8}"
             return int(state["step"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} does not belong to this run: {error}") from error

@@ -1,0 +1,62 @@
+"""One run in a folder at a time."""
+
+import errno
+import fcntl
+import subprocess
+import sys
+from threading import Thread
+
+from commands import ROOT, TRAIN, run_script
+from test_resume import COMMON
+
+from xdiffusion.training import folder_lock
+
+
+def test_a_second_run_in_a_folder_ends_at_once_and_leaves_the_first_alone(tmp_path, capfd):
+    """Of another process too; one that is killed frees the folder."""
+    code = "import sys, time; from pathlib import Path; from xdiffusion.training.folder_lock import held\n"
+    code += "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(100)"
+    folder = tmp_path / "run"
+    words = [*COMMON, "--num_training_steps", 1, "--output_path", folder]
+    with subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, cwd=ROOT) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert run_script(TRAIN, *words) == 2
+        assert capfd.readouterr().err.splitlines()[-1] == (
+            f"error: {folder} is in use by another run: wait for its end, or name another folder with --output_path"
+        )
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+        other.kill()
+    assert run_script(TRAIN, *words) == 0
+    assert not (folder / ".lock").exists()
+
+
+def test_a_folder_that_another_run_holds_is_waited_for(tmp_path, capfd):
+    """Of the tiny CLIP that two runs begin with, and of a run that was killed."""
+    folder_lock.wait_until_free(tmp_path)
+    (tmp_path / ".lock").touch()
+    folder_lock.wait_until_free(tmp_path)
+    assert capfd.readouterr().out == ""
+    with folder_lock.held(tmp_path):
+        waiting = Thread(target=folder_lock.wait_until_free, args=[tmp_path])
+        waiting.start()
+        waiting.join(timeout=1.5)
+        assert waiting.is_alive()
+    waiting.join(timeout=30)
+    assert not waiting.is_alive()
+    assert capfd.readouterr().out == f"{tmp_path} is in use by another run: waiting for its end\n"
+
+
+def test_a_lock_that_its_run_has_taken_away_holds_nothing(tmp_path):
+    """Whoever opened it just before that has nothing, for a third run may have made a new one."""
+    with (tmp_path / ".lock").open("w") as file:
+        assert folder_lock._locked(file)
+        (tmp_path / ".lock").unlink()
+        assert not folder_lock._locked(file)
+
+
+def test_a_disk_without_locks_is_trained_on(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert run_script(TRAIN, *COMMON, "--num_training_steps", 1, "--output_path", tmp_path) == 0
