@@ -1,5 +1,7 @@
 """Starting from data: which steps are left, what xt is there, and what a mask keeps through every sampler."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from xdiffusion.samplers.ddim import sample_ddim
 from xdiffusion.samplers.dpm_solver import sample_dpm_solver
 from xdiffusion.samplers.euler import sample_euler, sample_euler_ancestral
 from xdiffusion.samplers.heun import sample_heun
-from xdiffusion.samplers.image_to_image import MaskedDenoiser, noised, steps_left, times_from
+from xdiffusion.samplers.image_to_image import MaskedDenoiser, StartImage, noised, steps_left, times_from
 from xdiffusion.samplers.time_grids import uniform_times
 
 SCHEDULE = CosineSchedule(-10, 10)
@@ -76,3 +78,25 @@ def test_noisy_samplers_end_at_what_the_mask_keeps(sampler, generator):
     end = denoiser.kept(sampler(denoiser, noised(x0, eps, SCHEDULE, TIMES), TIMES, generator=generator))
     assert torch.equal(end[..., 2:], x0[..., 2:])
     assert not torch.isclose(end[..., :2], x0[..., :2], atol=0.01).any()
+
+
+def test_kept_pixels_are_those_of_the_image_from_two_latents_on(generator):
+    """And as drawn where the latents are drawn anew; in between they pass over."""
+    start, drawn = (torch.rand(1, 3, 24, 24, generator=generator) * 2 - 1 for _ in range(2))
+    mask = torch.zeros(1, 1, 24, 24)
+    mask[..., 4:12, 4:12] = 1
+    given = StartImage(start, 0.5, mask)
+    drawn = drawn.expand(2, -1, -1, -1)
+    found = given.with_kept_pixels(drawn, (4, 6, 6))
+    torch.testing.assert_close(found[..., 4:12, 4:12], drawn[..., 4:12, 4:12])
+    own = torch.zeros(24, 24, dtype=torch.bool)
+    own[20:] = True
+    assert torch.equal(found[..., own], start.expand(2, -1, -1, -1)[..., own])
+    share = (found - start)[0, 0] / (drawn - start)[0, 0]
+    row = share[8, 11:]
+    assert (
+        (row[0] == pytest.approx(1, abs=1e-4)) and (row.diff() <= 1e-4).all() and row[-1] == pytest.approx(0, abs=1e-4)
+    )
+    assert torch.equal(replace(given, keep_pixels=False).with_kept_pixels(drawn, (4, 6, 6)), drawn)
+    assert torch.equal(StartImage(start, 0.5).with_kept_pixels(drawn, (4, 6, 6)), drawn)
+    assert torch.equal(given.with_kept_pixels(drawn, (3, 24, 24)), drawn)

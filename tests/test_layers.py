@@ -62,7 +62,7 @@ MAY_IMPORT = {
     },
     "loading": {"build", "checkpoints", "config", "config_files", "model"},
     "learned_words": {"checkpoints", "model", "text_encoders"},
-    "stable_diffusion": {"build", "checkpoints", "config_files", "loading", "lora", "model"},
+    "stable_diffusion": {"build", "checkpoints", "config_files", "loading", "lora", "model", "samplers"},
     "commands": {"build", "checkpoints", "cli", "loading", "lora", "text_encoders"},
 }
 HEAVY = {"open_clip", "accelerate", "matplotlib", "torchvision", "tensorboard"}

@@ -5,7 +5,8 @@ import torch
 from tiny import SIZE, tiny_config, tiny_model
 
 from xdiffusion.build import build_sampling
-from xdiffusion.model import ImagesNotFinite, StartImage, generate, generators_for
+from xdiffusion.model import ImagesNotFinite, generate, generators_for
+from xdiffusion.samplers.image_to_image import StartImage
 from xdiffusion.text_encoders.clip import VOCAB_SIZE
 
 PROMPTS = ["1", "2", "1"]

@@ -26,7 +26,7 @@ from xdiffusion.lora import (
     merge_lora_weights,
     set_lora_enabled,
 )
-from xdiffusion.model import StartImage
+from xdiffusion.samplers.image_to_image import StartImage
 from xdiffusion.stable_diffusion import generate, load_lora_into_models, preload_models_with_lora, save_models_lora
 
 PROMPT = "a beautiful landscape"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from commands import SAMPLE, files_in, run_script
 from omegaconf import OmegaConf
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from sd_files import write_native
 from txt2img_cases import ATTENTION, SIZE, factors, pixels, save_picture
@@ -90,6 +90,10 @@ def test_start_image_and_mask(sample, work_folder):
     none, some, masked = (pixels(f"{folder}/image-0.png") for folder in ("none", "some", "masked"))
     assert not np.array_equal(none, some)
     assert np.abs(none - masked)[:, : SIZE // 2].mean() > np.abs(none - masked)[:, -3:].mean()
+    with Image.open("start.png") as picture:
+        start = np.asarray(ImageOps.fit(picture, (SIZE, SIZE), Image.Resampling.LANCZOS)).astype(int)
+    reach = SIZE // 2 + 4  # two latents of two pixels
+    assert np.abs(masked - start)[:, reach:].max() <= 1 < np.abs(none - start)[:, reach:].max()
 
 
 def test_a_mask_may_be_white_paint_on_nothing(sample, work_folder):

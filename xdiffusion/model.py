@@ -15,7 +15,6 @@ from numbers import Integral
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ from xdiffusion.diffusion.predictions import Prediction
 from xdiffusion.diffusion.schedules import Schedule
 from xdiffusion.layers.once import computed_once
 from xdiffusion.samplers.contract import OnStep
-from xdiffusion.samplers.image_to_image import MaskedDenoiser, noised, times_from
+from xdiffusion.samplers.image_to_image import MaskedDenoiser, StartImage, noised, times_from
 
 Sampler = Callable[..., Tensor]
 PIXELS_BESIDE = 512 * 512  # of images previewed or scored at a time: a card that trains at 512 has room for them
@@ -55,48 +54,6 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if not math.isfinite(self.cfg_scale):
             raise ValueError(f"cfg_scale={self.cfg_scale} must be a finite number")
-
-
-@dataclass(frozen=True)
-class StartImage:
-    """What sampling starts from instead of noise alone.
-
-    images: (1 or B, C, H, W) in [-1, 1], of the model's image_shape.
-    strength: share of the steps that are taken, in [0, 1]: 0 gives the image back.
-    mask: (1 or B, 1, H, W), 1 where the image is drawn anew, 0 where it stays; None draws it anew everywhere.
-    """
-
-    images: Float[Tensor, "B C H W"]
-    strength: float = 0.8
-    mask: Float[Tensor, "N 1 H W"] | None = None
-
-    def check(self, image_shape: tuple[int, int, int], latent_shape: tuple[int, int, int]) -> None:
-        """See that the images and the mask are of a model's size, and that the mask selects something of its latents.
-
-        Raises:
-            ValueError: if they are not, or it does not.
-        """
-        (channels, height, width), (_, h, w) = image_shape, latent_shape
-        if tuple(self.images.shape[1:]) != (channels, height, width):
-            raise ValueError(f"the start image has shape {tuple(self.images.shape[1:])}, the model {image_shape}")
-        if self.mask is not None and tuple(self.mask.shape[1:]) != (1, height, width):
-            raise ValueError(f"the mask is {tuple(self.mask.shape[2:])} pixels, the image {(height, width)}")
-        if (mask := self.latent_mask(latent_shape)) is not None and not (mask > 0.5).flatten(1).any(1).all():
-            raise ValueError(
-                f"the mask selects nothing of the latents ({h}x{w}), so nothing would be drawn anew: it must be bright over "
-                f"at least {height // h}x{width // w} of the image's {height}x{width} pixels"
-            )
-
-    def latent_mask(self, latent_shape: tuple[int, int, int]) -> Float[Tensor, "N 1 h w"] | None:
-        """The mask at the size of what the network denoises, by nearest pixels."""
-        return None if self.mask is None else F.interpolate(self.mask.float(), size=latent_shape[1:])
-
-    def rows(self, block: slice, count: int) -> StartImage:
-        """What belongs to a block of the `count` images that are drawn; a ValueError where there are neither 1 nor `count`."""
-        given = {name: rows for name in ("images", "mask") if (rows := getattr(self, name)) is not None}
-        if wrong := {len(rows) for rows in given.values()} - {1, count}:
-            raise ValueError(f"{min(wrong)} start images or masks, not 1 nor {count}, the number of prompts")
-        return replace(self, **{name: rows.expand(count, -1, -1, -1)[block] for name, rows in given.items()})
 
 
 class ImagesNotFinite(ValueError):
@@ -281,7 +238,8 @@ def generate(
         if isinstance(guided, MaskedDenoiser):
             x0 = guided.kept(x0)  # a grid may end with a trace of noise
         images.append(_decoded(model, x0, drawn=block.start))
-    return torch.cat(images)
+    drawn = torch.cat(images)
+    return drawn if start_image is None else start_image.with_kept_pixels(drawn, model.latent_shape)
 
 
 def _decoded(model: DiffusionModel, x0: Float[Tensor, "B C H W"], drawn: int) -> Float[Tensor, "B C H W"]:

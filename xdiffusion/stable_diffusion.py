@@ -27,8 +27,9 @@ from xdiffusion.lora.adapters import remove_lora, set_lora_enabled, set_lora_sca
 from xdiffusion.lora.inject import apply_lora_to_model, check_unmerged, lora_layers
 from xdiffusion.lora.settings import DEFAULT_ADAPTER, LoRAError
 from xdiffusion.lora.weights import load_lora_weights, save_lora_weights
-from xdiffusion.model import DiffusionModel, StartImage, generators_for
+from xdiffusion.model import DiffusionModel, generators_for
 from xdiffusion.model import generate as generate_images
+from xdiffusion.samplers.image_to_image import StartImage
 
 
 class Models(TypedDict):
@@ -171,7 +172,7 @@ def generate(
         prompt: one, or several.
         models: of `preload_models_with_lora`.
         seed: image i is drawn from the noise of seed + i; dropout is off meanwhile.
-        start_image: for img2img and inpainting, see `model.StartImage`.
+        start_image: for img2img and inpainting, see `image_to_image.StartImage`.
         height, width: of the images, in pixels; None: the model's own.
         batch_size: images drawn at a time.
         sampling: keys of the config's section `sampling:`, such as steps=20, cfg_scale=7.5, negative_prompt="blurry", or

@@ -25,8 +25,9 @@ from xdiffusion.cli import SAMPLING_FLAGS, Parser, add_model_flags, positive_int
 if TYPE_CHECKING:
     import torch
 
-    from xdiffusion.model import DiffusionModel, StartImage
+    from xdiffusion.model import DiffusionModel
     from xdiffusion.recipe import Recipe
+    from xdiffusion.samplers.image_to_image import StartImage
 
     Film = list[list[torch.Tensor]]  # of each batch what is denoised, from moment to moment
 
@@ -203,9 +204,8 @@ def start_image(model: DiffusionModel, args: argparse.Namespace, steps: int) -> 
     if not args.init_image:
         return None
     from xdiffusion.data.image_files import read_picture
-    from xdiffusion.model import StartImage
     from xdiffusion.pictures import image_tensor, mask_tensor
-    from xdiffusion.samplers.image_to_image import steps_left
+    from xdiffusion.samplers.image_to_image import StartImage, steps_left
 
     strength = 0.8 if args.strength is None else args.strength
     steps_left(steps, strength)
