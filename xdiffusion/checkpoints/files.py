@@ -103,9 +103,10 @@ def ensure_writable(folder: Path) -> Path:
         CheckpointError: if it cannot be written to.
     """
     try:
-        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        there = next(p for p in (folder, *folder.absolute().parents) if p.exists() or p.is_symlink())
         if not there.is_dir():
-            raise CheckpointError(f"cannot write to {folder}: {there} is a file, not a folder")
+            what = "a file, not a folder" if there.exists() else "a link to nothing"
+            raise CheckpointError(f"cannot write to {folder}: {there} is {what}")
         with tempfile.TemporaryFile(dir=there):
             return folder
     except OSError as error:
