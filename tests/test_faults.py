@@ -115,10 +115,11 @@ def test_a_tiny_clip_that_diverges_writes_nothing(tmp_path, capfd):
     assert json.loads((tmp_path / "clip/run.json").read_text())["segments"][0]["status"] == "diverged"
 
 
-@pytest.mark.parametrize("name", ["folder", "clip.pt", "closed/clip.safetensors"])
+@pytest.mark.parametrize("name", ["folder", "clip.pt", "closed/clip.safetensors", "link/clip.safetensors"])
 def test_a_place_where_no_tiny_clip_can_be_written(name, tmp_path, capfd):
     (tmp_path / "folder").mkdir()
     (tmp_path / "closed").write_text("a file")
+    (tmp_path / "link").symlink_to("gone")
     assert run_script(TRAIN_CLIP, "--config_path", CONFIG, "--output_path", tmp_path / name) == 2
     assert str(tmp_path / name).removesuffix("/clip.safetensors") in capfd.readouterr().err.splitlines()[-1]
 
