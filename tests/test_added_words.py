@@ -9,7 +9,8 @@ from sd_files import sd_config, write_native
 
 from xdiffusion.checkpoints.files import save_safetensors
 from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
-from xdiffusion.checkpoints.lora_formats import read_lora
+from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
+from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
 from xdiffusion.checkpoints.native import load_model_file
 from xdiffusion.checkpoints.streaming import StoredTensors
 from xdiffusion.cli import run
@@ -97,11 +98,6 @@ def test_a_training_says_that_it_has_none_of_them(folder, work_folder, capsys):
         ("added_tokens.json", {"<cat>": "x"}, "added_tokens.json is damaged"),
         ("added_tokens.json", ["<cat>"], "added_tokens.json is damaged"),
         ("added_tokens.json", {"<cat>": 1e400}, "added_tokens.json is damaged"),
-        (
-            "added_tokens.json",
-            {"<cat>": 49408, "<CAT>": 49410},
-            "the learned token '<cat>' stands for other embeddings",
-        ),
         ("added_tokens.json", {" ": 49408}, "a learned token needs a name"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"49408": {}}}, "tokenizer_config.json is damaged"),
         ("tokenizer.json", {"added_tokens": [7]}, "tokenizer.json is damaged"),
@@ -117,3 +113,19 @@ def test_rows_without_a_name_are_none(folder):
     (folder / "tokenizer/added_tokens.json").unlink()
     model, _ = load_model(folder)
     assert model.text_encoder.learned_ids == {}
+
+
+def test_of_two_words_that_differ_in_capitals_the_last_is_taken(folder, words):
+    (folder / "tokenizer/added_tokens.json").write_text(json.dumps({"<Cat>": 49408, "<cat>": 49410}))
+    model, _ = load_model(folder)
+    assert torch.equal(model.text_encoder.learned_tokens()["<cat>"], words["toy"])
+
+
+def test_a_folded_folder_keeps_its_words_and_others_get_other_names(folder, words):
+    """Those of the same name and vectors are there already."""
+    factors = LoRAFactors(torch.ones(1, 36), torch.ones(16, 1), 1.0)
+    tokens = {"toy": words["toy"], "<cat>": 2 * words["<cat>"]}
+    write_lora(LoRAFile({"unet.conv_in": factors}, tokens=tokens), "lora.safetensors", "native")
+    assert run(lora_add.main, ["folder", "lora.safetensors", "out", "1", "--mode", "upl"]) == 0
+    assert_equal(load_model_file(folder.with_name("out")).words, words)
+    assert_equal(read_learned_tokens(folder.with_name("out.ti.pt")), {"<cat-2>": tokens["<cat>"]})

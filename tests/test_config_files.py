@@ -120,5 +120,5 @@ def test_a_whole_number_that_torch_does_not_hold_is_named(write, key, value, sho
         (write(config=SMALLEST), [f"{section}.{name}={value}"]),
         (write(config=SMALLEST + f"{section}: {{{name}: {value}}}"), []),
     ):
-        with pytest.raises(ConfigError, match=rf"{re.escape(key + shown)} must be below 2\^63"):
+        with pytest.raises(ConfigError, match=rf"{re.escape(key + shown)} must be between -2\^63 and 2\^63"):
             load_config(path, words)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from threading import Thread
 
-from commands import ROOT, TRAIN, run_script
+from commands import ROOT, TRAIN, run_script, set_words
 from test_resume import COMMON
 
 from xdiffusion.training import folder_lock
@@ -30,20 +30,35 @@ def test_a_second_run_in_a_folder_ends_at_once_and_leaves_the_first_alone(tmp_pa
     assert not (folder / ".lock").exists()
 
 
-def test_a_folder_that_another_run_holds_is_waited_for(tmp_path, capfd):
-    """Of the tiny CLIP that two runs begin with, and of a run that was killed."""
-    folder_lock.wait_until_free(tmp_path)
-    (tmp_path / ".lock").touch()
-    folder_lock.wait_until_free(tmp_path)
-    assert capfd.readouterr().out == ""
-    with folder_lock.held(tmp_path):
-        waiting = Thread(target=folder_lock.wait_until_free, args=[tmp_path])
-        waiting.start()
-        waiting.join(timeout=1.5)
-        assert waiting.is_alive()
-    waiting.join(timeout=30)
-    assert not waiting.is_alive()
-    assert capfd.readouterr().out == f"{tmp_path} is in use by another run: waiting for its end\n"
+def test_who_makes_a_file_is_waited_for(tmp_path, capfd):
+    path = tmp_path / "new/clip.safetensors"
+    entered = []
+
+    def make(name):
+        with folder_lock.in_turn(path):
+            entered.append(name)
+
+    with folder_lock.in_turn(path):
+        other = Thread(target=make, args=["other"])
+        other.start()
+        other.join(timeout=1.5)
+        assert other.is_alive() and not entered
+    other.join(timeout=30)
+    assert entered == ["other"]
+    assert capfd.readouterr().out == f"another run makes {path}: waiting for its end\n"
+    assert list(path.parent.iterdir()) == []
+
+
+def test_two_runs_that_need_the_same_tiny_clip_have_it_of_one_of_them(tmp_path):
+    words = ["model.text_encoder.pretrained=tiny", "clip.training.num_training_steps=30", "clip.training.batch_size=10"]
+    command = [sys.executable, ROOT / TRAIN, *COMMON, *set_words(words), "--num_training_steps", 1]
+    runs = [
+        subprocess.Popen([*map(str, command), "--output_path", name], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        for name in "ab"
+    ]
+    said = [run.communicate(timeout=120)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert sorted("training it" in text for text in said) == [False, True]
 
 
 def test_a_lock_that_its_run_has_taken_away_holds_nothing(tmp_path):

@@ -1,5 +1,6 @@
 """Two real processes (gloo, this machine) share a batch: the same losses, one writer, and no survivor that hangs."""
 
+import atexit
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from test_resume import COMMON, STEPS
 from xdiffusion.checkpoints.files import load_safetensors
 from xdiffusion.training.folder_lock import held
 from xdiffusion.training.interruption import resuming_command
-from xdiffusion.training.processes import check_shares, spread
+from xdiffusion.training.processes import LostProcess, check_shares, leaving_together, spread
 from xdiffusion.training.records import read_metrics
 from xdiffusion.training.run_record import read_run
 from xdiffusion.training.settings import TrainingSettings
@@ -253,6 +254,32 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
     assert len(steps) == 1
     assert [status for status, _, _ in results] == [143, 143]
     assert (tmp_path / f"diffusion-{steps.pop()}.state.pt").is_file()
+
+
+@pytest.mark.parametrize(("backend", "outcome", "waits"), [
+    ("gloo", 0, True), ("gloo", 1, True), ("gloo", ValueError, True), ("gloo", LostProcess, False),
+    ("cpu:gloo,cuda:nccl", 0, True), ("nccl", 1, False), ("nccl", ValueError, False), ("nccl", 130, True),
+])  # fmt: skip
+def test_a_process_that_fails_does_not_wait_for_the_others_of_nccl(backend, outcome, waits, monkeypatch):
+    """Whose way of leaving is a step of all; torchrun ends them."""
+    left, at_exit = [], []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(1))
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+
+    def work():
+        if isinstance(outcome, int):
+            return outcome
+        raise outcome("no")
+
+    if isinstance(outcome, int):
+        assert leaving_together(work) == outcome
+    else:
+        with pytest.raises(outcome):
+            leaving_together(work)
+    assert bool(left) == waits
+    assert len(at_exit) == ("nccl" in backend and not waits)
 
 
 def test_the_command_to_go_on_with(monkeypatch):

@@ -1,5 +1,6 @@
 """Files that are read and copied tensor by tensor, beside safetensors' own reader."""
 
+import os
 import resource
 from pathlib import Path
 
@@ -108,6 +109,15 @@ def test_a_map_lives_as_long_as_a_tensor_of_it(path):
     assert maps() == 1 and torch.equal(row, TENSORS["b.weight"][1])
     del row
     assert maps() == 0
-    path.unlink()
-    with pytest.raises(CheckpointError, match=r"x\.safetensors: b\.weight cannot be mapped"):
-        stored["b.weight"]
+
+
+def test_a_file_of_the_same_name_is_another_one(path):
+    """A run may rotate or replace what is being read; and nobody may read behind the end of a file, or the system ends him."""
+    stored = StoredTensors(path)
+    save_file({name: torch.zeros(1) for name in TENSORS}, path.with_name("y.safetensors"))
+    path.with_name("y.safetensors").replace(path)
+    assert torch.equal(stored["b.weight"], TENSORS["b.weight"])
+    shorter = StoredTensors(path)
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: .* cannot be mapped \(the file has become shorter\)"):
+        [shorter[name] for name in shorter]

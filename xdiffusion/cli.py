@@ -20,19 +20,24 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
+
+from xdiffusion.streams import CONTROLS, lasting_output, plain_terminal
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 USAGE_ERROR = 2
 LONGEST_ERROR = 4000  # letters
 AT_HOME = re.compile(r"^(--\w+=|)~/")  # a word of a command line
-CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # but tab, line feed and carriage return
 TEXT_FLAGS = ("--prompt", "--negative_prompt")  # whose words are no paths
 
 
-def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
+def run(
+    main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None, *, lasting: bool = False
+) -> int:
     """Call main(argv) and return its exit status; a user's mistake (ValueError), and what the system refuses (OSError), becomes
     one line and status 2.
+
+    Where it is `lasting`, as a training is, it goes on although nobody reads its output any more; else it ends then.
 
     Set XDIFFUSION_TRACEBACK=1 to see where an error was raised.
     """
@@ -40,7 +45,7 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
         # OpenMP's threads spin while they wait; by default so long that another busy process makes a step 20 times slower
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     try:
-        with _terminating(), _plain_terminal():
+        with _terminating(), plain_terminal(), lasting_output() if lasting else contextlib.nullcontext():
             return main(argv) or 0
     except BrokenPipeError:  # the reader of the output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it flushes at its end
@@ -78,33 +83,6 @@ def _terminating() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-class _Plain:
-    """A terminal that is given no control characters but ends of lines, tabs and a progress bar's way back to its line.
-
-    Names in files of strangers are printed, and a terminal takes some of them for commands.
-    """
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        return self._stream.write(CONTROLS.sub("?", text))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-@contextlib.contextmanager
-def _plain_terminal() -> Iterator[None]:
-    """Within this block nothing that is printed can command the terminal; what goes to a file or a pipe is as it is."""
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Plain(stream) if stream and stream.isatty() else stream for stream in streams)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = streams
-
-
 class Parser(argparse.ArgumentParser):
     """A command's flags; its help shows the text as written, and an error is one line, as all errors are.
 
@@ -124,7 +102,10 @@ class Parser(argparse.ArgumentParser):
             word if {before, word.partition("=")[0]} & {*TEXT_FLAGS} else AT_HOME.sub(rf"\1{Path.home()}/", word)
             for before, word in zip(["", *given], given)
         ]
-        return super().parse_known_args(self._words, namespace)
+        parsed, others = super().parse_known_args(self._words, namespace)
+        if getattr(parsed, "output_path", None) == "":  # a variable of the shell that is not set
+            self.error("--output_path is empty; leave it out for the default")
+        return parsed, others
 
     def error(self, message: str) -> NoReturn:
         meant = "".join(self._meant()) if self.add_help else ""  # without help it looks for some flags of many

@@ -65,9 +65,9 @@ def _layers(path: Path, readers: tuple[Path, ...], read: list[Path], values: Ite
         raise ConfigError(f"{read[0]} names more than {MAX_FILES} files through base:")
     try:
         own = OmegaConf.load(io.StringIO(_plain_yaml(path, values)))
-        check_values(OmegaConf.to_container(own), str(path))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError, OSError) as error:
         raise ConfigError(f"{path} is not readable YAML: {one_line(error)}") from error
+    check_values(OmegaConf.to_container(own), str(path))
     bases = own.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, Sequence) or not all(isinstance(b, str) and b.endswith(SUFFIXES) for b in bases):
@@ -129,7 +129,7 @@ def check_values(content: Any, source: str, key: str = "value", depth: int = 0) 
         raise ConfigError(f"{source}: {key}={content!r}: OmegaConf's sign of a missing value is none")
     if isinstance(content, int) and abs(content) >= LARGEST:
         shown = f"={content}" if abs(content) < 10**40 else ""  # Python does not print thousands of digits
-        raise ConfigError(f"{source}: {key}{shown} must be below 2^63")
+        raise ConfigError(f"{source}: {key}{shown} must be between -2^63 and 2^63")
     pairs = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     values = 1
     for name, value in pairs:

@@ -69,7 +69,7 @@ class DiffusionModel(nn.Module):
         autoencoder: between images and what the network denoises.
         schedule, prediction: the diffusion process and what the network outputs.
         image_shape: (C, H, W) of the images.
-        channels_last: keep the network's convolutions in NHWC memory; faster, the same mathematics.
+        channels_last: keep the network's convolutions in NHWC memory; faster on a CPU, the same mathematics.
 
     Attributes:
         offload_to: where a part goes only while it works, and the CPU otherwise; None: all stay where they are.

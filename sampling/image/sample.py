@@ -338,10 +338,10 @@ def write_film(folder: Path, model: DiffusionModel, film: Film, prompts: list[st
     from xdiffusion.pictures import grid, save_gif
 
     columns, pages = min(len(prompts), 10), []
-    for moment in zip(*film):
-        with torch.no_grad(), model.at_work(model.autoencoder):
+    with torch.no_grad(), model.at_work(model.autoencoder):
+        for moment in zip(*film):
             images = torch.cat([model.autoencoder.decode(xt.to(model.device)).float().cpu() for xt in moment])
-        pages.append(grid(images.clamp(-1, 1), prompts, columns=columns))
+            pages.append(grid(images.clamp(-1, 1), prompts, columns=columns))
     save_gif(pages, folder / "trajectory.gif")
     print(folder / "trajectory.gif")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from xdiffusion.cli import Parser, add_run_flags, naming_flags, overrides_from_flags, positive_int, run
@@ -55,23 +56,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     if path is not None and (path.suffix != ".safetensors" or path.is_dir()):
         raise ValueError(f"--output_path {path} must name a .safetensors file")
 
+    from accelerate import PartialState
+
     from xdiffusion.places import OUTPUT_ROOT
+    from xdiffusion.training.folder_lock import in_turn
     from xdiffusion.training.processes import LostProcess, leaving_together, noticing_lost_processes
     from xdiffusion.training.settings import check_settings
     from xdiffusion.training.text_encoder import tiny_clip_path, train_tiny_clip
 
     check_settings(config)
     data = build_data(config)
-    command = {"script": SCRIPT, "words": sys.argv[1:] if argv is None else argv, "resume_from": args.resume_from}
+    words = sys.argv[1:] if argv is None else argv
+    command = {"script": SCRIPT, "words": words, "resume_from": args.resume_from, "force_cpu": args.force_cpu}
     path = path or tiny_clip_path(config, data, OUTPUT_ROOT)
+
+    @noticing_lost_processes()
+    def set_up_and_train() -> int:
+        first = PartialState(cpu=args.force_cpu).is_main_process
+        with in_turn(path) if first else nullcontext():  # a run of training/image/train.py may make it too
+            return train_tiny_clip(build_fresh_text_encoder(config), config, data, path, **command)
+
     try:
-        with leaving_together(), noticing_lost_processes():
-            encoder = build_fresh_text_encoder(config)
-            return train_tiny_clip(encoder, config, data, path, **command, force_cpu=args.force_cpu)
+        return leaving_together(set_up_and_train)
     except LostProcess as error:
         print(f"error: before the first step, {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(main, lasting=True))

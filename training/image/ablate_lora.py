@@ -345,4 +345,4 @@ def mean_similarity(first: Sequence[Any], second: Sequence[Any]) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(main, lasting=True))

@@ -127,4 +127,4 @@ def scale0_identical(base: Path, lora: Path) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(main, lasting=True))

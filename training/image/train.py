@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,9 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.data.kind == "image/folder" and config.data.data_dir:
             check_captions(build_data(config), config, outline.text_encoder.context_length)
         return 0
+    work = partial(set_up_and_train, args, config, sampling, adapts, sys.argv[1:] if argv is None else argv)
     try:
-        with leaving_together(), noticing_lost_processes():
-            return set_up_and_train(args, config, sampling, adapts, sys.argv[1:] if argv is None else argv)
+        return leaving_together(noticing_lost_processes()(work))
     except LostProcess as error:
         print(f"error: before the first step, {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -266,21 +267,20 @@ def tiny_clip(
     """
     from xdiffusion.build import build_fresh_text_encoder, clip_config
     from xdiffusion.places import OUTPUT_ROOT
-    from xdiffusion.training.folder_lock import wait_until_free
+    from xdiffusion.training.folder_lock import in_turn
     from xdiffusion.training.processes import largest
     from xdiffusion.training.text_encoder import tiny_clip_path, train_tiny_clip
 
     clip = clip_config(config)
     path = tiny_clip_path(clip, data, OUTPUT_ROOT)
-    if process.is_main_process:
-        wait_until_free(path.with_suffix(""))  # another run that has begun to train the same
-    if not largest(process, int(not path.is_file())):
-        return path, 0
-    print(f"text encoder: no tiny CLIP at {path} yet, training it")
-    resume_from = "auto" if process.num_processes == 1 else None
-    command = {"script": SCRIPT, "words": words, "resume_from": resume_from, "force_cpu": force_cpu}
-    return path, train_tiny_clip(build_fresh_text_encoder(clip), clip, data, path, **command)
+    with in_turn(path) if process.is_main_process else nullcontext():  # another run may begin with the same
+        if not largest(process, int(not path.is_file())):
+            return path, 0
+        print(f"text encoder: no tiny CLIP at {path} yet, training it")
+        resume_from = "auto" if process.num_processes == 1 else None
+        command = {"script": SCRIPT, "words": words, "resume_from": resume_from, "force_cpu": force_cpu}
+        return path, train_tiny_clip(build_fresh_text_encoder(clip), clip, data, path, **command)
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(main, lasting=True))

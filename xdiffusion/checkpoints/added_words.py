@@ -48,7 +48,7 @@ def take_added_words(tokenizer: Path, tensors: dict[str, Tensor]) -> dict[str, T
         return {}
     tensors[_TABLE] = table[:VOCABULARY]
     names = {i: name for i, name in _names(tokenizer) if VOCABULARY <= i < len(table)}
-    words: dict[str, Tensor] = {}
+    words: dict[str, tuple[str, Tensor]] = {}  # of two that differ in capitals the last, as the tokenizer takes it
     end = VOCABULARY
     for first in sorted(names):
         if first < end:  # a further vector of the word before
@@ -56,8 +56,8 @@ def take_added_words(tokenizer: Path, tensors: dict[str, Tensor]) -> dict[str, T
         end = first + 1
         while names.get(end) == f"{names[first]}_{end - first}":
             end += 1
-        words[names[first]] = table[first:end]
-    return words
+        words[names[first].lower()] = names[first], table[first:end]
+    return dict(words.values())
 
 
 def _names(tokenizer: Path) -> Iterator[tuple[int, str]]:

@@ -47,9 +47,11 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __init__(self, path: Path):
         self.path = path
-        with open_safetensors(path), path.open("rb") as file:  # the first checks what the second reads
-            length = int.from_bytes(file.read(8), "little")
-            self.entries = json.loads(file.read(length))
+        with open_safetensors(path):  # which checks what is read below
+            self._file = os.open(path, os.O_RDONLY)  # kept: another file may take this one's name
+        weakref.finalize(self, os.close, self._file)
+        length = int.from_bytes(os.pread(self._file, 8, 0), "little")
+        self.entries = json.loads(os.pread(self._file, length, 8))
         self._start = 8 + length
         self.metadata: dict[str, str] = self.entries.pop("__metadata__", None) or {}
         if len(self.entries) > MAX_TENSORS:
@@ -74,7 +76,7 @@ class StoredTensors(Mapping[str, Tensor]):
         begin, end = (self._start + offset for offset in entry["data_offsets"])
         page = begin - begin % mmap.ALLOCATIONGRANULARITY
         try:
-            part = _mapped(self.path, page, end - page)
+            part = _mapped(self._file, page, end - page)
         except OSError as error:
             raise CheckpointError(f"{self.path}: {name} cannot be mapped ({error})") from error
         return torch.frombuffer(part, dtype=dtype, count=prod(shape), offset=begin - page).view(shape)
@@ -86,22 +88,23 @@ class StoredTensors(Mapping[str, Tensor]):
         return len(self.entries)
 
 
-def _mapped(path: Path, offset: int, length: int) -> ctypes.Array:
+def _mapped(file: int, offset: int, length: int) -> ctypes.Array:
     """A private map of a part of a file, which is unmapped when nobody holds it.
 
     Python's own `mmap` keeps the file open for each map, and a process may have 1,024 files open where Stable Diffusion has
     1,130 tensors.
 
     Args:
-        path: of the file.
+        file: its descriptor.
         offset, length: in bytes; the offset is that of a page.
 
     Raises:
-        OSError: if the file cannot be opened or mapped.
+        OSError: if it cannot be mapped, or has become shorter: the system kills who reads behind its end.
     """
-    with path.open("rb") as file:
-        protection = mmap.PROT_READ | mmap.PROT_WRITE
-        address = _LIBC.mmap(None, length, protection, mmap.MAP_PRIVATE, file.fileno(), offset)
+    if os.fstat(file).st_size < offset + length:
+        raise OSError("the file has become shorter")
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    address = _LIBC.mmap(None, length, protection, mmap.MAP_PRIVATE, file, offset)
     if address == ctypes.c_void_p(-1).value:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     part = (ctypes.c_ubyte * length).from_address(address)

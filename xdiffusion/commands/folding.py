@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import save_tokens_beside, tokens_path
 from xdiffusion.checkpoints.native import load_model_file
-from xdiffusion.commands.base_weights import BaseModel, fold, fold_into, header_as_trained
+from xdiffusion.commands.base_weights import BaseModel, config_and_words, fold, fold_into, header_as_trained
 from xdiffusion.commands.lora_files import progress
 from xdiffusion.commands.sd_files import write_model
 from xdiffusion.loading import as_trained, check_fits, config_of
@@ -39,7 +40,8 @@ def fold_as_it_is(base: BaseModel, lora: LoRAFile, scale: float, output: Path, *
         count = fold(base, lora, scale, output, note, progress("folding"))
         return _told(base.path, lora, scale, output, count)
 
-    write_with_words(base.path, [(lora.path, lora.tokens)], output, write)
+    _, inside = config_and_words(base) if base.path.is_dir() else (None, {})
+    write_with_words(base.path, [(lora.path, lora.tokens)], output, write, inside=inside)
 
 
 def fold_into_original(path: Path, lora: LoRAFile, scale: float, output: Path, *, allow_other_base: bool) -> None:
@@ -77,7 +79,11 @@ def _check_base(lora: LoRAFile, files: Sequence[Mapping[str, Tensor]], base_hash
 
 
 def write_with_words(
-    base: Path, added: Sequence[tuple[Path, Mapping[str, Tensor]]], output: Path, write: Callable[[], str]
+    base: Path,
+    added: Sequence[tuple[Path, Mapping[str, Tensor]]],
+    output: Path,
+    write: Callable[[], str],
+    inside: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Write a model, which returns a line to print, and the learned words beside it, which no file of a model has a place for.
 
@@ -86,13 +92,16 @@ def write_with_words(
         added: further words, by the path that they are of.
         output: of the model.
         write: is called if nothing stands in the way.
+        inside: words that the output has in itself, and that no other may be called by.
 
     Raises:
         ValueError: if a tokens file stands where it would be taken for the output's.
     """
     beside = tokens_path(base)
     earlier = read_learned_tokens(beside) if beside.is_file() else {}
-    words, renamed = joined_tokens([(source, held) for source, held in ((beside, earlier), *added) if held])
+    sources = ((base, inside), (beside, earlier), *added)
+    words, renamed = joined_tokens([(source, held) for source, held in sources if held])
+    words = {name: rows for name, rows in words.items() if name not in inside}
     if not words:
         refuse_leftover(tokens_path(output))
     print(write())

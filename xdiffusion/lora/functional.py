@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ def lora_linear(
         return plain_lora_linear(x, x, weight, bias, lora_A, lora_B, scaling)
     if x.numel() * len(weight) <= SMALL_PRODUCT:
         return F.linear(x, merged_weight(weight, lora_A, lora_B, scaling), bias)
-    return _MergedLinear.apply(x.to(_dtype_to_compute_in(x)), weight, bias, lora_A, lora_B, scaling)
+    return _merged_linear(x.to(_dtype_to_compute_in(x)), weight, bias, lora_A, lora_B, scaling)
 
 
 def plain_lora_linear(
@@ -91,7 +91,7 @@ def lora_conv(
     # convolutions reorder their weight on every call: measured, W' pays from about four times the positions on
     if _trains(weight, bias) or not merging_pays(positions // 4, weight):
         return plain_lora_conv(x, x, weight, bias, lora_A, lora_B, scaling, geometry, convolve)
-    return _MergedConv.apply(x.to(_dtype_to_compute_in(x)), weight, bias, lora_A, lora_B, scaling, geometry)
+    return _merged_conv(x.to(_dtype_to_compute_in(x)), weight, bias, lora_A, lora_B, scaling, *geometry)
 
 
 def plain_lora_conv(
@@ -266,3 +266,18 @@ def _conv_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, 
         grad, x, weight, None, *geometry, False, unpadded_output, 1, [of_input, not of_input, False]
     )
     return gradients[0 if of_input else 1]
+
+
+# torch.compile takes them as they are: tracing into an autograd.Function whose backward turns autocast off, torch 2.14
+# believes it to be off in all that follows
+
+
+@torch.compiler.allow_in_graph
+def _merged_linear(*arguments: Any) -> Tensor:
+    return _MergedLinear.apply(*arguments)
+
+
+@torch.compiler.allow_in_graph
+def _merged_conv(*arguments: Any) -> Tensor:
+    *others, stride, padding, dilation = arguments
+    return _MergedConv.apply(*others, Geometry(stride, padding, dilation))

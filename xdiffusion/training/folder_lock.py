@@ -1,4 +1,4 @@
-"""One run in a folder at a time: two would write, rotate and set aside each other's checkpoints."""
+"""One run in a folder at a time: two would write, rotate and set aside each other's checkpoints. And one that makes a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.files import CheckpointError, ensure_writable
 
 FILE = ".lock"
 
@@ -40,15 +40,26 @@ def held(folder: Path) -> Iterator[None]:
                 path.unlink()
 
 
-def wait_until_free(folder: Path) -> None:
-    """Wait for the end of the run that has the folder, if one has it."""
-    path, told = folder / FILE, False
-    while path.is_file():
-        with suppress(FileNotFoundError), path.open("r+") as file:
-            if _locked(file):  # by a process that is gone
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Within this block no other process is in one for the same path, of a file that the block makes: who comes later waits.
+
+    Raises:
+        CheckpointError: if its folder cannot be written to.
+    """
+    beside, told = path.with_suffix(FILE), False
+    ensure_writable(path.parent).mkdir(parents=True, exist_ok=True)
+    while True:
+        with beside.open("w") as file:
+            if _locked(file):
+                try:
+                    yield
+                finally:
+                    with suppress(OSError):
+                        beside.unlink()
                 return
         if not told:
-            print(f"{folder} is in use by another run: waiting for its end")
+            print(f"another run makes {path}: waiting for its end", flush=True)
             told = True
         time.sleep(0.5)
 

@@ -1,5 +1,4 @@
-"""What reaches a training from outside: signals, of which the first asks it to stop after its step and the second ends it at
-once, and the end of whoever reads its output."""
+"""SIGINT and SIGTERM during training: the first asks the run to stop after its step, the second ends it at once."""
 
 from __future__ import annotations
 
@@ -7,10 +6,9 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import Any, TextIO
 
 from xdiffusion.training.run_record import REPOSITORY
 
@@ -35,44 +33,9 @@ class Interruption:
         if self.signal:
             os._exit(128 + number)
         self.signal = number
-        with suppress(OSError):  # the reader of a pipe may have got the same signal
+        with suppress(OSError, AttributeError):  # the reader of a pipe may have got the same signal, or there is none
             # written by the system call: print may be what was interrupted
             os.write(sys.__stderr__.fileno(), b"\nstopping after this step; again to quit at once\n")
-
-
-class _Lasting:
-    """An output that leads nowhere once its reader is gone."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        self._lasting(lambda: self._stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        self._lasting(self._stream.flush)
-
-    def _lasting(self, call: Callable[[], object]) -> None:
-        try:
-            call()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-@contextmanager
-def lasting_output() -> Iterator[None]:
-    """Within this block a run goes on without the reader of its output, such as `tee`, which Ctrl-C in a terminal ends too."""
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(_Lasting, streams)
-    try:
-        yield
-        sys.stdout.flush(), sys.stderr.flush()  # not at Python's end, which would complain
-    finally:
-        sys.stdout, sys.stderr = streams
 
 
 def resuming_command(script: str, words: Sequence[str], processes: int) -> str:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from xdiffusion.checkpoints.files import ensure_writable, write_atomically
 from xdiffusion.data.captioned_images import CaptionedImages
 from xdiffusion.data.image_folder import load_image_folder, picture_files
-from xdiffusion.model import HALF, DiffusionModel, generate, generators_for, of_captions
+from xdiffusion.model import HALF, DiffusionModel, at_a_time, generate, generators_for, of_captions
 from xdiffusion.pictures import as_picture, read_metadata, save_png
 from xdiffusion.training.settings import settings_of
 
@@ -56,10 +56,14 @@ def prepare_class_images(
     missing = list(islice(free, max(0, settings.num_images - len(picture_files(folder)))))
     if missing:
         model.eval().to(device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:  # autocast keeps a copy in half precision of those that want a gradient
+        parameter.requires_grad_(False)
+    block = at_a_time(model, most=BLOCK)  # a card that trains has room for as much
     for start in tqdm(
-        range(0, len(missing), BLOCK), "class images", unit=f"{BLOCK} pictures", leave=False, disable=None
+        range(0, len(missing), block), "class images", unit=f"{block} pictures", leave=False, disable=None
     ):
-        numbers = missing[start : start + BLOCK]
+        numbers = missing[start : start + block]
         generators = [generators_for(config.training.seed + number, 1)[0] for number in numbers]
         precision = HALF.get(config.training.mixed_precision)
         images = generate(
@@ -68,6 +72,8 @@ def prepare_class_images(
         for number, image in zip(numbers, images):
             write = partial(save_png, as_picture(image), metadata=drawn)
             write_atomically(_path(folder, number), write)  # the next run counts what stands there
+    for parameter in trained:
+        parameter.requires_grad_(True)
     model.cpu()
     if missing:
         print(f"class images: {len(missing)} drawn of {settings.prompt!r} in {folder}")

@@ -7,8 +7,11 @@ pass goes on, FSDP too (see `sharded_weights`); parameters outside the network (
 
 from __future__ import annotations
 
+import atexit
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TypeVar
@@ -24,6 +27,7 @@ from xdiffusion.training.settings import TrainingSettings
 from xdiffusion.training.task import Task
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+FAILED = 1  # the exit status of a run that diverged or met a fault
 PATIENCE = timedelta(days=2)  # for a download, or class images that are drawn; torch's own is 10 or 30 minutes
 Item = TypeVar("Item")
 
@@ -159,25 +163,35 @@ def noticing_lost_processes() -> Iterator[None]:
         raise
 
 
-@contextmanager
-def leaving_together() -> Iterator[None]:
-    """At its end, also by an error, this process leaves the others in order; one that just exits may abort in gloo's threads.
+def leaving_together(work: Callable[[], int]) -> int:
+    """Do the work of this process, whose exit status it returns, and leave the others in order: one that just exits may abort
+    in gloo's threads.
 
-    Where another one is lost there is nothing to leave.
+    One that fails does not wait for the others, who do not know of it and may be in the middle of a step: NCCL's way of
+    leaving would. Where another one is lost there is nothing to leave.
     """
     try:
-        yield
-    except LostProcess:
+        status = work()
+    except BaseException as error:
+        _leave(failed=True, lost=isinstance(error, LostProcess))
         raise
-    except BaseException:
-        _leave()
-        raise
-    _leave()
+    _leave(failed=status == FAILED)
+    return status
 
 
-def _leave() -> None:
-    if torch.distributed.is_initialized():
+def _leave(*, failed: bool, lost: bool = False) -> None:
+    if not torch.distributed.is_initialized():
+        return
+    if failed and "nccl" in torch.distributed.get_backend():
+        atexit.register(_end_at_once)  # once the error is printed; torchrun sees it, and ends the others
+    elif not lost:
         torch.distributed.destroy_process_group()
+
+
+def _end_at_once() -> None:
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+    os._exit(FAILED)
 
 
 def _add_up(_, bucket):  # torch looks at annotations of a hook, and does not understand those of this module

@@ -18,7 +18,7 @@ from xdiffusion.model import ImagesNotFinite
 from xdiffusion.places import OUTPUT_ROOT
 from xdiffusion.training.divergence import TrainingDiverged, write_report
 from xdiffusion.training.folder_lock import held
-from xdiffusion.training.interruption import Interruption, lasting_output, resuming_command
+from xdiffusion.training.interruption import Interruption, resuming_command
 from xdiffusion.training.loop import StepMetrics, Trainer, averaged, fit
 from xdiffusion.training.processes import LostProcess, check_same_everywhere, largest, noticing_lost_processes
 from xdiffusion.training.records import Records, begin_with_metrics_of
@@ -39,8 +39,6 @@ def run_folder(config: DictConfig, config_path: str, output_path: str | None, *,
     Raises:
         CheckpointError: if it cannot be written.
     """
-    if output_path == "":
-        raise CheckpointError("--output_path is empty; leave it out for the default folder")
     folder = Path(output_path) if output_path else OUTPUT_ROOT / config.data.kind / Path(config_path).stem
     if lora and not output_path:
         folder = folder / "lora"
@@ -135,7 +133,6 @@ def go_back(trainer: Trainer, checkpoints: RunCheckpoints, record: RunRecord, er
     return step + 1
 
 
-@lasting_output()
 def train(
     trainer: Trainer,
     checkpoints: RunCheckpoints,
