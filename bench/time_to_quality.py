@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -100,11 +101,13 @@ def peer_side(config: DictConfig, embed: PromptCache, parameters: int, device: t
     """The tutorial's loop on the same images and embeddings."""
     from diffusers import DDIMScheduler
 
-    started = time.perf_counter()
     seed, dropout = config.training.seed, config.training.caption_dropout
     torch.manual_seed(seed)
     data = build_data(config)
-    unet = peer_unet_of_about(parameters, data, embed.encoder.width).to(device)
+    build = peer_unet_of_about(parameters, data, embed.encoder.width)  # what is ours to find out is not on their clock
+    started = time.perf_counter()
+    torch.manual_seed(seed)
+    data, unet = build_data(config), build().to(device)
     training = PeerTraining(unet)
     order = DataOrder(len(data.train), PEER_BATCH_SIZE, seed)
     scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)  # clipping spoils guided DDIM there
@@ -128,8 +131,8 @@ def peer_side(config: DictConfig, embed: PromptCache, parameters: int, device: t
     return Side(step, draw, time.perf_counter() - started, count(unet))
 
 
-def peer_unet_of_about(parameters: int, data: ImageSet, context_dim: int) -> nn.Module:
-    """diffusers' UNet of widths (w, 2w, 2w), attention below the top, with w chosen for the number of parameters."""
+def peer_unet_of_about(parameters: int, data: ImageSet, context_dim: int) -> Callable[[], nn.Module]:
+    """Builds diffusers' UNet of widths (w, 2w, 2w), attention below the top, with w chosen for the number of parameters."""
     from diffusers import UNet2DConditionModel
 
     def build(width: int) -> nn.Module:
@@ -150,7 +153,7 @@ def peer_unet_of_about(parameters: int, data: ImageSet, context_dim: int) -> nn.
         with torch.device("meta"):
             return abs(count(build(width)) - parameters)
 
-    return build(min(range(8, 257, 8), key=distance))
+    return partial(build, min(range(8, 257, 8), key=distance))
 
 
 def race(side: Side, score: Callable[[Draw], float], name: str, args: argparse.Namespace) -> None:
