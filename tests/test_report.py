@@ -91,7 +91,7 @@ def test_the_command_writes_it(tiny_run, work_folder, capsys, monkeypatch):
     text = (work_folder / "a/out.html").read_text()
     assert f"[{scores['coverage_interval'][0]:.3f}, {scores['coverage_interval'][1]:.3f}]" in text
     assert "--report a/out.html" in text  # the command line
-    assert "dpm_solver" in text  # the config
+    assert "ancestral" in text  # the config
 
 
 MEASURE = """
