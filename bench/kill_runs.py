@@ -22,6 +22,7 @@ import runpy
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -121,6 +122,7 @@ def start(train, words: list[str], threads: int) -> int:
     folder = Path(words[words.index("--output_path") + 1])
     folder.mkdir(exist_ok=True)
     import torch
+    from tqdm import tqdm
 
     process = os.fork()
     if process:
@@ -129,6 +131,9 @@ def start(train, words: list[str], threads: int) -> int:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     torch.set_num_threads(threads)
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own is shared with all forks, and held for ever by one that was killed with it
     status = 1
     try:
         status = run(train, words)
