@@ -15,7 +15,7 @@ from torch import Tensor
 from xdiffusion.checkpoints.diffusers_settings import VOCABULARY
 from xdiffusion.checkpoints.files import CheckpointError, read_json
 
-_TABLE = "text_encoder.token_embedding.weight"
+TABLE = "text_encoder.token_embedding.weight"
 _Pairs = Callable[[Any], Iterable[tuple[Any, Any]]]  # a file's content -> (id, word)
 _FILES: dict[str, tuple[int, _Pairs]] = {  # by name: bytes that it may have, and its pairs
     "added_tokens.json": (2**20, lambda content: ((i, name) for name, i in content.items())),
@@ -43,10 +43,10 @@ def take_added_words(tokenizer: Path, tensors: dict[str, Tensor]) -> dict[str, T
     Raises:
         CheckpointError: if a file of the tokenizer is damaged.
     """
-    table = tensors.get(_TABLE)
+    table = tensors.get(TABLE)
     if table is None or table.ndim != 2 or len(table) <= VOCABULARY:
         return {}
-    tensors[_TABLE] = table[:VOCABULARY]
+    tensors[TABLE] = table[:VOCABULARY]
     names = {i: name for i, name in _names(tokenizer) if VOCABULARY <= i < len(table)}
     words: dict[str, tuple[str, Tensor]] = {}  # of two that differ in capitals the last, as the tokenizer takes it
     end = VOCABULARY

@@ -19,6 +19,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from xdiffusion.checkpoints.added_words import TABLE, take_added_words
 from xdiffusion.checkpoints.component_names import COMPONENTS, component_of, exchange_name
 from xdiffusion.checkpoints.diffusers_folder import read_settings, weight_file
 from xdiffusion.checkpoints.diffusers_settings import VOCABULARY, config_from
@@ -111,6 +112,16 @@ def config_and_words(base: BaseModel) -> tuple[Mapping[str, Any] | None, Mapping
         return base.config(), {}
     file = load_model_file(base.path)
     return OmegaConf.to_container(config_of(file)), file.words
+
+
+def words_inside(base: BaseModel) -> Mapping[str, Tensor]:
+    """The words in the vocabulary of a pipeline's folder, of which nothing but the text encoder's table is read.
+
+    Raises:
+        CheckpointError: if the tokenizer's files are damaged.
+    """
+    tables = (file[name] for file in base.files for name in file if name.endswith(_TABLE) and not base.ours)
+    return next((take_added_words(base.path / "tokenizer", {TABLE: table}) for table in tables), {})
 
 
 def header_as_trained(base: BaseModel, lora: LoRAFile) -> dict[str, str]:

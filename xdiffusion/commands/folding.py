@@ -16,7 +16,7 @@ from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import save_tokens_beside, tokens_path
 from xdiffusion.checkpoints.native import load_model_file
-from xdiffusion.commands.base_weights import BaseModel, config_and_words, fold, fold_into, header_as_trained
+from xdiffusion.commands.base_weights import BaseModel, fold, fold_into, header_as_trained, words_inside
 from xdiffusion.commands.lora_files import progress
 from xdiffusion.commands.sd_files import write_model
 from xdiffusion.loading import as_trained, check_fits, config_of
@@ -40,8 +40,7 @@ def fold_as_it_is(base: BaseModel, lora: LoRAFile, scale: float, output: Path, *
         count = fold(base, lora, scale, output, note, progress("folding"))
         return _told(base.path, lora, scale, output, count)
 
-    _, inside = config_and_words(base) if base.path.is_dir() else (None, {})
-    write_with_words(base.path, [(lora.path, lora.tokens)], output, write, inside=inside)
+    write_with_words(base.path, [(lora.path, lora.tokens)], output, write, inside=words_inside(base))
 
 
 def fold_into_original(path: Path, lora: LoRAFile, scale: float, output: Path, *, allow_other_base: bool) -> None:
