@@ -50,6 +50,19 @@ def no_hang() -> Iterator[None]:
     assert time.process_time() - started < 6
 
 
+@pytest.fixture
+def write_yaml(tmp_path):
+    """Writes files by name into a folder and returns the path of the last."""
+
+    def write(**texts: str) -> Path:
+        for name, text in texts.items():
+            path = tmp_path / f"{name}.yaml"
+            path.write_text(text)
+        return path
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def mnist8k() -> Path:
     folder = SHARED / "mnist8k"

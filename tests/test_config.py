@@ -7,30 +7,13 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
+from tiny import SMALLEST
 
 from xdiffusion.build import SCHEMA, load_config
 from xdiffusion.config import resolve, with_overrides
 from xdiffusion.config_files import ConfigError, parse_overrides
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALLEST = "data: {kind: image/digits, image_size: 16}\ndiffusion: {prediction: v}\n"
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Writes files by name into a folder and returns the path of the last."""
-
-    def write(**texts: str) -> Path:
-        for name, text in texts.items():
-            path = tmp_path / f"{name}.yaml"
-            path.write_text(text)
-        return path
-
-    return write
-
-
-def plain(config) -> dict:
-    return OmegaConf.to_container(config)
 
 
 # --- overrides ---
@@ -39,8 +22,8 @@ def plain(config) -> dict:
 def test_a_change_of_kind_keeps_common_keys_and_drops_the_others():
     config = OmegaConf.create({"sampling": {"steps": 7, "sampler": {"kind": "ddim", "eta": 0.5}}})
     changed = with_overrides(config, parse_overrides(["sampling.sampler.kind=heun"]), SCHEMA)
-    assert plain(changed) == {"sampling": {"steps": 7, "sampler": {"kind": "heun"}}}
-    assert plain(config)["sampling"]["sampler"] == {"kind": "ddim", "eta": 0.5}
+    assert OmegaConf.to_container(changed) == {"sampling": {"steps": 7, "sampler": {"kind": "heun"}}}
+    assert OmegaConf.to_container(config)["sampling"]["sampler"] == {"kind": "ddim", "eta": 0.5}
 
     config = OmegaConf.create({"data": {"kind": "image/mnist", "image_size": 32, "data_dir": "here"}})
     for kind, kept in {
@@ -48,7 +31,7 @@ def test_a_change_of_kind_keeps_common_keys_and_drops_the_others():
         "image/mnist_inverted": {"image_size": 32, "data_dir": "here"},
         "image/digits_inverted": {"image_size": 32},
     }.items():
-        assert plain(with_overrides(config, parse_overrides([f"data.kind={kind}"]), SCHEMA)) == {
+        assert OmegaConf.to_container(with_overrides(config, parse_overrides([f"data.kind={kind}"]), SCHEMA)) == {
             "data": {"kind": kind, **kept}
         }
 
@@ -56,7 +39,7 @@ def test_a_change_of_kind_keeps_common_keys_and_drops_the_others():
 def test_a_key_given_with_the_new_kind_is_not_dropped():
     config = OmegaConf.create({"model": {"text_encoder": {"kind": "clip", "width": 32, "pretrained": "tiny"}}})
     overrides = parse_overrides(["model.text_encoder.kind=open_clip", "model.text_encoder.model_name=ViT-B-32"])
-    assert plain(with_overrides(config, overrides, SCHEMA)) == {
+    assert OmegaConf.to_container(with_overrides(config, overrides, SCHEMA)) == {
         "model": {"text_encoder": {"kind": "open_clip", "model_name": "ViT-B-32", "pretrained": "tiny"}}
     }
 
@@ -75,13 +58,17 @@ def test_an_override_of_one_list_item_is_refused():
 # --- checks ---
 
 
-def test_defaults_are_written_out(write):
-    config = load_config(write(config=SMALLEST), ["sampling.steps=7"])
+def test_defaults_are_written_out(write_yaml):
+    config = load_config(write_yaml(config=SMALLEST), ["sampling.steps=7"])
     assert set(config) == set(SCHEMA) - {"text_encoder_lora", "prior", "textual_inversion"}  # which may be left out
-    assert plain(config.data) == {"kind": "image/digits", "image_size": 16}
-    assert plain(config.diffusion.schedule) == {"kind": "cosine", "logsnr_min": -15.0, "logsnr_max": 15.0}
+    assert OmegaConf.to_container(config.data) == {"kind": "image/digits", "image_size": 16}
+    assert OmegaConf.to_container(config.diffusion.schedule) == {
+        "kind": "cosine",
+        "logsnr_min": -15.0,
+        "logsnr_max": 15.0,
+    }
     assert config.diffusion.min_snr_gamma is None
-    assert plain(config.sampling) == {
+    assert OmegaConf.to_container(config.sampling) == {
         "steps": 7,
         "cfg_scale": 2.0,
         "clip_x0": True,
@@ -97,19 +84,19 @@ def test_defaults_are_written_out(write):
     assert config.model.autoencoder == {"kind": "identity"}
 
 
-def test_a_resolved_config_resolves_to_itself(write):
-    config = load_config(write(config=SMALLEST))
-    assert resolve(OmegaConf.create(plain(config)), SCHEMA, "again") == config
+def test_a_resolved_config_resolves_to_itself(write_yaml):
+    config = load_config(write_yaml(config=SMALLEST))
+    assert resolve(OmegaConf.create(OmegaConf.to_container(config)), SCHEMA, "again") == config
 
 
-def test_the_result_is_read_only(write):
-    config = load_config(write(config=SMALLEST))
+def test_the_result_is_read_only(write_yaml):
+    config = load_config(write_yaml(config=SMALLEST))
     with pytest.raises(ReadonlyConfigError):
         config.training.batch_size = 3
 
 
-def test_interpolations_are_refused(write):
-    path = write(config=SMALLEST + "training: {batch_size: '${data.image_size}'}")
+def test_interpolations_are_refused(write_yaml):
+    path = write_yaml(config=SMALLEST + "training: {batch_size: '${data.image_size}'}")
     with pytest.raises(
         ConfigError, match=r"config\.yaml .*line 3: value='\$\{data\.image_size\}': a config holds values"
     ):
@@ -160,8 +147,8 @@ def test_interpolations_are_refused(write):
         ("text_encoder_lora.training={}", "text_encoder_lora.training is unknown"),
     ],
 )
-def test_a_wrong_key_or_value_is_named_with_what_is_allowed(write, assignment, message):
-    path = write(config=SMALLEST)
+def test_a_wrong_key_or_value_is_named_with_what_is_allowed(write_yaml, assignment, message):
+    path = write_yaml(config=SMALLEST)
     with pytest.raises(ConfigError) as error:
         load_config(path, [assignment])
     assert str(error.value).startswith(f"{path}: ")
@@ -169,18 +156,18 @@ def test_a_wrong_key_or_value_is_named_with_what_is_allowed(write, assignment, m
     assert "\n" not in str(error.value)
 
 
-def test_a_mistake_in_what_a_lora_run_lays_over_others_is_said_of_its_place(write):
+def test_a_mistake_in_what_a_lora_run_lays_over_others_is_said_of_its_place(write_yaml):
     with pytest.raises(ConfigError, match=r"lora\.training\.batchsize is unknown"):
-        load_config(write(config=WITH_LORA), ["lora.training.batchsize=5"], use_lora_training=True)
+        load_config(write_yaml(config=WITH_LORA), ["lora.training.batchsize=5"], use_lora_training=True)
 
 
-def test_missing_keys_are_named(write):
+def test_missing_keys_are_named(write_yaml):
     with pytest.raises(ConfigError, match=r"data\.image_size is missing \(a whole number\)"):
-        load_config(write(config="data: {kind: image/digits}\ndiffusion: {prediction: v}"))
+        load_config(write_yaml(config="data: {kind: image/digits}\ndiffusion: {prediction: v}"))
     with pytest.raises(ConfigError, match=r"diffusion\.prediction is missing \(one of eps, v, x0\)"):
-        load_config(write(config="data: {kind: image/digits, image_size: 16}"))
+        load_config(write_yaml(config="data: {kind: image/digits, image_size: 16}"))
     with pytest.raises(ConfigError, match=r"data\.kind is missing; allowed: image/digits"):
-        load_config(write(config=""))
+        load_config(write_yaml(config=""))
 
 
 @pytest.mark.parametrize(
@@ -197,9 +184,9 @@ def test_missing_keys_are_named(write):
         "data.kind=image/digits_inverted",
     ],
 )
-def test_every_allowed_form_is_taken(write, assignment):
+def test_every_allowed_form_is_taken(write_yaml, assignment):
     key, value = assignment.split("=")
-    config = load_config(write(config=SMALLEST), [assignment])
+    config = load_config(write_yaml(config=SMALLEST), [assignment])
     assert OmegaConf.select(config, key) == OmegaConf.create(f"value: {value}").value
 
 
@@ -211,39 +198,39 @@ WITH_LORA = SMALLEST + (
 )
 
 
-def test_a_lora_run_lays_its_settings_over_the_base_run(write):
-    path = write(config=WITH_LORA)
+def test_a_lora_run_lays_its_settings_over_the_base_run(write_yaml):
+    path = write_yaml(config=WITH_LORA)
     base, lora = load_config(path), load_config(path, use_lora_training=True)
     assert (base.training.num_training_steps, base.optimizer.learning_rate) == (10, 1e-3)
     assert (lora.training.num_training_steps, lora.optimizer.learning_rate) == (20, 2e-3)
     assert lora.training.batch_size == 4
 
 
-def test_the_command_line_beats_the_settings_of_a_lora_run(write):
-    path = write(config=WITH_LORA)
+def test_the_command_line_beats_the_settings_of_a_lora_run(write_yaml):
+    path = write_yaml(config=WITH_LORA)
     assert load_config(path, ["training.num_training_steps=3"], True).training.num_training_steps == 3
     assert load_config(path, ["lora.training.num_training_steps=4"], True).training.num_training_steps == 4
     assert load_config(path, ["lora.training.num_training_steps=4"]).training.num_training_steps == 10
 
 
 @pytest.mark.parametrize("section", ["", "lora: null", "lora: 5"])
-def test_a_lora_run_needs_the_section(write, section):
+def test_a_lora_run_needs_the_section(write_yaml, section):
     with pytest.raises(ConfigError, match="has no section lora:"):
-        load_config(write(config=SMALLEST + section), use_lora_training=True)
+        load_config(write_yaml(config=SMALLEST + section), use_lora_training=True)
 
 
-def test_checking_a_config_loads_no_torch(write):
+def test_checking_a_config_loads_no_torch(write_yaml):
     code = (
         "import sys; from xdiffusion.build import load_config; "
-        f"load_config({str(write(config=WITH_LORA))!r}, ['optimizer.learning_rate=3e-3'], True); "
+        f"load_config({str(write_yaml(config=WITH_LORA))!r}, ['optimizer.learning_rate=3e-3'], True); "
         "assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules), sorted(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_config_that_is_refused_has_loaded_no_torch(write):
-    words = ["--config_path", str(write(config=WITH_LORA)), "--set", "optimizer.learning_rat=1"]
+def test_a_config_that_is_refused_has_loaded_no_torch(write_yaml):
+    words = ["--config_path", str(write_yaml(config=WITH_LORA)), "--set", "optimizer.learning_rat=1"]
     code = (
         f"import sys, runpy; main = runpy.run_path('training/image/train.py')['main']\n"
         f"try: main({words!r})\n"
@@ -255,8 +242,8 @@ def test_a_config_that_is_refused_has_loaded_no_torch(write):
 
 
 @pytest.mark.parametrize("section", ["data", "model", "diffusion", "training", "sampling", "lora"])
-def test_a_section_that_is_a_list_is_named(write, section):
+def test_a_section_that_is_a_list_is_named(write_yaml, section):
     others = [line for line in SMALLEST.splitlines(keepends=True) if not line.startswith(section)]
-    path = write(config="".join(others) + f"{section}: [kind]\n")
+    path = write_yaml(config="".join(others) + f"{section}: [kind]\n")
     with pytest.raises(ConfigError, match=rf"{section} must be a mapping of keys, not \['kind'\]"):
         load_config(path)

@@ -5,34 +5,17 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from tiny import SMALLEST
 
 from xdiffusion.build import load_config
 from xdiffusion.config_files import ConfigError, from_mapping, load_yaml, parse_overrides
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALLEST = "data: {kind: image/digits, image_size: 16}\ndiffusion: {prediction: v}\n"
 
 
-@pytest.fixture
-def write(tmp_path):
-    """Writes files by name into a folder and returns the path of the last."""
-
-    def write(**texts: str) -> Path:
-        for name, text in texts.items():
-            path = tmp_path / f"{name}.yaml"
-            path.write_text(text)
-        return path
-
-    return write
-
-
-def plain(config) -> dict:
-    return OmegaConf.to_container(config)
-
-
-def test_a_base_lies_below_the_file_that_names_it(write):
-    path = write(below="a: {x: 1, y: 2}\nlist: [1, 2]", above="base: below.yaml\na: {y: 3}\nlist: [4]")
-    assert plain(load_yaml(path)) == {"a": {"x": 1, "y": 3}, "list": [4]}
+def test_a_base_lies_below_the_file_that_names_it(write_yaml):
+    path = write_yaml(below="a: {x: 1, y: 2}\nlist: [1, 2]", above="base: below.yaml\na: {y: 3}\nlist: [4]")
+    assert OmegaConf.to_container(load_yaml(path)) == {"a": {"x": 1, "y": 3}, "list": [4]}
 
 
 def test_bases_are_relative_to_their_file_nested_and_later_ones_win(tmp_path, monkeypatch):
@@ -42,12 +25,12 @@ def test_bases_are_relative_to_their_file_nested_and_later_ones_win(tmp_path, mo
     (tmp_path / "parts/second.yaml").write_text("c: 3")
     (tmp_path / "top.yaml").write_text("base: [parts/first.yaml, parts/second.yaml]\nd: 4")
     monkeypatch.chdir(tmp_path / "parts/deep")
-    assert plain(load_yaml(tmp_path / "top.yaml")) == {"a": 1, "b": 2, "c": 3, "d": 4}
+    assert OmegaConf.to_container(load_yaml(tmp_path / "top.yaml")) == {"a": 1, "b": 2, "c": 3, "d": 4}
 
 
-def test_two_files_may_share_a_base(write):
-    path = write(root="a: 1", left="base: root.yaml", right="base: root.yaml", top="base: [left.yaml, right.yaml]")
-    assert plain(load_yaml(path)) == {"a": 1}
+def test_two_files_may_share_a_base(write_yaml):
+    path = write_yaml(root="a: 1", left="base: root.yaml", right="base: root.yaml", top="base: [left.yaml, right.yaml]")
+    assert OmegaConf.to_container(load_yaml(path)) == {"a": 1}
 
 
 @pytest.mark.parametrize(
@@ -65,9 +48,9 @@ def test_two_files_may_share_a_base(write):
         ("base: list.yaml\na: [1]", r"config\.yaml: .*(incompatible container types|Cannot merge)"),
     ],
 )
-def test_unusable_files_are_named(write, text, message):
+def test_unusable_files_are_named(write_yaml, text, message):
     with pytest.raises(ConfigError, match=message) as error:
-        load_yaml(write(list="a: {b: 1}", config=text))
+        load_yaml(write_yaml(list="a: {b: 1}", config=text))
     assert "\n" not in str(error.value)
 
 
@@ -77,14 +60,19 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
         load_yaml(tmp_path / "config.yaml")
 
 
-def test_two_files_that_name_each_other_are_a_circle(write):
+def test_two_files_that_name_each_other_are_a_circle(write_yaml):
     with pytest.raises(ConfigError, match="reads itself"):
-        load_yaml(write(one="base: two.yaml", two="base: one.yaml"))
+        load_yaml(write_yaml(one="base: two.yaml", two="base: one.yaml"))
 
 
 def test_override_values_are_read_as_yaml():
     overrides = parse_overrides(["a.b=1e-3", "a.c=[1,2]", "a.d=null", "e=true", 'f="no"', "a.b=2e-3", "g=x=y"])
-    assert plain(overrides) == {"a": {"b": 2e-3, "c": [1, 2], "d": None}, "e": True, "f": "no", "g": "x=y"}
+    assert OmegaConf.to_container(overrides) == {
+        "a": {"b": 2e-3, "c": [1, 2], "d": None},
+        "e": True,
+        "f": "no",
+        "g": "x=y",
+    }
 
 
 @pytest.mark.parametrize("assignment", ["novalue", "=5", "a.b=[1"])
@@ -96,9 +84,9 @@ def test_an_unreadable_override_is_named(assignment):
 
 
 @pytest.mark.parametrize("words", [["training.batch_size='???'"], ['training="???"'], []])
-def test_omegaconfs_missing_value_is_none(write, words):
+def test_omegaconfs_missing_value_is_none(write_yaml, words):
     with pytest.raises(ConfigError, match=r"='\?\?\?': OmegaConf's sign of a missing value is none"):
-        load_config(write(config=SMALLEST + ("" if words else "training: ???")), words)
+        load_config(write_yaml(config=SMALLEST + ("" if words else "training: ???")), words)
     with pytest.raises(ConfigError, match=r"a header: training\.seed='\?\?\?'"):
         from_mapping({"training": {"seed": "???"}}, "a header")
 
@@ -113,12 +101,12 @@ def test_omegaconfs_missing_value_is_none(write, words):
         ("training.batch_size", f"0x{'f' * 9999}", ""),
     ],
 )
-def test_a_whole_number_that_torch_does_not_hold_is_named(write, key, value, shown):
+def test_a_whole_number_that_torch_does_not_hold_is_named(write_yaml, key, value, shown):
     section, name = key.split(".")[:2]
     value = f"{{to_q: {value}}}" if key.count(".") == 2 and "[" not in value else value
     for path, words in (
-        (write(config=SMALLEST), [f"{section}.{name}={value}"]),
-        (write(config=SMALLEST + f"{section}: {{{name}: {value}}}"), []),
+        (write_yaml(config=SMALLEST), [f"{section}.{name}={value}"]),
+        (write_yaml(config=SMALLEST + f"{section}: {{{name}: {value}}}"), []),
     ):
         with pytest.raises(ConfigError, match=rf"{re.escape(key + shown)} must be between -2\^63 and 2\^63"):
             load_config(path, words)

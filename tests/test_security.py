@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
+from tiny import SMALLEST
 
 from xdiffusion.build import load_config
 from xdiffusion.checkpoints.files import CheckpointError, load_pickled
@@ -35,7 +36,6 @@ from xdiffusion.pictures import save_png
 from xdiffusion.training.state import whole_state
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "4"))
-SMALLEST = "data: {kind: image/digits, image_size: 16}\ndiffusion: {prediction: v}\n"
 
 
 class Touches:

@@ -15,7 +15,6 @@ from torch import Tensor
 from xdiffusion.checkpoints.diffusers_settings import VOCABULARY
 from xdiffusion.checkpoints.files import CheckpointError, read_json
 
-TABLE = "text_encoder.token_embedding.weight"
 _Pairs = Callable[[Any], Iterable[tuple[Any, Any]]]  # a file's content -> (id, word)
 _FILES: dict[str, tuple[int, _Pairs]] = {  # by name: bytes that it may have, and its pairs
     "added_tokens.json": (2**20, lambda content: ((i, name) for name, i in content.items())),
@@ -30,23 +29,21 @@ _FILES: dict[str, tuple[int, _Pairs]] = {  # by name: bytes that it may have, an
 }
 
 
-def take_added_words(tokenizer: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cut the table of a folder's text encoder to CLIP's vocabulary; returns what was behind, by name.
+def added_words(tokenizer: Path, table: Tensor) -> dict[str, Tensor]:
+    """What a text encoder's table holds behind CLIP's vocabulary, by name.
 
     A word of n vectors, which diffusers saves as <cat>, <cat>_1, <cat>_2, ... and puts in the place of <cat>, is one (n,
     width). A row without a name is no word: some pad the table to a round number.
 
     Args:
         tokenizer: the folder of that name.
-        tensors: by our names; the table is replaced by a view of it.
+        table: (tokens, width), of the text encoder beside it.
 
     Raises:
         CheckpointError: if a file of the tokenizer is damaged.
     """
-    table = tensors.get(TABLE)
-    if table is None or table.ndim != 2 or len(table) <= VOCABULARY:
+    if table.ndim != 2 or len(table) <= VOCABULARY:
         return {}
-    tensors[TABLE] = table[:VOCABULARY]
     names = {i: name for i, name in _names(tokenizer) if VOCABULARY <= i < len(table)}
     words: dict[str, tuple[str, Tensor]] = {}  # of two that differ in capitals the last, as the tokenizer takes it
     end = VOCABULARY

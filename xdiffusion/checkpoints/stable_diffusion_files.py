@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xdiffusion.checkpoints.added_words import take_added_words
+from xdiffusion.checkpoints.added_words import added_words
 from xdiffusion.checkpoints.diffusers_folder import folder_tensors, read_settings
-from xdiffusion.checkpoints.diffusers_settings import config_from
+from xdiffusion.checkpoints.diffusers_settings import VOCABULARY, config_from
 from xdiffusion.checkpoints.files import CheckpointError, is_pipeline_folder
 from xdiffusion.checkpoints.stable_diffusion import (
     AUTOENCODER,
@@ -59,6 +59,7 @@ _ALONE = {  # a part's last layer, by the names of original files or of the libr
     "text_model.final_layer_norm.weight": "a text encoder",
     "final_layer_norm.weight": "a text encoder",
 }
+_TABLE = "text_encoder.token_embedding.weight"
 _FIRST, _CONTEXT = "network.conv_in.weight", "network.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 
 
@@ -209,7 +210,9 @@ def _read_folder(path: Path, ema: bool | None) -> StableDiffusionFile:
         said = config_from(read_settings(path), _layers(tensors))
     except ValueError as error:
         raise CheckpointError(f"{path}/{error}") from error
-    words = take_added_words(path / "tokenizer", tensors)
+    words = {}
+    if (table := tensors.get(_TABLE)) is not None and table.ndim == 2:
+        words, tensors[_TABLE] = added_words(path / "tokenizer", table), table[:VOCABULARY]
     # of other sizes than the built-in ones too
     found = StableDiffusionFile(tensors, size or "sd15", said, words=words, notes=notes)
     return _with_prediction(path, found, said["diffusion"].get("prediction"))

@@ -19,7 +19,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from xdiffusion.checkpoints.added_words import TABLE, take_added_words
+from xdiffusion.checkpoints.added_words import added_words
 from xdiffusion.checkpoints.component_names import COMPONENTS, component_of, exchange_name
 from xdiffusion.checkpoints.diffusers_folder import read_settings, weight_file
 from xdiffusion.checkpoints.diffusers_settings import VOCABULARY, config_from
@@ -121,7 +121,7 @@ def words_inside(base: BaseModel) -> Mapping[str, Tensor]:
         CheckpointError: if the tokenizer's files are damaged.
     """
     tables = (file[name] for file in base.files for name in file if name.endswith(_TABLE) and not base.ours)
-    return next((take_added_words(base.path / "tokenizer", {TABLE: table}) for table in tables), {})
+    return next((added_words(base.path / "tokenizer", table) for table in tables), {})
 
 
 def header_as_trained(base: BaseModel, lora: LoRAFile) -> dict[str, str]:
