@@ -73,6 +73,24 @@ def test_they_are_guided_as_the_config_says(flag, tmp_path, monkeypatch, capsys)
     assert "cfg_scale=7.5" in capsys.readouterr().err
 
 
+def test_no_weight_wants_a_gradient_while_they_are_drawn(config_of, monkeypatch):
+    """Autocast would keep a copy of it in half precision; afterwards all is as it was."""
+    config, wanted = config_of("training.mixed_precision=bf16"), []
+
+    def seen(model, *arguments, **settings):
+        wanted.append(any(p.requires_grad for p in model.parameters()))
+        return generate(model, *arguments, **settings)
+
+    generate = prior_preservation.generate
+    monkeypatch.setattr(prior_preservation, "generate", seen)
+    model = tiny_sd_model(config)
+    model.network.requires_grad_(True)
+    drawn_by(model, config)
+    assert wanted and not any(wanted)
+    assert all(p.requires_grad for p in model.network.parameters())
+    assert not any(p.requires_grad for p in model.text_encoder.parameters())
+
+
 def test_class_images_that_are_there_are_left_alone(config_of, tmp_path):
     paths = write_pictures(tmp_path / "class", [(16, 16)] * 7)
     before = [path.read_bytes() for path in paths]

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from picture_folders import write_pictures
 from tiny import tiny_config, tiny_images
 
@@ -21,6 +22,7 @@ from xdiffusion.training.run_record import (
     package_versions,
     peak_memory,
     read_run,
+    settings_hash,
 )
 
 CPU = torch.device("cpu")
@@ -120,6 +122,13 @@ def test_the_commit_and_whether_files_differ_from_it(tmp_path):
     (tmp_path / "xdiffusion").mkdir()
     (tmp_path / "xdiffusion/extra.py").touch()
     assert git_state(tmp_path) == state | {"dirty": True}
+
+
+def test_settings_are_the_same_wherever_the_files_lie():
+    config = tiny_config()
+    places = {"cache": {"folder": "elsewhere"}, "model": {"text_encoder": {"pretrained": "other.safetensors"}}}
+    assert settings_hash(OmegaConf.merge(config, places)) == settings_hash(config)
+    assert settings_hash(tiny_config("training.seed=1")) != settings_hash(config)
 
 
 def test_a_fingerprint_is_of_pixels_and_labels():

@@ -71,12 +71,9 @@ class Trainer:
         self.task, self.model = task, task.model.train()
         self.settings, self.optimizer_settings = task.settings, task.optimizer_settings
         AcceleratorState._reset_state()  # else a second run in this process must have the first one's precision
+        undivided = GradientAccumulationPlugin(num_steps=1)  # else an environment variable may divide the gradients
         self.accelerator = Accelerator(
-            mixed_precision=self.settings.mixed_precision,
-            cpu=force_cpu,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=1
-            ),  # else an environment variable divides
+            mixed_precision=self.settings.mixed_precision, cpu=force_cpu, gradient_accumulation_plugin=undivided
         )
         check_shares(self.accelerator, task)
         check_can_be_sharded(task)
