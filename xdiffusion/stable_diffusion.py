@@ -185,14 +185,12 @@ def generate(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    plain = {
-        key: value.item() if hasattr(value, "item") else value for key, value in sampling.items()
-    }  # numpy's numbers
+    model = models["model"]
+    plain = {key: v.item() if hasattr(v, "item") else v for key, v in sampling.items()}  # numpy's numbers
     assignments = [assignment(f"sampling.{key}", value) for key, value in plain.items()]
     config = override(models["config"], assignments, "generate")
-    settings = build_sampling(config, models["model"].schedule)
+    settings = build_sampling(config, model.schedule)
     generators = generators_for(seed, len(prompts))
-    model = models["model"]
     tell_remarks(model, config, [*prompts, config.sampling.negative_prompt])
     _, *usual = model.image_shape
     training = [module for module in model.modules() if module.training]

@@ -72,10 +72,8 @@ def autoencoder_from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     for name, tensor in tensors.items():
         for old, new in _OLD_ATTENTION_PAIRS:
             name = name.replace(old, new)
-        name = unet_name_from_diffusers(name)
-        ours[name] = (
-            tensor.flatten(1) if ".attentions." in name and tensor.ndim == 4 else tensor
-        )  # once 1x1 convolutions
+        once_convolution = ".attentions." in name and tensor.ndim == 4  # of 1x1
+        ours[unet_name_from_diffusers(name)] = tensor.flatten(1) if once_convolution else tensor
     return ours
 
 

@@ -36,14 +36,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _QUARTERS = (5, 6, 7, 8)  # of the orientations, those that turn by a quarter
-_SMALL_MODES = {
-    "1": 1,
-    "L": 1,
-    "P": 1,
-    "I;16": 2,
-    "I;16B": 2,
-    "I;16L": 2,
-}  # bytes of a pixel in memory; of all others 4
+_SMALL_MODES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # bytes of a pixel in memory; of others 4
 _DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")
 _STRIP = 256  # rows that are converted at once
 

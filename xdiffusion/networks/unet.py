@@ -105,7 +105,8 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         for i, (level_width, depth) in enumerate(levels):
             last = i == len(levels) - 1
-            resnets, width = _chain(resnet, [width] + [level_width] * num_res_blocks)
+            resnets = [resnet(width_in, level_width) for width_in in [width] + [level_width] * (num_res_blocks - 1)]
+            width = level_width
             attentions = [transformer(level_width, depth) for _ in resnets if depth]
             self.down_blocks.append(
                 _Level(resnets, attentions, downsample=None if last else Downsample(width, resample))
@@ -162,9 +163,7 @@ class UNet(nn.Module):
 
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                h = torch.cat(
-                    [h, skips.pop()], dim=1
-                )  # under this name, else the narrower h would live through the stage
+                h = torch.cat([h, skips.pop()], dim=1)  # h again: the narrower one must not live through the stage
                 h = self._stage(level, i, h, time, context)
             if level.upsample is not None:
                 h = level.upsample(h, skips[-1].shape[2:])
@@ -204,10 +203,6 @@ class _Level(nn.Module):
     def stage(self, i: int, h: Tensor, time: Tensor, context: Tensor) -> Tensor:
         h = self.resnets[i](h, time)
         return self.attentions[i](h, context) if i < len(self.attentions) else h
-
-
-def _chain(make, widths: list[int]) -> tuple[list[ResBlock], int]:
-    return [make(a, b) for a, b in zip(widths[:-1], widths[1:])], widths[-1]
 
 
 def _layout(weight: Tensor) -> torch.memory_format:

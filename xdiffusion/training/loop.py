@@ -122,10 +122,8 @@ class Trainer:
         for group, relative_rate in zip(self.optimizer.param_groups, self.relative_rates):
             group["lr"] = relative_rate * learning_rate
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        # LoRA's dropout draws from the global generator, which must not depend on the steps before either
-        dropout = (
-            torch.default_generator if self.accelerator.device.type == "cpu" else torch
-        )  # torch seeds every device
+        # LoRA's dropout draws from the global generator, which must not depend on the steps before either; torch seeds all
+        dropout = torch.default_generator if self.accelerator.device.type == "cpu" else torch
         stream = f"dropout {rank}" if rank else "dropout"
         dropout.manual_seed(generator_at(self.settings.seed, stream, step).initial_seed())
         parts, total = self.settings.gradient_accumulation_steps, 0.0

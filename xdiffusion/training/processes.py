@@ -42,14 +42,11 @@ def check_shares(accelerator: Accelerator, task: Task) -> None:
     accumulated = task.settings.gradient_accumulation_steps
     parts = accumulated * accelerator.num_processes
     if task.rows % parts:
+        whole = task.rows == task.settings.batch_size
         raise ValueError(
             f"training.batch_size={task.settings.batch_size} cannot be shared by {accelerator.num_processes} processes with "
             f"training.gradient_accumulation_steps={accumulated}: {parts} must divide "
-            + (
-                "it"
-                if task.rows == task.settings.batch_size
-                else f"its {task.rows} groups, each with one of every class"
-            )
+            f"{'it' if whole else f'its {task.rows} groups, each with one of every class'}"
         )
 
 
@@ -156,9 +153,8 @@ def noticing_lost_processes() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-            reason = re.sub(
-                r"^\[.*?\] *", "", str(error).strip().splitlines()[0]
-            )  # gloo begins with its own source's path
+            # gloo begins with its own source's path
+            reason = re.sub(r"^\[.*?\] *", "", str(error).strip().splitlines()[0])
             raise LostProcess(f"another process of this run is gone or cannot be reached ({reason})") from error
         raise
 

@@ -51,10 +51,9 @@ def shard(network: nn.Module, device: torch.device) -> None:
         # the outermost too, which torch would leave gathered: a sample grid's averages, in the training step after it
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here is changed in place
-    mine, all_ = (
-        sum(map(Tensor.numel, tensors)) for tensors in (map(local, network.parameters()), network.parameters())
-    )
-    print(f"sharded weights: {mine:,} of {all_:,} in this process")
+    own = sum(local(p).numel() for p in network.parameters())
+    whole = sum(p.numel() for p in network.parameters())
+    print(f"sharded weights: {own:,} of {whole:,} in this process")
 
 
 def is_sharded(tensor: Tensor) -> bool:
