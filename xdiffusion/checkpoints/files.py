@@ -119,13 +119,13 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
     write_atomically(path, lambda temporary: save_file(contiguous, temporary, dict(metadata)))
 
 
-def load_safetensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata of a safetensors file.
 
     Raises:
         CheckpointError: if the file is missing, truncated, or no safetensors file.
     """
-    with open_safetensors(path, device) as file:
+    with open_safetensors(path) as file:
         try:
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
@@ -133,13 +133,13 @@ def load_safetensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor]
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def open_safetensors(path: Path, device: str = "cpu"):
+def open_safetensors(path: Path):
     """A lazily read safetensors file; tensors are memory-mapped until they are asked for."""
     if not path.is_file():
         raise CheckpointError(f"no file at {path}")
     try:
         _check_start(path)
-        return safe_open(path, framework="pt", device=device)
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
 

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def sinusoidal_embedding(time: Float[Tensor, " B"], dim: int, max_period: float = 10_000.0) -> Float[Tensor, "B D"]:
-    """cos and sin of `time`, float32, at dim / 2 frequencies max_period^(-2i / dim), i = 0, 1, ... ([Attention] section 3.5).
+def sinusoidal_embedding(time: Float[Tensor, " B"], dim: int) -> Float[Tensor, "B D"]:
+    """cos and sin of `time`, float32, at dim / 2 frequencies 10000^(-2i / dim), i = 0, 1, ... ([Attention] section 3.5).
 
     Raises:
         ValueError: if dim is odd.
@@ -18,7 +18,7 @@ def sinusoidal_embedding(time: Float[Tensor, " B"], dim: int, max_period: float 
     if dim % 2:
         raise ValueError(f"the time embedding's width must be even, not {dim}")
     half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, device=time.device, dtype=torch.float32))
+    frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, device=time.device, dtype=torch.float32))
     angles = time.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

@@ -44,8 +44,8 @@ class AdapterSettings:
 
     @property
     def strength(self) -> float:
-        """scale * scaling, what B A is multiplied by now; 0 while disabled."""
-        return self.scale * self.scaling if self.enabled else 0.0
+        """scale * scaling, what B A is multiplied by while the adapter is enabled."""
+        return self.scale * self.scaling
 
 
 def check_settings(

@@ -25,11 +25,6 @@ END_TOKEN = VOCAB_SIZE - 1
 LONGEST_WORD = 256  # letters
 
 
-def tokenize(prompts: list[str], context_length: int) -> Int[Tensor, "B L"]:
-    """(B, context_length) token ids: start, the prompt cut to fit, end, zeros."""
-    return framed([token_ids(prompt, context_length) for prompt in prompts], context_length)
-
-
 def token_ids(text: str, enough: float = math.inf) -> list[int]:
     """The tokens of a text alone: no start, no end.
 
@@ -60,7 +55,7 @@ def _word(word: str) -> tuple[int, ...]:
     return tokens
 
 
-def framed(rows: Sequence[Sequence[int]], context_length: int, pad_token: int = 0) -> Int[Tensor, "B L"]:
+def framed(rows: Sequence[Sequence[int]], context_length: int, pad_token: int) -> Int[Tensor, "B L"]:
     """Each row of token ids between start and end, cut and padded to context_length."""
     tokens = torch.full((len(rows), context_length), pad_token)
     for i, row in enumerate(rows):

@@ -20,9 +20,9 @@ from xdiffusion.training.contrastive import ContrastiveModel, similarities
 ROWS = 2
 
 
-def preview_prompts(table: PromptTable, rows: int = ROWS) -> list[str]:
-    """`rows` differently worded prompts of each class, row by row."""
-    return [captions[row % len(captions)] for row in range(rows) for captions in table.captions]
+def preview_prompts(table: PromptTable) -> list[str]:
+    """ROWS differently worded prompts of each class, row by row."""
+    return [captions[row % len(captions)] for row in range(ROWS) for captions in table.captions]
 
 
 def draw_sample_grid(
