@@ -18,7 +18,7 @@ from xdiffusion.lora import (
     set_lora_enabled,
     set_lora_scale,
 )
-from xdiffusion.lora.inject import lora_layer_at, lora_layers
+from xdiffusion.lora.inject import lora_layers, lora_layers_at
 from xdiffusion.lora.weights import parse_lora_spec
 
 
@@ -33,7 +33,7 @@ def adapted(ranks_and_alphas, adapter_name="default", seed=1):
     adapted = model()
     generator = torch.Generator().manual_seed(seed)
     for name, (rank, alpha) in ranks_and_alphas.items():
-        layer = lora_layer_at(adapted, name)
+        layer = lora_layers_at(adapted, [name])[name]
         layer.add_adapter(adapter_name, rank, alpha)
         with torch.no_grad():
             layer.lora_A[adapter_name].normal_(generator=generator)

@@ -117,7 +117,7 @@ def swap_lora(model: nn.Module, modules: Mapping[str, LoRAFactors], adapter_name
         check_layer(name, layer)
         check_factors(factors, layer.weight.shape, name)
         if name not in old:
-            check_adapter(model, [name], factors.rank, 0.0, adapter_name)
+            check_adapter(model, name, factors.rank, 0.0, adapter_name)
     kept = next(iter(old.values()), None)
     for name, layer in lora_layers_at(model, modules).items():
         layer.set_factors(adapter_name, modules[name])

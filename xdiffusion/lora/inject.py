@@ -80,7 +80,7 @@ def apply_lora_to_model(
     ranks = _by_pattern(names, rank, rank_pattern, "rank_pattern")
     alphas = _by_pattern(names, alpha, alpha_pattern, "alpha_pattern")
     for name in names:
-        check_adapter(model, [name], ranks[name], dropout, adapter_name, init, alphas[name])
+        check_adapter(model, name, ranks[name], dropout, adapter_name, init, alphas[name])
     model.requires_grad_(False)
     variant = {"use_rslora": use_rslora, "use_dora": use_dora, "init": init}
     for name, layer in lora_layers_at(model, names).items():
@@ -158,13 +158,8 @@ def _check_each_matches(model: str, names: Sequence[str], endings: Sequence[str]
             )
 
 
-def lora_layer_at(model: nn.Module, name: str) -> LoRALayer:
-    """The LoRA layer at a name, put around the layer there, under all its names, if it has none yet."""
-    return lora_layers_at(model, [name])[name]
-
-
 def lora_layers_at(model: nn.Module, names: Iterable[str]) -> dict[str, LoRALayer]:
-    """`lora_layer_at` for many names in one walk over the model."""
+    """The LoRA layers at these names, each put around the layer there, under all its names, if it has none yet."""
     layers = {name: model.get_submodule(name) for name in names}
     plain = [layer for layer in layers.values() if not isinstance(layer, LoRALayer)]
     wrapped = {layer: WRAPPERS[base_class_of(layer)].wrap(layer) for layer in plain}
@@ -193,7 +188,7 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
 
 def check_adapter(
     model: nn.Module,
-    names: Sequence[str],
+    name: str,
     rank: int,
     dropout: float,
     adapter_name: str,
@@ -203,28 +198,27 @@ def check_adapter(
     """Complain before anything is changed.
 
     Raises:
-        LoRAError: if an adapter of these settings and this name cannot be given to one of the named layers.
+        LoRAError: if the layer `name` cannot have an adapter of these settings and of the name `adapter_name`.
     """
     check_adapter_name(adapter_name)
-    for name in names:
-        layer = model.get_submodule(name)
-        check_layer(name, layer)
-        check_settings(rank, dropout, init, layer.weight.shape, name, lora_alpha)
-        if hasattr(layer, "merged_from"):
-            raise LoRAError(f"{name} is merged: call unmerge_lora_weights before adding an adapter")
-        if adapter_name in getattr(layer, "adapters", ()):
-            raise LoRAError(
-                f"{name} has an adapter named {adapter_name!r} already: take it away with "
-                f"remove_lora(model, {adapter_name!r}), or choose another adapter_name"
-            )
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if (kind := f"{type(parent).__module__}.{type(parent).__name__}") in READ_WITHOUT_A_CALL:
-            raise LoRAError(f"{name}: {kind} reads its weight without calling it, so that a LoRA would have no effect")
-        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-            raise LoRAError(
-                f"{name}: the fast path of nn.TransformerEncoderLayer reads its weight without calling it, so that a "
-                "LoRA would have no effect in evaluation; call torch.backends.mha.set_fastpath_enabled(False) first"
-            )
+    layer = model.get_submodule(name)
+    check_layer(name, layer)
+    check_settings(rank, dropout, init, layer.weight.shape, name, lora_alpha)
+    if hasattr(layer, "merged_from"):
+        raise LoRAError(f"{name} is merged: call unmerge_lora_weights before adding an adapter")
+    if adapter_name in getattr(layer, "adapters", ()):
+        raise LoRAError(
+            f"{name} has an adapter named {adapter_name!r} already: take it away with "
+            f"remove_lora(model, {adapter_name!r}), or choose another adapter_name"
+        )
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if (kind := f"{type(parent).__module__}.{type(parent).__name__}") in READ_WITHOUT_A_CALL:
+        raise LoRAError(f"{name}: {kind} reads its weight without calling it, so that a LoRA would have no effect")
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise LoRAError(
+            f"{name}: the fast path of nn.TransformerEncoderLayer reads its weight without calling it, so that a "
+            "LoRA would have no effect in evaluation; call torch.backends.mha.set_fastpath_enabled(False) first"
+        )
 
 
 def check_unmerged(model: nn.Module, adapter_name: str | None, doing: str) -> None:

@@ -17,7 +17,14 @@ from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import LayerTable, read_lora, write_lora
 from xdiffusion.checkpoints.lora_formats.factors import fitted, said_of_xl
 from xdiffusion.lora.base_identity import check_base, sample_of
-from xdiffusion.lora.inject import base_class_of, check_adapter, check_layer, check_unmerged, lora_layer_at, lora_layers
+from xdiffusion.lora.inject import (
+    base_class_of,
+    check_adapter,
+    check_layer,
+    check_unmerged,
+    lora_layers,
+    lora_layers_at,
+)
 from xdiffusion.lora.layers import LoRALayer
 from xdiffusion.lora.settings import DEFAULT_ADAPTER, LoRAError, check_scale
 
@@ -140,9 +147,8 @@ def load_lora_weights(
             text_encoder.add_tokens(lora.tokens, replaced_words)
         except ValueError as error:
             raise LoRAError(f"{path}: {error}") from error
-    for name, factors in modules.items():
-        layer = lora_layer_at(model, name)
-        layer.set_factors(adapter_name, factors)
+    for name, layer in lora_layers_at(model, modules).items():
+        layer.set_factors(adapter_name, modules[name])
         layer.adapters[adapter_name].scale = scale
         layer.adapters[adapter_name].enabled = True
     if lora.tokens and not takes_tokens:
@@ -220,10 +226,10 @@ def _checked(
         if not all(tensor.isfinite().all() for tensor in tensors if tensor is not None):
             raise LoRAError(f"{path}: the factors of {name} are not finite")
         if adapter_name not in getattr(layer, "adapters", ()) or _changes(layer, adapter_name):
-            check_adapter(model, [name], factors.rank, 0.0, adapter_name)
+            check_adapter(model, name, factors.rank, 0.0, adapter_name)
     for name, layer in lora_layers(model):
         if adapter_name in layer.adapters and name not in modules and _changes(layer, adapter_name):
-            check_adapter(model, [name], layer.adapters[adapter_name].rank, 0.0, adapter_name)  # raises: it is taken
+            check_adapter(model, name, layer.adapters[adapter_name].rank, 0.0, adapter_name)  # raises: it is taken
     if not any(f.lora_B.any() or f.magnitude is not None for f in checked.values()):
         raise LoRAError(f"{path}: every lora_B is zero, so it would change nothing")
     return checked
