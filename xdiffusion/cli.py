@@ -269,34 +269,18 @@ def sampling_overrides(args: argparse.Namespace, keys: dict[str, str]) -> Iterat
         yield overrides_from_flags(args, keys)
 
 
-def finite(text: str) -> float:
-    """An argparse type: a number that is neither NaN nor infinite."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a finite number")
-    return value
+def number_type(kind: type, fits: Callable[[Any], bool], allowed: str) -> Callable[[str], Any]:
+    """An argparse type: numbers of a kind that fit; `allowed` says in an error which these are."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} must be {allowed}")
+
+    return parse
 
 
-def positive_int(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return value
-
-
-def seed_number(text: str) -> int:
-    """An argparse type: a seed, from 0 to 2^63 - 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0 to 2^63 - 1")
-    return value
+finite = number_type(float, math.isfinite, "a finite number")
+positive_int = number_type(int, lambda number: number >= 1, "a whole number of at least 1")
+seed_number = number_type(int, lambda number: 0 <= number < 2**63, "a whole number from 0 to 2^63 - 1")

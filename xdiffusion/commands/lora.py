@@ -21,13 +21,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from xdiffusion.cli import Parser, positive_int, run
+from xdiffusion.cli import Parser, number_type, positive_int, run
 
 FORMATS = "native, kohya, diffusers, diffusers-sd15, peft (a folder), cloneofsimo, cloneofsimo-pt, positional"
 BASE_HELP = (
@@ -35,17 +34,7 @@ BASE_HELP = (
     "sd15, sd21, or a YAML of this project"
 )
 WEIGHT = re.compile(r":[-+.\d][-+.\de]*$")  # of FILE:WEIGHT
-
-
-def share(text: str) -> float:
-    """An argparse type: a share in (0, 1]."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a share in (0, 1]")
-    return value
+share = number_type(float, lambda number: 0 < number <= 1, "a share in (0, 1]")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
