@@ -42,6 +42,11 @@ _TEXT_LAYER = {
 }
 
 
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, by the rest of their names."""
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def unet_name_from_diffusers(name: str) -> str:
     """down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0.weight -> ....to_out.weight."""
     for theirs, ours in _PAIRS:

@@ -6,7 +6,6 @@ model_index.json, scheduler/, text_encoder/, tokenizer/, unet/, vae/; each part'
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,14 @@ from torch import Tensor
 from xdiffusion.checkpoints.diffusers import (
     autoencoder_from_diffusers,
     autoencoder_to_diffusers,
+    below,
     text_encoder_from_transformers,
     text_encoder_to_transformers,
     unet_from_diffusers,
     unet_to_diffusers,
 )
 from xdiffusion.checkpoints.diffusers_settings import FILES, SPECIAL_TOKENS, VERSION, folder_settings
-from xdiffusion.checkpoints.files import (
-    SAFETENSORS,
-    CheckpointError,
-    ensure_writable,
-    read_json,
-    save_safetensors,
-)
+from xdiffusion.checkpoints.files import SAFETENSORS, CheckpointError, new_folder, read_json, save_safetensors
 from xdiffusion.checkpoints.weight_index import open_weights, read_indexed
 
 _PARTS = {  # folder: (our part, from its names, to its names, name of its weights)
@@ -133,20 +127,14 @@ def write_diffusers_folder(
     Raises:
         CheckpointError: if the folder is there or cannot be written.
     """
-    if folder.exists():
-        raise CheckpointError(f"{folder} is there already; a folder is not overwritten")
-    parent = ensure_writable(folder.absolute().parent)
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{folder.name}.") as temporary:
-        copy = Path(temporary) / folder.name
+    with new_folder(folder) as copy:
         for component, (part, _, to_theirs, name) in _PARTS.items():
-            weights = to_theirs(_below(tensors, f"{part}."))
+            weights = to_theirs(below(tensors, f"{part}."))
             save_safetensors(copy / component / f"{name}{SAFETENSORS}", weights, {"format": "pt"})
         for path, settings in (folder_settings(config) | {"model_index.json": _MODEL_INDEX}).items():
             _write_json(copy / path, settings)
         _write_json(copy / "tokenizer" / "vocab.json", vocabulary)
         (copy / "tokenizer" / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-        copy.rename(folder)
 
 
 _MODEL_INDEX = {
@@ -162,10 +150,6 @@ _MODEL_INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -12,7 +12,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -86,6 +87,23 @@ def _flush_names(folder: Path) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Where to write a folder, which is moved to its place at the end of the block: it is there whole or not at all.
+
+    Raises:
+        CheckpointError: if it is there already, or the folder around it cannot be written to.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder} is there already; a folder is not overwritten")
+    parent = ensure_writable(folder.absolute().parent)
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{folder.name}.") as temporary:
+        written = Path(temporary) / folder.name
+        yield written
+        written.rename(folder)
 
 
 def remove_leftovers(folder: Path) -> None:

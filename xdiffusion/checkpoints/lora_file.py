@@ -42,6 +42,11 @@ class LoRAFactors:
         """lora_alpha / rank, or lora_alpha / sqrt(rank)."""
         return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
+    def is_finite(self) -> bool:
+        """Whether all its numbers are."""
+        tensors = (self.lora_A, self.lora_B, self.magnitude)
+        return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
+
     def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """scaling * B A in the shape of the weight, (out, in, *kernel)."""
         product = self.lora_B.to(dtype).flatten(1) @ self.lora_A.to(dtype).flatten(1)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from xdiffusion.checkpoints.diffusers import (
+    below,
     text_encoder_from_transformers,
     text_encoder_to_transformers,
     unet_name_from_diffusers,
@@ -45,7 +46,7 @@ def from_original(tensors: Mapping[str, Tensor], ema: bool = False) -> dict[str,
     Raises:
         ValueError: if `ema` and the average is not that of the UNet which the file holds.
     """
-    parts = {prefix: _below(tensors, prefix) for prefix in (UNET, AUTOENCODER, TEXT_TRANSFORMERS, TEXT_OPEN_CLIP)}
+    parts = {prefix: below(tensors, prefix) for prefix in (UNET, AUTOENCODER, TEXT_TRANSFORMERS, TEXT_OPEN_CLIP)}
     if ema:
         parts[UNET] = _moving_average(tensors, parts[UNET])
     text = text_encoder_from_open_clip(parts[TEXT_OPEN_CLIP])
@@ -62,18 +63,18 @@ def unused_in_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The last layer of 2.x's text encoder, which `from_original` leaves out, under our names: `to_original` takes it back."""
     return {
         f"text_encoder.{name}": tensor
-        for name, tensor in text_encoder_from_open_clip(_below(tensors, TEXT_OPEN_CLIP)).items()
+        for name, tensor in text_encoder_from_open_clip(below(tensors, TEXT_OPEN_CLIP)).items()
         if name.startswith(_UNUSED_LAYER)
     }
 
 
 def to_original(tensors: Mapping[str, Tensor], text_names: TextNames) -> dict[str, Tensor]:
     """The inverse of `from_original`: "transformers" text names for 1.x, "open_clip" for 2.x."""
-    theirs = {f"{UNET}{unet_name_to_original(n)}": tensor for n, tensor in _below(tensors, "network.").items()}
-    for name, tensor in _below(tensors, "autoencoder.").items():
+    theirs = {f"{UNET}{unet_name_to_original(n)}": tensor for n, tensor in below(tensors, "network.").items()}
+    for name, tensor in below(tensors, "autoencoder.").items():
         name = _swap(name, _TO_AUTOENCODER)
         theirs[f"{AUTOENCODER}{name}"] = tensor[:, :, None, None] if _is_projection(name) else tensor
-    text = _below(tensors, "text_encoder.")
+    text = below(tensors, "text_encoder.")
     if text_names == "open_clip":
         named, prefix = text_encoder_to_open_clip(text), TEXT_OPEN_CLIP
     else:
@@ -198,13 +199,9 @@ def _swap(name: str, pairs: list[tuple[str, str]]) -> str:
     return name
 
 
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
 def _moving_average(tensors: Mapping[str, Tensor], unet: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The average by the UNet's names; `unet`, if it is there too, must have the same ones."""
-    found = {_FROM_AVERAGE.get(name, name): tensor for name, tensor in _below(tensors, AVERAGED).items()}
+    found = {_FROM_AVERAGE.get(name, name): tensor for name, tensor in below(tensors, AVERAGED).items()}
     if unet and found.keys() != unet.keys():
         both = len(found.keys() & unet.keys())
         raise ValueError(f"the file holds the moving average of {both} of the UNet's {len(unet)} tensors")

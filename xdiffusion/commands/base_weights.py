@@ -10,7 +10,6 @@ import json
 import math
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,8 @@ from xdiffusion.checkpoints.files import (
     PICKLED,
     SAFETENSORS,
     CheckpointError,
-    ensure_writable,
     is_pipeline_folder,
+    new_folder,
     weights_file,
 )
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
@@ -188,18 +187,12 @@ def fold(
             raise CheckpointError(f"{output}: the result is a {SAFETENSORS} file; name such a one")
         copy_safetensors(base.files[0], output, change, {**base.files[0].metadata, **metadata}, progress)
         return len(fitting)
-    if output.exists():
-        raise CheckpointError(f"{output} is there already; a folder is not overwritten")
-    parent = ensure_writable(output.absolute().parent)
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{output.name}.") as temporary:
-        copy = Path(temporary) / output.name
+    with new_folder(output) as copy:
         weights = _weights_to_replace(base)
         shutil.copytree(base.path, copy, ignore=lambda folder, names: [n for n in names if Path(folder, n) in weights])
         for file in base.files:
             path = copy / file.path.relative_to(base.path)
             copy_safetensors(file, path, change, {**file.metadata, **metadata}, progress)
-        copy.rename(output)
     if left := sorted(weights - {file.path for file in base.files}):
         names = ", ".join(str(path.relative_to(base.path)) for path in left)
         print(f"not copied to {output}, since the LoRA is not in them: {names}", file=sys.stderr)
@@ -340,8 +333,7 @@ def _fitting(shapes: Mapping[str, tuple[int, ...]], path: Path, lora: LoRAFile) 
         if name not in shapes or (shapes[name][0], math.prod(shapes[name][1:])) != update:
             there = f"has weight {shapes[name]}" if name in shapes else "is not there"
             raise LoRAError(f"the LoRA does not fit {path}: {name} {there}, its update is {update}")
-        tensors = (factors.lora_A, factors.lora_B, factors.magnitude)
-        if not all(tensor.isfinite().all() for tensor in tensors if tensor is not None):
+        if not factors.is_finite():
             raise LoRAError(f"the factors of {name} are not finite")
     if not any((f.lora_B.any() and f.lora_A.any()) or f.magnitude is not None for f in fitting.values()):
         raise LoRAError(f"the LoRA would change nothing in {path}")

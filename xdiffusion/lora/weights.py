@@ -222,8 +222,7 @@ def _checked(
                 f"{path} does not fit this model: {name} has weight {tuple(weight.shape)}, "
                 f"the file's factors are A {tuple(factors.lora_A.shape)} and B {tuple(factors.lora_B.shape)}"
             )
-        tensors = (factors.lora_A, factors.lora_B, factors.magnitude)
-        if not all(tensor.isfinite().all() for tensor in tensors if tensor is not None):
+        if not factors.is_finite():
             raise LoRAError(f"{path}: the factors of {name} are not finite")
         if adapter_name not in getattr(layer, "adapters", ()) or _changes(layer, adapter_name):
             check_adapter(model, name, factors.rank, 0.0, adapter_name)
