@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from xdiffusion.places import OUTPUT_ROOT
     from xdiffusion.training.folder_lock import in_turn
-    from xdiffusion.training.processes import LostProcess, leaving_together, noticing_lost_processes
+    from xdiffusion.training.processes import leaving_together
     from xdiffusion.training.settings import check_settings
     from xdiffusion.training.text_encoder import tiny_clip_path, train_tiny_clip
 
@@ -70,17 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = {"script": SCRIPT, "words": words, "resume_from": args.resume_from, "force_cpu": args.force_cpu}
     path = path or tiny_clip_path(config, data, OUTPUT_ROOT)
 
-    @noticing_lost_processes()
     def set_up_and_train() -> int:
         first = PartialState(cpu=args.force_cpu).is_main_process
         with in_turn(path) if first else nullcontext():  # a run of training/image/train.py may make it too
             return train_tiny_clip(build_fresh_text_encoder(config), config, data, path, **command)
 
-    try:
-        return leaving_together(set_up_and_train)
-    except LostProcess as error:
-        print(f"error: before the first step, {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    return leaving_together(set_up_and_train)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from xdiffusion.training.processes import LostProcess, leaving_together, noticing_lost_processes
+    from xdiffusion.training.processes import leaving_together
     from xdiffusion.training.trainable import describe_model, make_trainable
 
     if trains_tiny_clip(config, args):
@@ -125,12 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.data.kind == "image/folder" and config.data.data_dir:
             check_captions(build_data(config), config, outline.text_encoder.context_length)
         return 0
-    work = partial(set_up_and_train, args, config, sampling, adapts, sys.argv[1:] if argv is None else argv)
-    try:
-        return leaving_together(noticing_lost_processes()(work))
-    except LostProcess as error:
-        print(f"error: before the first step, {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    words = sys.argv[1:] if argv is None else argv
+    return leaving_together(partial(set_up_and_train, args, config, sampling, adapts, words))
 
 
 def set_up_and_train(

@@ -164,12 +164,18 @@ def leaving_together(work: Callable[[], int]) -> int:
     in gloo's threads.
 
     One that fails does not wait for the others, who do not know of it and may be in the middle of a step: NCCL's way of
-    leaving would. Where another one is lost there is nothing to leave.
+    leaving would. Where another one is lost there is nothing to leave; before the first step that is said here, later by the
+    run itself.
     """
     try:
-        status = work()
-    except BaseException as error:
-        _leave(failed=True, lost=isinstance(error, LostProcess))
+        with noticing_lost_processes():
+            status = work()
+    except LostProcess as error:
+        _leave(failed=True, lost=True)
+        print(f"error: before the first step, {' '.join(str(error).split())}", file=sys.stderr)
+        return FAILED
+    except BaseException:
+        _leave(failed=True)
         raise
     _leave(failed=status == FAILED)
     return status
