@@ -1,7 +1,9 @@
 """run.json: enough to repeat a run and to judge its figures."""
 
 import json
+import os
 import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -161,3 +163,12 @@ def test_small_parts():
         "b=2 before, None now", "c=None before, 3 now", "version of torch=1 before, 2 now", "git.commit=None before, abc now",
         "device=cpu: x86_64 before, cuda: H100 now", "processes=1 before, 2 now", "threads=1 before, 4 now",
     ]  # fmt: skip
+
+
+def test_texts_are_utf_8_whatever_the_locale(tmp_path):
+    """A config.yaml names the user's folders, and is read as UTF-8."""
+    code = "import pathlib; from xdiffusion.checkpoints.files import write_text\n"
+    code += f"write_text(pathlib.Path({str(tmp_path / 'config.yaml')!r}), 'data_dir: b\\u00fccher')"
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **plain})
+    assert (tmp_path / "config.yaml").read_text(encoding="utf-8") == "data_dir: bücher"

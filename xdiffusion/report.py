@@ -16,7 +16,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-from xdiffusion.checkpoints.files import write_atomically
+from xdiffusion.checkpoints.files import write_text
 from xdiffusion.evaluation.loss_curve import LossCurve
 from xdiffusion.pictures import as_picture
 from xdiffusion.scoring import Evaluation
@@ -143,7 +143,7 @@ def write_report(path: Path, evaluation: Evaluation, config: str, provenance: Ma
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_text(title)}</title><style>{STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
     )
-    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_text(path, page)
 
 
 # --- scores ---

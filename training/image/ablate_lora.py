@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from omegaconf import OmegaConf
 
     from xdiffusion.build import INVERTED, build_model, load_config, override
-    from xdiffusion.checkpoints.files import content_hash, write_atomically
+    from xdiffusion.checkpoints.files import content_hash, write_text
     from xdiffusion.checkpoints.native import load_model_file
     from xdiffusion.training.trainable import make_trainable
 
@@ -121,8 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         make_trainable(build_model(changed, without_weights=True), changed, lora=True)
     for combination in missing:
         results.append(combination | train_and_score(args, combination, config, steps) | {"budget": budget})
-        text = "".join(json.dumps(result) + "\n" for result in results)
-        write_atomically(record, lambda path, text=text: path.write_text(text))
+        write_text(record, "".join(json.dumps(result) + "\n" for result in results))
     results.sort(key=lambda r: (r["target"], VARIANTS.index(r["variant"]), r["rank"], r["seed"]))
     write_report(args.output_path, results)
     write_spectra(args.output_path, results, weights)

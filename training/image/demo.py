@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     from xdiffusion.build import load_config
-    from xdiffusion.checkpoints.files import write_atomically
+    from xdiffusion.checkpoints.files import write_text
 
     folder = args.output_path
     steps = [f"--num_training_steps={args.num_training_steps}"] if args.num_training_steps else []
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "scale0_identical": scale0_identical(base, lora),
     }
     text = json.dumps(metrics, indent=2) + "\n"
-    write_atomically(folder / "metrics.json", lambda path: path.write_text(text))
+    write_text(folder / "metrics.json", text)
     print(text)
     return 0
 

@@ -64,6 +64,15 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, atomically.
+
+    Raises:
+        CheckpointError: see `write_atomically`.
+    """
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def save_pickled(path: Path, content: Any) -> None:
     """torch.save, atomically.
 

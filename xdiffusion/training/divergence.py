@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xdiffusion.checkpoints.files import write_atomically
+from xdiffusion.checkpoints.files import write_text
 
 REMEMBERED = 100
 NEEDED = 20
@@ -58,8 +58,7 @@ def write_report(folder: Path, error: TrainingDiverged) -> Path:
     rollbacks = error.report["rollbacks"]
     path = folder / (f"diverged-{rollbacks}.json" if rollbacks else "diverged.json")
     report = {key: value if _finite(value) else str(value) for key, value in error.report.items()}
-    text = json.dumps({"reason": str(error)} | report, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_text(path, json.dumps({"reason": str(error)} | report, indent=1, allow_nan=False) + "\n")
     return path
 
 

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from xdiffusion.checkpoints.files import CheckpointError, ensure_writable, remove_leftovers, write_atomically
+from xdiffusion.checkpoints.files import CheckpointError, ensure_writable, remove_leftovers, write_text
 from xdiffusion.model import ImagesNotFinite
 from xdiffusion.places import OUTPUT_ROOT
 from xdiffusion.training.divergence import TrainingDiverged, write_report
@@ -96,8 +96,7 @@ def begin(
     if writes and first_step > 1 and not record.continues:
         print(f"{origin} holds no run.json: whether it was begun under these conditions is not known", file=sys.stderr)
     if writes:  # not `config` where no step is left to take
-        text = OmegaConf.to_yaml(OmegaConf.create(record.content["config"]))
-        write_atomically(folder / "config.yaml", lambda path: path.write_text(text))
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(record.content["config"])))
     return record
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from xdiffusion.checkpoints.files import CheckpointError, content_hash, read_json, write_atomically
+from xdiffusion.checkpoints.files import CheckpointError, content_hash, read_json, write_text
 from xdiffusion.data.image_set import ImageSet
 from xdiffusion.data.shards import Shards
 from xdiffusion.places import PATHS
@@ -160,10 +160,8 @@ class RunRecord:
         self._write()
 
     def _write(self) -> None:
-        if self.path is None:
-            return
-        text = json.dumps(self.content, indent=1) + "\n"
-        write_atomically(self.path, lambda path: path.write_text(text))
+        if self.path is not None:
+            write_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
 def _earlier(folder: Path) -> dict[str, Any]:

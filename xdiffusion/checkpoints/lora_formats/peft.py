@@ -27,7 +27,7 @@ from xdiffusion.checkpoints.files import (
     read_json,
     refuse_leftover,
     save_safetensors,
-    write_atomically,
+    write_text,
 )
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats.factors import assemble
@@ -78,9 +78,9 @@ def write_folder(lora: LoRAFile, path: Path) -> None:
             tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = factors.lora_A, factors.lora_B
             if factors.magnitude is not None:
                 tensors[f"{key}.lora_magnitude_vector"] = magnitude_of(factors)
-        config = json.dumps({"peft_type": "LORA", "inference_mode": True, **config_of(modules)}, indent=2)
+        config = {"peft_type": "LORA", "inference_mode": True, **config_of(modules)}
         save_safetensors(folder / WEIGHTS, tensors, {**lora.metadata, "format": "pt"})
-        write_atomically(folder / CONFIG, lambda temporary, text=config: temporary.write_text(text))
+        write_text(folder / CONFIG, json.dumps(config, indent=2))
 
 
 def config_of(modules: Mapping[str, LoRAFactors]) -> dict[str, Any]:
