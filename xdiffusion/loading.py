@@ -297,11 +297,12 @@ def as_trained(config: DictConfig, loras: Sequence[Path], tell: Callable[[str], 
     trained = {path: _drawn_as(config, content, path) for path, content in said.items() if content}
     chosen = config
     for path, one in trained.items():
-        for key, ours, theirs in differences(chosen, one, DRAWN_BY) if chosen is not config else ():
-            raise CheckpointError(
-                f"these LoRAs cannot be drawn together: {path} was trained with {key}={theirs}, another with {ours}"
-            )
-        for key, ours, theirs in differences(config, one, DRAWN_BY) if chosen is config else ():
+        is_first = chosen is config
+        for key, ours, theirs in differences(chosen, one, DRAWN_BY):
+            if not is_first:
+                raise CheckpointError(
+                    f"these LoRAs cannot be drawn together: {path} was trained with {key}={theirs}, another with {ours}"
+                )
             tell(f"{path} was trained with {key}={theirs}, and is drawn so; its base has {ours}")
         chosen = one
     return chosen

@@ -148,9 +148,10 @@ def score(
     if depth.full:
         more, neighbours = full_scores(samples, data, normal, judge, depth, seed)
         draws = fixed_draws(len(data.test), model.latent_shape, CURVE_PAIRS)
-        base = held_out_of(normal) if data.inverted else None, without_lora if has_lora else None
+        of_base = {"normal": held_out_of(normal) if data.inverted else None}
+        of_base |= {"without_lora": without_lora if has_lora else None}
         groups = data.test.groups[draws.index]
-        curves = loss_curves(model, held_out_of(data), draws, groups, depth.resamples, *base)
+        curves = loss_curves(model, held_out_of(data), draws, groups, depth.resamples, **of_base)
         scores |= more | bound_scores(model, data, depth.resamples, seed)
         scores["loss_curve"] = {name: curve._asdict() for name, curve in curves.items()}
         seen = as_the_judge_sees(samples.images, data)

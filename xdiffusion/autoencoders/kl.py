@@ -18,11 +18,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from xdiffusion.layers.attention import Attention
-from xdiffusion.layers.resnet import ResBlock, Upsample
+from xdiffusion.layers.resnet import MAX_RES_BLOCKS, ResBlock, Upsample
 
 LOGVAR_RANGE = (-30.0, 20.0)
 PIXELS_AT_A_TIME = 512 * 512  # decoding as many takes 1 GB, which a card that draws or trains at 512 has, but not 8
-MAX_RES_BLOCKS = 64  # per level; a stranger's config could ask for any number
 
 
 class KLAutoencoder(nn.Module):

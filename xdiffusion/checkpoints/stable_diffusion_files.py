@@ -12,7 +12,7 @@ predicts is taken by its name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def part_alone(names: Iterable[str]) -> str | None:
 def recognise_original(
     path: Path,
     tensors: dict[str, Tensor],
-    names: Any,
+    names: Container[str],
     header: Mapping[str, str],
     unused: Mapping[str, Tensor] | None = None,
 ) -> StableDiffusionFile:
@@ -165,7 +165,7 @@ def recognise_original(
     return _with_prediction(path, found, _prediction(names, header))
 
 
-def _prediction(names: Any, header: Mapping[str, str]) -> str | None:
+def _prediction(names: Container[str], header: Mapping[str, str]) -> str | None:
     """What an original file says that it predicts; None if nothing."""
     if V_PRED in names:
         return "v"

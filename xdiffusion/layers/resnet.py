@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from xdiffusion.layers.convolution import Conv3x3
 
+MAX_RES_BLOCKS = 64  # per level of a network; a stranger's config could ask for any number
+
 
 class ResBlock(nn.Module):
     """x + conv(act(norm(conv(act(norm(x))), time))), the time entering between the convolutions.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +153,9 @@ def load_lora_weights(
         layer.adapters[adapter_name].enabled = True
     if lora.tokens and not takes_tokens:
         left_out.append(f"{len(lora.tokens)} learned tokens, {', '.join(lora.tokens)}")
-    notes = (*lora.repairs, *([other_form] if other_form else []))
-    return _report(model, list(modules), adapter_name, replace(lora, repairs=notes), tuple(left_out))
+    repairs = (*lora.repairs, *([other_form] if other_form else []))
+    said = {"format": lora.format, "left_out": tuple(left_out), "repairs": repairs}
+    return _report(model, list(modules), adapter_name, **said)
 
 
 def parse_lora_spec(text: str) -> tuple[Path, float]:
@@ -240,9 +241,7 @@ def _changes(layer: LoRALayer, adapter_name: str) -> bool:
 
 
 @torch.no_grad()
-def _report(
-    model: nn.Module, modules: list[str], adapter_name: str, lora: LoRAFile, left_out: tuple[str, ...]
-) -> LoadReport:
+def _report(model: nn.Module, modules: list[str], adapter_name: str, **said: Any) -> LoadReport:
     layers: list[LoRALayer] = [model.get_submodule(name) for name in modules]
     deltas = torch.stack([layer.delta(adapter_name).square().sum() for layer in layers])
     weights = torch.stack([layer.weight.float().square().sum() for layer in layers])
@@ -250,6 +249,4 @@ def _report(
     missing = [n for n, layer in lora_layers(model) if adapter_name in layer.adapters and n not in modules]
     scalings = sorted({s.scaling for s in settings})
     relative_delta = float((deltas.sum() / weights.sum()).sqrt())
-    return LoadReport(
-        modules, missing, settings[0].scale, scalings, relative_delta, lora.format, left_out, lora.repairs
-    )
+    return LoadReport(modules, missing, settings[0].scale, scalings, relative_delta, **said)

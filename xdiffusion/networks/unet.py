@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xdiffusion.layers.embeddings import TimeEmbedding
-from xdiffusion.layers.resnet import Downsample, ResBlock, Upsample
+from xdiffusion.layers.resnet import MAX_RES_BLOCKS, Downsample, ResBlock, Upsample
 from xdiffusion.layers.transformer import SpatialTransformer
-
-MAX_RES_BLOCKS = 64  # per level; a stranger's config could ask for any number
 
 
 class UNet(nn.Module):

@@ -162,9 +162,9 @@ def _order(data: Data, batch_size: int, seed: int, k: int) -> DataOrder | Bucket
         return Consecutive(batch_size)
     if isinstance(data, ImageSet):
         return DataOrder(len(data.train), batch_size, seed)
-    return (
-        BucketOrder(list(data.buckets.values()), batch_size, seed) if not k else DataOrder(len(data), batch_size, seed)
-    )
+    if k:  # the first source decides the shape of a batch
+        return DataOrder(len(data), batch_size, seed)
+    return BucketOrder(list(data.buckets.values()), batch_size, seed)
 
 
 def _shape(data: Data, index: int) -> tuple[int, int] | None:
