@@ -113,7 +113,7 @@ def _slots(children: Mapping[str, Section | Slot | Overlay], where: str = "") ->
 
 
 def with_home(config: DictConfig, keys: Sequence[str]) -> DictConfig:
-    """The config with the home folder for `~/` at the beginning of these paths: a shell does so only at that of a word."""
+    """The config with the home folder for `~/` in the paths at these keys, which a shell leaves as it is behind KEY=."""
     found = OmegaConf.create()
     for key in keys:
         value = _at(config, key)

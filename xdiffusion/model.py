@@ -153,13 +153,13 @@ def best_device(force_cpu: bool = False) -> torch.device:
 
 
 def at_a_time(model: DiffusionModel, most: int = 100) -> int:
-    """How many of the model's images are worked on together where nothing else is asked for, at most `most`."""
+    """The batch size where none is asked for and no gradients are needed: `most`, or fewer of large images."""
     _, height, width = model.image_shape
     return max(1, min(most, PIXELS_BESIDE // (height * width)))
 
 
 def of_captions(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """`generate`'s sampling, settings among it, for prompts that are pictures' captions: a bracket in one is no weight."""
+    """`generate`'s keyword arguments with the plain prompt syntax, for captions as prompts: a bracket in one is no weight."""
     return {**sampling, "settings": replace(sampling["settings"], prompt_syntax="plain")}
 
 

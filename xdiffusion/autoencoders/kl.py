@@ -1,4 +1,4 @@
-"""Stable Diffusion's autoencoder: images to latents with an eighth of the side ([LDM] sections 3.1 and appendix G).
+"""Stable Diffusion's autoencoder: images to latents with an eighth of the side ([LDM] section 3.1 and appendix G).
 
     q(z | x) = N(mean(x), exp(logvar(x)))     latents = scale_factor * z     images ~ decoder(latents / scale_factor)
 

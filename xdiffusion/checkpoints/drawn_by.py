@@ -31,7 +31,7 @@ def value_at(config: Any, key: str) -> Any:
 def drawn_otherwise(config: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
     """(key, its value, the other's) of all values of `drawn_by` in which two configs differ.
 
-    A switch that one of them is too old to know is off there (None); of any other value it says nothing.
+    A key that one of them, being older, does not have is None there: a switch counts as off then, and any other value as equal.
     """
     ours, theirs = drawn_by(config), drawn_by(other)
     for key in dict.fromkeys([*ours, *theirs]):

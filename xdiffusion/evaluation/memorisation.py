@@ -63,7 +63,7 @@ def _nearest_points(rows: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tenso
 
 
 def median(distance: Float[Tensor, " N"]) -> float:
-    """The lower one of the two in the middle where N is even."""
+    """The median; where N is even, the lower of the two values in the middle."""
     return float(distance.median())
 
 

@@ -59,10 +59,10 @@ def check_settings(
     """Complain of an adapter that a weight (out, in, *kernel) cannot have; `layer` is its name, where it is known.
 
     Raises:
-        LoRAError: for an init that is none of the three; a lora_alpha that is no finite number, 0, or, of PiSSA, which takes
-            its root, below 0; a dropout outside [0, 1); a rank that is no whole number in 1..the larger side of the
-            flattened weight, an odd rank with orthogonal factors, or a rank too large for PiSSA, which needs as many
-            singular vectors and is saved with twice the rank.
+        LoRAError: for an init that is none of the three; for a lora_alpha that is 0 or not finite, or negative with PiSSA,
+            which takes its root; for a dropout outside [0, 1); for a rank that is no whole number from 1 to the larger side
+            of the flattened weight, odd with orthogonal factors, or with PiSSA above the smaller side, the number of
+            singular vectors, or half of the larger, since its file has twice the rank.
     """
     if init not in get_args(Init):
         raise LoRAError(f"LoRA init={init!r} must be one of {', '.join(get_args(Init))}")

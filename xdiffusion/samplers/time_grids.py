@@ -32,8 +32,8 @@ def logsnr_times(
 ) -> Float[Tensor, " n"]:
     """Equally spaced in log-SNR from `t_max` (or logsnr_min, if that is later) to logsnr_max, then 0 ([DPM++] section 5).
 
-    Where the schedule's data end, t = 0, is no cleaner than logsnr_max, the even spacing goes on to that end; a table's goes no
-    further than its first noise level.
+    A schedule whose log-SNR at t = 0 is logsnr_max or less is spaced evenly down to t = 0. On a beta table, where t = 0 has no
+    noise at all, the even spacing ends at the first noise level if that is below logsnr_max.
 
     Raises:
         ValueError: if t_max is not in (0, 1], or the grid would not rise from its start to logsnr_max.

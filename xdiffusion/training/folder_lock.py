@@ -1,4 +1,4 @@
-"""One run in a folder at a time: two would write, rotate and set aside each other's checkpoints. And one that makes a file."""
+"""Locks: one run in a folder at a time, for two would rotate and set aside each other's checkpoints; one maker of a file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def held(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def in_turn(path: Path) -> Iterator[None]:
-    """Within this block no other process is in one for the same path, of a file that the block makes: who comes later waits.
+    """Within this block this process alone makes the file at a path: another that begins such a block waits for its end.
 
     Raises:
         CheckpointError: if its folder cannot be written to.

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class ReadAhead(Generic[T]):
-    """`read`, with its answers for the next step begun as soon as this step's are given.
+    """`read`, which begins to read the next step's part as soon as this step's is asked for.
 
     What a step reads is a function of its number, so nothing is read in vain but after the last one. `read` is called by
     one thread alone; what it raises is raised by the call that asks for it.

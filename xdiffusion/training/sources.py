@@ -95,7 +95,7 @@ class Sources:
 
     @contextmanager
     def _visiting(self, part: nn.Module) -> Iterator[None]:
-        """A part that is on the device for now, and parked from then on."""
+        """Within this block a part is on the device; it is parked on the CPU afterwards."""
         part.to(self.device)
         yield
         self.parked.append(part.to("cpu"))
