@@ -19,6 +19,7 @@ CONFIG, MODEL = f"--config_path {DIGITS}", "--checkpoint a.safetensors"
         (TRAIN, "--config_pth c.yaml", "required: --config_path; --config_pth: did you mean --config_path? "),
         (TRAIN_CLIP, f"{CONFIG} --output_path=", "--output_path is empty; leave it out for the default"),
         (SAMPLE, f"{MODEL} --output_path=", "--output_path is empty; leave it out for the default"),
+        (ABLATE, "--checkpoint a --output_path=", "--output_path is empty; leave it out for the default"),
         (TRAIN, f"{CONFIG} --use_lora", "--use_lora; --use_lora: did you mean --use_lora_training? "),
         (TRAIN, f"{CONFIG} --num_steps 3", "--num_steps 3; --num_steps: did you mean --num_training_steps? "),
         (TRAIN, f"{CONFIG} --learning_rate=1e-3", "did you mean --set optimizer.learning_rate=... or --set text_en"),

@@ -97,13 +97,15 @@ class Parser(argparse.ArgumentParser):
         self._words: list[str] = []
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        given = sys.argv[1:] if args is None else args
+        given = list(sys.argv[1:] if args is None else args)
+        pairs = list(zip(["", *given], given))
         self._words = [
             word if {before, word.partition("=")[0]} & {*TEXT_FLAGS} else AT_HOME.sub(rf"\1{Path.home()}/", word)
-            for before, word in zip(["", *given], given)
+            for before, word in pairs
         ]
         parsed, others = super().parse_known_args(self._words, namespace)
-        if getattr(parsed, "output_path", None) == "":  # a variable of the shell that is not set
+        # a variable of the shell that is not set; as a Path it would be the working folder
+        if "output_path" in parsed and ("--output_path=" in given or ("--output_path", "") in pairs):
             self.error("--output_path is empty; leave it out for the default")
         return parsed, others
 
