@@ -10,6 +10,7 @@ from sd_files import EXTRA, FULL_SD, random_sd, sd_config, text_names, write_nat
 
 from xdiffusion.build import build_model
 from xdiffusion.checkpoints.diffusers import autoencoder_to_diffusers, unet_to_diffusers
+from xdiffusion.checkpoints.diffusers_settings import config_from
 from xdiffusion.checkpoints.files import CheckpointError, save_safetensors
 from xdiffusion.checkpoints.lora_formats.native import trained_config
 from xdiffusion.checkpoints.native import load_model_file
@@ -51,6 +52,12 @@ def test_settings_of_another_model_are_named_before_its_weights_are(part, key, v
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(ValueError, match=rf"{part}/config\.json: {message}"):
         load_model(folder)
+
+
+def test_heads_that_no_unet_here_has_are_named_by_whichever_key():
+    for key in ("attention_head_dim", "num_attention_heads"):
+        with pytest.raises(ValueError, match=r"attention_head_dim=\[5, 10, 20, 19\] at the widths"):
+            config_from({"unet/config.json": {key: [5, 10, 20, 19]}}, 12)
 
 
 def test_an_extracted_lora_predicts_what_a_tuned_folder_does(folder):

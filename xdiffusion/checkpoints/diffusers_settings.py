@@ -118,7 +118,9 @@ def network_from(unet: Mapping[str, Any]) -> dict[str, Any]:
     levels = {"attention_head_dim": heads, "transformer_layers_per_block": depths}
     for key, value in levels.items():
         if value != _per_level(described[key], len(widths)):
-            raise ValueError(f"{key}={unet[key]!r:.80} at the widths {widths} is no UNet that can be built here")
+            raise ValueError(
+                f"{key}={unet.get(key, value)!r:.80} at the widths {widths} is no UNet that can be built here"
+            )
     for key in ("down_block_types", "up_block_types"):
         _check_equal(unet, key, described[key])
     for key, needed in _OF_EVERY_UNET.items():
