@@ -13,6 +13,7 @@ from xdiffusion.lora.inject import (
     check_adapter,
     check_layer,
     check_unmerged,
+    layers_with,
     lora_layers,
     lora_layers_at,
     replace_modules,
@@ -84,7 +85,7 @@ def remove_lora(model: nn.Module, adapter_name: str | None = None) -> None:
     Raises:
         LoRAError: if the model has no such adapter, or a layer that has it is partly merged.
     """
-    layers = _layers_with(model, adapter_name)
+    layers = layers_with(model, adapter_name)
     for name, layer in layers.items():
         if hasattr(layer, "merged_from"):
             raise LoRAError(f"{name} is merged: call unmerge_lora_weights before removing an adapter")
@@ -134,14 +135,6 @@ def _unwrap_empty(model: nn.Module, layers: Iterable[LoRALayer]) -> None:
     replace_modules(model, {layer: layer.unwrap() for layer in layers if not layer.adapters})
 
 
-def _layers_with(model: nn.Module, adapter_name: str | None) -> dict[str, LoRALayer]:
-    found = {n: layer for n, layer in lora_layers(model) if adapter_name is None or adapter_name in layer.adapters}
-    if not found:
-        wanted = "LoRA adapter" if adapter_name is None else f"LoRA adapter named {adapter_name!r}"
-        raise LoRAError(f"{type(model).__name__} has no {wanted}")
-    return found
-
-
 def _settings(model: nn.Module, adapter_name: str | None) -> list[AdapterSettings]:
-    layers = _layers_with(model, adapter_name).values()
+    layers = layers_with(model, adapter_name).values()
     return [s for layer in layers for name, s in layer.adapters.items() if adapter_name in (None, name)]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdiffusion.lora.inject import lora_layers, replace_modules
+from xdiffusion.lora.inject import layers_with, replace_modules
 from xdiffusion.lora.layers import LoRALayer
 from xdiffusion.lora.settings import LoRAError
 
@@ -26,12 +26,8 @@ def merge_lora_weights(model: nn.Module, adapter_name: str | None = None) -> Non
     Raises:
         LoRAError: if there is nothing to merge, or only some of the adapters where one of them is DoRA.
     """
-    layers = {n: layer for n, layer in lora_layers(model) if adapter_name is None or adapter_name in layer.adapters}
-    if not layers:
-        wanted = "LoRA layers" if adapter_name is None else f"LoRA adapter named {adapter_name!r}"
-        raise LoRAError(f"{type(model).__name__} has no {wanted} to merge")
     new = {}
-    for name, layer in layers.items():
+    for name, layer in layers_with(model, adapter_name, " to merge").items():
         apart = [n for n in layer.adapters if adapter_name not in (None, n)]
         if apart and any(settings.use_dora for settings in layer.adapters.values()):
             raise LoRAError(f"{name} has a DoRA adapter, which acts on the others' updates too: merge all at once")

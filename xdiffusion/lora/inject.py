@@ -172,6 +172,19 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer)]
 
 
+def layers_with(model: nn.Module, adapter_name: str | None, purpose: str = "") -> dict[str, LoRALayer]:
+    """The LoRA layers that have an adapter, or (None) any, by name.
+
+    Raises:
+        LoRAError: if there are none; it ends with `purpose`, such as " to merge".
+    """
+    found = {n: layer for n, layer in lora_layers(model) if adapter_name is None or adapter_name in layer.adapters}
+    if not found:
+        named = "" if adapter_name is None else f" named {adapter_name!r}"
+        raise LoRAError(f"{type(model).__name__} has no LoRA adapter{named}{purpose}")
+    return found
+
+
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put the values of `new` where its keys are, wherever in the model that is.
 

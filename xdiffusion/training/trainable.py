@@ -33,8 +33,7 @@ def make_trainable(model: DiffusionModel, config: DictConfig, *, lora: bool) -> 
                 "training.half_frozen_weights=true is for runs that train a LoRA or a learned word alone: this one trains "
                 "the network, whose weights stay float32"
             )
-        for part in (model.network, model.text_encoder):  # the autoencoder's errors would be seen
-            part.to(dtype=HALF.get(config.training.mixed_precision))
+        model.set_precision(HALF.get(config.training.mixed_precision))
     if lora:
         for part, section in ((model.network, "lora"), (model.text_encoder, "text_encoder_lora")):
             if section in config:
