@@ -222,6 +222,13 @@ def test_a_tiny_clip_that_one_process_cannot_begin_is_a_line_in_each(tmp_path):
     )
 
 
+def test_of_two_processes_the_first_alone_prints(tmp_path):
+    words = ["--config_path", COMMON[1], "--force_cpu", "--num_training_steps", 1]
+    words += ["--output_path", tmp_path / "clip.safetensors"]
+    (_, first, _), (_, second, _) = [*map(finish, start(words, script=ROOT / TRAIN_CLIP))]
+    assert "tiny CLIP: zero-shot accuracy" in first and second == ""
+
+
 def test_a_killed_process_ends_the_other_and_one_goes_on(tmp_path):
     base = tmp_path / "base"
     assert run_script(TRAIN, *COMMON, "--num_training_steps", 1, "--output_path", base) == 0

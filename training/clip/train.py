@@ -56,11 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if path is not None and (path.suffix != ".safetensors" or path.is_dir()):
         raise ValueError(f"--output_path {path} must name a .safetensors file")
 
-    from accelerate import PartialState
-
     from xdiffusion.places import OUTPUT_ROOT
     from xdiffusion.training.folder_lock import in_turn
-    from xdiffusion.training.processes import leaving_together
+    from xdiffusion.training.processes import begin_process, leaving_together
     from xdiffusion.training.settings import check_settings
     from xdiffusion.training.text_encoder import tiny_clip_path, train_tiny_clip
 
@@ -71,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = path or tiny_clip_path(config, data, OUTPUT_ROOT)
 
     def set_up_and_train() -> int:
-        first = PartialState(cpu=args.force_cpu).is_main_process
+        first = begin_process(args.force_cpu).is_main_process
         with in_turn(path) if first else nullcontext():  # a run of training/image/train.py may make it too
             return train_tiny_clip(build_fresh_text_encoder(config), config, data, path, **command)
 

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -134,7 +133,7 @@ def set_up_and_train(
 ) -> int:
     """Make model, data, trainer and folder, and take the steps. Returns the exit status."""
     from xdiffusion.build import build_data, build_model
-    from xdiffusion.checkpoints.files import content_hash
+    from xdiffusion.checkpoints.files import content_hash, existing_weights
     from xdiffusion.loading import load_weights
     from xdiffusion.model import HALF
     from xdiffusion.training.checks import check_captions, check_outside
@@ -142,7 +141,7 @@ def set_up_and_train(
     from xdiffusion.training.loop import Trainer
     from xdiffusion.training.previews import draw_sample_grid
     from xdiffusion.training.prior_preservation import prepare_class_images
-    from xdiffusion.training.processes import first_ones_first
+    from xdiffusion.training.processes import begin_process, check_precision, first_ones_first
     from xdiffusion.training.run import run_folder, train
     from xdiffusion.training.state import RunCheckpoints
     from xdiffusion.training.text_encoder import initialise_text_encoder
@@ -150,7 +149,10 @@ def set_up_and_train(
     from xdiffusion.training.weights_files import AdapterWeights, ModelWeights, TokenWeights, check_folder
 
     model = build_model(config, without_weights=args.load_model_weights_from_checkpoint is not None)
-    process = begin_process(config, args)
+    process = begin_process(args.force_cpu)
+    check_precision(process, config.training)  # what cannot be trained is said before class images are drawn
+    if args.resume_from not in (None, "auto"):
+        existing_weights(Path(args.resume_from))
     folder = run_folder(config, args.config_path, args.output_path, lora=args.use_lora_training)
     kind = AdapterWeights if args.use_lora_training else TokenWeights if adapts else ModelWeights
     check_folder(folder, kind)
@@ -192,22 +194,6 @@ def trains_tiny_clip(config: DictConfig, args: argparse.Namespace) -> bool:
     from xdiffusion.training.text_encoder import TINY
 
     return not args.load_model_weights_from_checkpoint and config.model.text_encoder.get("pretrained") == TINY
-
-
-def begin_process(config: DictConfig, args: argparse.Namespace) -> PartialState:
-    """This process among others, of which one speaks; what it could not train is said before class images are drawn."""
-    from accelerate import PartialState
-
-    from xdiffusion.checkpoints.files import existing_weights
-    from xdiffusion.training.processes import check_precision
-
-    process = PartialState(cpu=args.force_cpu)
-    if not process.is_main_process:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
-    check_precision(process, config.training)
-    if args.resume_from not in (None, "auto"):
-        existing_weights(Path(args.resume_from))
-    return process
 
 
 def check_beginning(

@@ -32,6 +32,14 @@ PATIENCE = timedelta(days=2)  # for a download, or class images that are drawn; 
 Item = TypeVar("Item")
 
 
+def begin_process(force_cpu: bool) -> PartialState:
+    """This process among those of a run, of which the first alone prints."""
+    process = PartialState(cpu=force_cpu)
+    if not process.is_main_process:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    return process
+
+
 def check_shares(accelerator: Accelerator, task: Task) -> None:
     """Raise ValueError where the processes cannot share a batch equally, or are launched to share out the weights too."""
     if accelerator.distributed_type in SHARDED:
