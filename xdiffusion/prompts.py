@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from xdiffusion.data.captions import PromptTable
-from xdiffusion.data.image_files import is_text
+from xdiffusion.data.captions import PromptTable, is_text
 
 SLOT = "class"
 

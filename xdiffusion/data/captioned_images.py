@@ -14,8 +14,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from xdiffusion.data.buckets import Size, bucket_sizes, nearest_bucket
-from xdiffusion.data.captions import PromptTable
-from xdiffusion.data.image_files import MAX_CAPTION, DamagedImage, Picture, check_enlargement, is_text
+from xdiffusion.data.captions import PromptTable, fault_in
+from xdiffusion.data.image_files import DamagedImage, Picture, check_enlargement
 from xdiffusion.data.image_set import Batch, to_unit_range
 
 LONGEST_NAME = 80  # letters that a message shows
@@ -211,10 +211,8 @@ def _usable_size(picture: Picture, sizes: Sequence[Size], needs_caption: bool) -
     """
     if needs_caption and not (picture.caption or "").strip():
         raise DamagedImage(picture.uncaptioned)
-    if needs_caption and len(picture.caption) > MAX_CAPTION:
-        raise DamagedImage(f"its caption has more than {MAX_CAPTION:,} letters")
-    if needs_caption and not is_text(picture.caption):
-        raise DamagedImage("its caption is no Unicode text, as names in another encoding are")
+    if needs_caption and (fault := fault_in(picture.caption)):
+        raise DamagedImage(fault)
     width, height = picture.size()
     size = nearest_bucket(width, height, sizes)
     check_enlargement(width, height, size)

@@ -12,6 +12,8 @@ from functools import cached_property
 from jaxtyping import Float, Int
 from torch import Tensor
 
+MAX_CAPTION = 2**14  # letters; a text encoder sees some hundreds
+
 
 @dataclass(frozen=True)
 class PromptTable:
@@ -38,6 +40,22 @@ class PromptTable:
         """One caption for each label; `wording` in [0, 1) picks among the class's captions."""
         tables = [self.captions[label] for label in labels.tolist()]
         return [captions[int(u * len(captions))] for captions, u in zip(tables, wording.tolist())]
+
+
+def is_text(caption: str) -> bool:
+    """Whether it can be written in UTF-8: what Python makes of a file name in another encoding, or of half a letter, cannot."""
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def fault_in(caption: str) -> str:
+    """Why a picture's caption cannot be used; "" of one that can."""
+    if len(caption) > MAX_CAPTION:
+        return f"its caption has more than {MAX_CAPTION:,} letters"
+    return "" if is_text(caption) else "its caption is no Unicode text, as names in another encoding are"
 
 
 _DIGITS = PromptTable(

@@ -23,7 +23,6 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from xdiffusion.data.buckets import MAX_ENLARGEMENT, Size, cover, crop, enlargement
 
 MAX_DECODED_BYTES = 256 * 2**20  # held at once while a picture is decoded, or twice its file
-MAX_CAPTION = 2**14  # letters; a text encoder sees some hundreds
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # not EPS, for which Pillow runs another program
 _ORIENTATION = 0x0112  # EXIF
 _TURNS = {
@@ -39,15 +38,6 @@ _QUARTERS = (5, 6, 7, 8)  # of the orientations, those that turn by a quarter
 _SMALL_MODES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # bytes of a pixel in memory; of others 4
 _DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")
 _STRIP = 256  # rows that are converted at once
-
-
-def is_text(caption: str) -> bool:
-    """Whether it can be written in UTF-8: what Python makes of a file name in another encoding, or of half a letter, cannot."""
-    try:
-        caption.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 class DamagedImage(ValueError):

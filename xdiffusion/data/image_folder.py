@@ -17,7 +17,8 @@ from typing import NoReturn
 from unicodedata import normalize
 
 from xdiffusion.data.captioned_images import CaptionedImages
-from xdiffusion.data.image_files import MAX_CAPTION, DamagedImage, Picture, open_file
+from xdiffusion.data.captions import MAX_CAPTION
+from xdiffusion.data.image_files import DamagedImage, Picture, open_file
 from xdiffusion.data.lines import MAX_ROW, BoundedLines
 
 MAX_ABSENT = 1000  # pictures that a list names, are not there, and are remembered by name

@@ -25,8 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from xdiffusion.data.buckets import Size
-from xdiffusion.data.captions import PromptTable
-from xdiffusion.data.image_files import MAX_CAPTION, DamagedImage, Picture, is_text
+from xdiffusion.data.captions import PromptTable, fault_in
+from xdiffusion.data.image_files import DamagedImage, Picture
 from xdiffusion.data.image_set import Batch, to_unit_range
 from xdiffusion.data.tar_members import BLOCK, Member, tar_members
 
@@ -283,14 +283,8 @@ def _checked(shard: Path, member: Member, length: int) -> tuple[str, str]:
 
 
 def _sample(shard: Path, key: str, member: Member | None, caption: str | None) -> Picture:
-    if member is None:
-        why = f"no {', '.join(IMAGES)}"
-    elif not caption:
-        why = "no caption, or none in UTF-8"
-    elif len(caption) > MAX_CAPTION:
-        why = f"its caption has {len(caption):,} letters; allowed are {MAX_CAPTION:,}"
-    else:
-        why = "" if is_text(caption) else "its caption is no Unicode text"
+    why = fault_in(caption) if caption else "no caption, or none in UTF-8"
+    why = f"no {', '.join(IMAGES)}" if member is None else why
 
     def read() -> io.BytesIO:
         with shard.open("rb") as file:
