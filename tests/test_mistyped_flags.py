@@ -20,6 +20,12 @@ CONFIG, MODEL = f"--config_path {DIGITS}", "--checkpoint a.safetensors"
         (TRAIN_CLIP, f"{CONFIG} --output_path=", "--output_path is empty; leave it out for the default"),
         (SAMPLE, f"{MODEL} --output_path=", "--output_path is empty; leave it out for the default"),
         (ABLATE, "--checkpoint a --output_path=", "--output_path is empty; leave it out for the default"),
+        (EVALUATE, "--checkpoint=", "--checkpoint is empty; it is needed"),
+        (
+            TRAIN,
+            f"{CONFIG} --load_model_weights_from_checkpoint=",
+            "--load_model_weights_from_checkpoint is empty; leave",
+        ),
         (TRAIN, f"{CONFIG} --use_lora", "--use_lora; --use_lora: did you mean --use_lora_training? "),
         (TRAIN, f"{CONFIG} --num_steps 3", "--num_steps 3; --num_steps: did you mean --num_training_steps? "),
         (TRAIN, f"{CONFIG} --learning_rate=1e-3", "did you mean --set optimizer.learning_rate=... or --set text_en"),

@@ -103,11 +103,12 @@ class Parser(argparse.ArgumentParser):
             word if {before, word.partition("=")[0]} & {*TEXT_FLAGS} else AT_HOME.sub(rf"\1{Path.home()}/", word)
             for before, word in pairs
         ]
-        parsed, others = super().parse_known_args(self._words, namespace)
-        # a variable of the shell that is not set; as a Path it would be the working folder
-        if "output_path" in parsed and ("--output_path=" in given or ("--output_path", "") in pairs):
-            self.error("--output_path is empty; leave it out for the default")
-        return parsed, others
+        for before, word in pairs:
+            flag = before if word == "" else word[:-1] if word.endswith("=") else None
+            action = self._option_string_actions.get(flag)
+            if action and action.nargs != 0 and flag not in TEXT_FLAGS:  # a variable of the shell that is not set
+                self.error(f"{flag} is empty; {'it is needed' if action.required else 'leave it out for the default'}")
+        return super().parse_known_args(self._words, namespace)
 
     def error(self, message: str) -> NoReturn:
         meant = "".join(self._meant()) if self.add_help else ""  # without help it looks for some flags of many
