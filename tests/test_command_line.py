@@ -3,12 +3,14 @@
 import argparse
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from commands import ROOT
 
 from xdiffusion import cli
@@ -84,7 +86,26 @@ def test_ctrl_c_is_one_line_and_status_130(capsys):
     assert capsys.readouterr().err == "stopped by SIGINT\n"
 
 
+def full_cpu(argv):
+    torch.empty(2**50)
+
+
+def full_gpu(argv):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\n  GPU 0 has")
+
+
+@pytest.mark.parametrize("main", [full_cpu, full_gpu])
+def test_a_full_memory_is_one_line_that_says_where_to_read_on(main, capsys):
+    assert cli.run(main) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1 and "allocate" in line
+    document, heading = re.search(r"(docs/\S+\.md), (\w+)", line).groups()
+    assert f"## {heading}\n" in (ROOT / document).read_text()
+
+
 def test_our_own_mistakes_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="a mistake"):
+        cli.run(lambda argv: (_ for _ in ()).throw(RuntimeError("a mistake")))
     with pytest.raises(ZeroDivisionError):
         cli.run(lambda argv: 1 // 0)
 

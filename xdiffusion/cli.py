@@ -26,6 +26,8 @@ from xdiffusion.streams import CONTROLS, lasting_output, plain_terminal
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 USAGE_ERROR = 2
+NO_MEMORY = "can't allocate memory"  # in a plain RuntimeError, of torch on a CPU
+LESS_MEMORY = "what takes less is in docs/lessons/04-stable-diffusion.md, Troubleshooting"
 LONGEST_ERROR = 4000  # letters
 AT_HOME = re.compile(r"^(--\w+=|)~/")  # a word of a command line
 TEXT_FLAGS = ("--prompt", "--negative_prompt")  # whose words are no paths
@@ -35,7 +37,7 @@ def run(
     main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None, *, lasting: bool = False
 ) -> int:
     """Call main(argv) and return its exit status; a user's mistake (ValueError), and what the system refuses (OSError), becomes
-    one line and status 2.
+    one line and status 2, a full memory one line and status 1.
 
     Where it is `lasting`, as a training is, it goes on although nobody reads its output any more; else it ends then.
 
@@ -56,10 +58,21 @@ def run(
         text = str(error)[: 2 * LONGEST_ERROR]  # names of any length that a file has chosen may be in it
         print(CONTROLS.sub("?", f"error: {shorten(text, LONGEST_ERROR, placeholder=' ...')}"), file=sys.stderr)
         return USAGE_ERROR
+    except (RuntimeError, MemoryError) as error:
+        if os.environ.get("XDIFFUSION_TRACEBACK") or not _is_full_memory(error):
+            raise
+        text = " ".join(str(error).split()) or "the memory is full"
+        print(f"error: {shorten(text, LONGEST_ERROR, placeholder=' ...')}; {LESS_MEMORY}", file=sys.stderr)
+        return 1
     except (KeyboardInterrupt, _Terminated) as stop:  # a training takes both itself from its first step on
         number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
         print(f"stopped by {number.name}", file=sys.stderr)
         return 128 + number
+
+
+def _is_full_memory(error: Exception) -> bool:
+    """Of the machine or its GPU; torch, whose class the latter's is, is not imported to tell."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or NO_MEMORY in str(error)
 
 
 class _Terminated(BaseException):
