@@ -56,6 +56,19 @@ def test_long_weighted_prompts_and_short_ones_go_together(model):
     assert not torch.allclose(images[:1], draw(model, [long]), atol=1e-4)  # plain prompts are cut
 
 
+def test_without_guidance_the_negative_prompt_changes_nothing(model):
+    """However long it is, and it is not embedded; a mistake in it is one all the same."""
+    syntax, long = "sampling.prompt_syntax=weighted", "one two three four five six seven eight nine"
+    rows = []
+    handle = model.text_encoder.register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
+    plain = draw(model, PROMPTS, syntax, "sampling.cfg_scale=1")
+    assert torch.equal(draw(model, PROMPTS, syntax, "sampling.cfg_scale=1", f"sampling.negative_prompt='{long}'"), plain)
+    handle.remove()
+    assert rows == [2, 2]  # "1", "2"
+    with pytest.raises(ValueError, match=r"prompt '\(7': '\(' is never closed"):
+        draw(model, PROMPTS, syntax, "sampling.cfg_scale=1", "sampling.negative_prompt='(7'")
+
+
 def test_an_image_does_not_depend_on_longer_prompts_beside_its_own(model):
     syntax, long = "sampling.prompt_syntax=weighted", "one two three four five six seven eight nine"
     prompts, taken = ["1", "2", long, "1", long], []

@@ -55,6 +55,11 @@ class SamplingSettings:
         if not math.isfinite(self.cfg_scale):
             raise ValueError(f"cfg_scale={self.cfg_scale} must be a finite number")
 
+    @property
+    def guides(self) -> bool:
+        """Whether there is guidance, and so a use of the negative prompt."""
+        return self.cfg_scale != 1
+
 
 class ImagesNotFinite(ValueError):
     """What a model draws holds NaN or infinity."""
@@ -225,7 +230,8 @@ def generate(
     images = []
     for block in _blocks(chunks, batch_size):
         of = contexts[chunks[block.start]]
-        context, null_context = torch.stack([of[p] for p in prompts[block]]), of[settings.negative_prompt][None]
+        context = torch.stack([of[p] for p in prompts[block]])
+        null_context = of[settings.negative_prompt][None] if settings.guides else context[:1]
         guided = GuidedDenoiser(denoiser, context, null_context, settings.cfg_scale, settings.clip_x0)
         if start_image is None:
             x_T = _start_noise(model, generators[block], times[0], settings.start_noise)
@@ -259,16 +265,17 @@ def _embedded(
 ) -> tuple[list[int], dict[int, dict[str, Float[Tensor, "L D"]]]]:
     """How many chunks each image's context has, and by that number the contexts of its prompts and of the negative one.
 
-    A prompt and the negative one beside it are of one length; the others do not make them longer. Contexts are in the
-    network's precision.
+    A prompt and the negative one beside it are of one length; the others do not make them longer, and without guidance
+    there is none beside it. Contexts are in the network's precision.
     """
     encoder, negative, dtype = model.text_encoder, settings.negative_prompt, next(model.network.parameters()).dtype
     count = {prompt: encoder.chunks(prompt, settings.prompt_syntax) for prompt in {*prompts, negative}}
-    chunks = [max(count[prompt], count[negative]) for prompt in prompts]
+    beside = [negative] if settings.guides else []
+    chunks = [max(count[p] for p in (prompt, *beside)) for prompt in prompts]
     contexts = {}
     with model.at_work(encoder):
         for number in dict.fromkeys(chunks):
-            different = list(dict.fromkeys([*(p for p, n in zip(prompts, chunks) if n == number), negative]))
+            different = list(dict.fromkeys([*(p for p, n in zip(prompts, chunks) if n == number), *beside]))
             embedded = encoder.encode(different, settings.prompt_syntax).to(dtype)
             contexts[number] = dict(zip(different, embedded.to(model.device)))
     return chunks, contexts
