@@ -182,6 +182,13 @@ def test_deep_grey_is_as_bright_as_it_says(levels, dtype, format):
         assert [pixels.getpixel((x, 0))[0] for x in range(len(shown))] == [0, 1, 4, 128, 255][: len(shown)]
 
 
+def test_deep_grey_may_name_a_level_that_is_transparent():
+    levels = [0, 4660, 4661, 65535]
+    shown = deep(levels, "<u2", "PNG", transparency=4660)
+    assert [shown.pixels().getpixel((x, 0))[0] for x in range(4)] == [0, 255, 18, 255]
+    assert [shown.pixels(background="black").getpixel((x, 0))[0] for x in range(4)] == [0, 0, 18, 255]
+
+
 def test_twelve_bits_are_scaled_by_their_own_white():
     entries = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 200, 277: 1, 278: 1, 279: 3}
     directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())

@@ -228,7 +228,7 @@ def _in_rgb(image: Image.Image, background: str) -> Image.Image:
         strip = (0, top, image.width, min(top + _STRIP, image.height))
         part = image.crop(strip)
         if image.mode in _DEEP_MODES:
-            part = _in_8_bits(part, white, negative)
+            part = _in_8_bits(part, white, negative, image.info.get("transparency"))
         copy.paste(_laid_on(background, part), strip)
     return copy
 
@@ -241,8 +241,8 @@ def _white(image: Image.Image) -> int:
     return 2 ** min(bits, 16) - 1  # in 32 bits some programs keep 16
 
 
-def _in_8_bits(image: Image.Image, white: int, negative: bool) -> Image.Image:
-    """Deep grey, which Pillow would clip at 255; of a negative 0 is white.
+def _in_8_bits(image: Image.Image, white: int, negative: bool, transparent: int | None) -> Image.Image:
+    """Deep grey, which Pillow would clip at 255; of a negative 0 is white. A PNG may name a level that is transparent.
 
     Raises:
         DamagedImage: if its values are not from black to white.
@@ -254,9 +254,11 @@ def _in_8_bits(image: Image.Image, white: int, negative: bool) -> Image.Image:
         raise DamagedImage(
             f"its values are from {low:g} to {high:g}, those of {kind} from 0 to {white}; convert it to 8 bits"
         )
+    seen = None if transparent is None else Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
     if negative:
         values = white - values
-    return Image.fromarray((values * (255 / white) + 0.5).astype(np.uint8))
+    grey = Image.fromarray((values * (255 / white) + 0.5).astype(np.uint8))
+    return grey if seen is None else Image.merge("LA", (grey, seen))
 
 
 def _laid_on(background: str, image: Image.Image) -> Image.Image:
