@@ -13,11 +13,15 @@ from sd_files import names_of_transformers
 from tiny_sd import CONFIGS, SMALLER, tiny_sd_model
 
 from xdiffusion.build import build_data, build_sampling, load_config
+from xdiffusion.checkpoints.lora_formats import read_lora
 from xdiffusion.checkpoints.lora_formats.native import trained_config
 from xdiffusion.checkpoints.native import save_model
 from xdiffusion.diffusion.objective import squared_error
-from xdiffusion.lora import load_lora_weights, set_lora_scale
+from xdiffusion.lora import load_lora_weights, save_lora_weights, set_lora_scale
+from xdiffusion.lora.inject import lora_layers
 from xdiffusion.model import generate, generators_for
+from xdiffusion.training.exports import export_lora
+from xdiffusion.training.trainable import make_trainable
 
 PROMPTS = ["a red disc", "a blue disc"]
 OVERRIDES = [
@@ -88,6 +92,18 @@ def test_the_run_wrote_what_it_says(run):
     names = {p.name for p in (run.folder / "run").iterdir()}
     assert {f"diffusion-24-lora{kind}.safetensors" for kind in ("", "-diffusers", "-kohya")} <= names
     assert (run.folder / "run/samples/sample-24.png").is_file()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "all", ".*"])
+def test_no_lora_is_on_the_text_projection_which_no_picture_depends_on(targets, tmp_path):
+    """It would never learn, and no other program has a place for it."""
+    path = CONFIGS / "sd15_lora_textencoder_tiny.yaml"
+    config = load_config(path, [*SMALLER, f"text_encoder_lora.target_modules={targets}"], True)
+    model = tiny_sd_model(config)
+    make_trainable(model, config, lora=True)
+    assert len(lora_layers(model.text_encoder)) == 6  # all of its one layer
+    for export in export_lora(save_lora_weights(model, tmp_path / "lora.safetensors")):
+        assert len(read_lora(export).modules) == len(lora_layers(model))
 
 
 @pytest.mark.parametrize("kind", ["diffusers", "kohya"])

@@ -6,7 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from xdiffusion.lora.adapters import get_lora_parameters
-from xdiffusion.lora.inject import apply_lora_to_model, lora_layers
+from xdiffusion.lora.inject import apply_lora_to_model, lora_layers, target_names
 from xdiffusion.model import HALF, DiffusionModel
 from xdiffusion.training.settings import settings_of
 from xdiffusion.training.textual_inversion import learn_token
@@ -18,7 +18,8 @@ def make_trainable(model: DiffusionModel, config: DictConfig, *, lora: bool) -> 
     """Freeze everything but what is trained.
 
     That is the network; or fresh LoRAs, `lora:` of it and `text_encoder_lora:` of the text encoder; or, where there is a
-    section `textual_inversion:`, the learned word instead of the network, or beside the LoRAs (pivotal tuning).
+    section `textual_inversion:`, the learned word instead of the network, or beside the LoRAs (pivotal tuning). The text
+    encoder's projection, on which no picture depends, never has a LoRA.
 
     With `training.half_frozen_weights` the network and the text encoder are rounded first: DoRA's lengths and PiSSA's
     factors are then those of the weights that the run has.
@@ -39,6 +40,8 @@ def make_trainable(model: DiffusionModel, config: DictConfig, *, lora: bool) -> 
             if section in config:
                 given = OmegaConf.to_container(config[section])
                 not_its_own = ("training", "optimizer", "cache", "learning_rate")
+                targets = target_names(part, given["target_modules"])
+                given["target_modules"] = [name for name in targets if name != "text_projection"]
                 apply_lora_to_model(part, **{k: v for k, v in given.items() if k not in not_its_own})
     elif "textual_inversion" not in config:
         model.network.requires_grad_(True)
