@@ -62,7 +62,9 @@ def test_without_guidance_the_negative_prompt_changes_nothing(model):
     rows = []
     handle = model.text_encoder.register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
     plain = draw(model, PROMPTS, syntax, "sampling.cfg_scale=1")
-    assert torch.equal(draw(model, PROMPTS, syntax, "sampling.cfg_scale=1", f"sampling.negative_prompt='{long}'"), plain)
+    assert torch.equal(
+        draw(model, PROMPTS, syntax, "sampling.cfg_scale=1", f"sampling.negative_prompt='{long}'"), plain
+    )
     handle.remove()
     assert rows == [2, 2]  # "1", "2"
     with pytest.raises(ValueError, match=r"prompt '\(7': '\(' is never closed"):

@@ -230,8 +230,7 @@ def generate(
     images = []
     for block in _blocks(chunks, batch_size):
         of = contexts[chunks[block.start]]
-        context = torch.stack([of[p] for p in prompts[block]])
-        null_context = of[settings.negative_prompt][None] if settings.guides else context[:1]
+        context, null_context = torch.stack([of[p] for p in prompts[block]]), of.get(settings.negative_prompt)
         guided = GuidedDenoiser(denoiser, context, null_context, settings.cfg_scale, settings.clip_x0)
         if start_image is None:
             x_T = _start_noise(model, generators[block], times[0], settings.start_noise)

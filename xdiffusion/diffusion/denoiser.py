@@ -53,7 +53,7 @@ class GuidedDenoiser:
     Args:
         denoiser: the unguided denoiser.
         context: (B, L, D) embeddings of the prompts.
-        null_context: (1 or B, L, D) embedding of the empty (or negative) prompt.
+        null_context: (L, D) or (1 or B, L, D) embedding of the empty (or negative) prompt; None where cfg_scale is 1.
         cfg_scale: 1 is the conditional model (one pass), larger follows the prompt more.
         clip_x0: clamp the estimate to [-1, 1], for pixel-space models ([DDPM] reference implementation).
     """
@@ -62,7 +62,7 @@ class GuidedDenoiser:
         self,
         denoiser: Denoiser,
         context: Float[Tensor, "B L D"],
-        null_context: Float[Tensor, "N L D"],
+        null_context: Float[Tensor, "*N L D"] | None,
         cfg_scale: float,
         clip_x0: bool = False,
     ):
