@@ -29,6 +29,20 @@ def test_captions_from_text_files_beside_the_pictures(tmp_path, capsys):
     )
 
 
+def test_captions_in_files_with_the_ending_that_kohya_takes(tmp_path):
+    write_pictures(tmp_path, [(16, 16)] * 3, ["a cat", "a dog", "a fox"])
+    (tmp_path / "picture_0.txt").rename(tmp_path / "picture_0.caption")
+    (tmp_path / "picture_1.caption").write_text("of two, the other")
+    images = load(tmp_path)
+    assert captions(images) == {"picture_0.png": "a cat", "picture_1.png": "a dog", "picture_2.png": "a fox"}
+    assert "captions from .txt and .caption files" in images.summary
+    for k in (1, 2):
+        (tmp_path / f"picture_{k}.txt").unlink()
+    images = load(tmp_path)
+    assert captions(images) == {"picture_0.png": "a cat", "picture_1.png": "of two, the other"}
+    assert images.skipped == {"picture_2.png": "no caption"} and "captions from .caption files" in images.summary
+
+
 @pytest.mark.parametrize("key", ["text", "caption"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_captions_from_metadata(tmp_path, kind, key):

@@ -1,4 +1,4 @@
-"""`image/folder`: a folder of pictures with captions from `.txt` files, from metadata, or from the files' names."""
+"""`image/folder`: a folder of pictures with captions from text files, from metadata, or from the files' names."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ MAX_ABSENT = 1000  # pictures that a list names, are not there, and are remember
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 NOT_READ = "this format is not read; convert to PNG or JPEG"
+SIDECARS = (".txt", ".caption")  # the latter is kohya's; of both beside one picture the former counts
 METADATA = ("metadata.jsonl", "metadata.csv")
 
 
@@ -40,7 +41,8 @@ def load_image_folder(
 ) -> CaptionedImages:
     """The pictures of a folder and of the folders in it, and one printed line about them.
 
-    The captions are those of the first that there is: a `.txt` file beside any picture (then every picture needs one);
+    The captions are those of the first that there is: a `.txt` or `.caption` file beside any picture (then every picture needs
+    one);
     `metadata.jsonl` or `metadata.csv` with `file_name` and `text` (or `caption`), there or in folders below, each for its
     own; the files' names, with spaces for underscores and without a number at the end.
 
@@ -101,10 +103,12 @@ def _entries(folder: Path) -> Iterator[Path]:
 def _captioned(folder: Path, files: Sequence[Path]) -> tuple[str, list[Picture], int]:
     """Where the captions come from, the pictures, and how many more a list names."""
     names = [str(file.relative_to(folder)) for file in files]
-    texts = {path.with_suffix(""): path for path in picture_files(folder, [".txt"]) if path.is_file()}
-    beside = [texts.get(file.with_suffix("")) for file in files]
+    texts = {path: path.suffix.lower() for path in picture_files(folder, SIDECARS) if path.is_file()}
+    by_stem = {path.with_suffix(""): path for path in sorted(texts, key=lambda path: -SIDECARS.index(texts[path]))}
+    beside = [by_stem.get(file.with_suffix("")) for file in files]
     if any(beside):
-        return ".txt files", [_with_sidecar(folder, name, text) for name, text in zip(names, beside)], 0
+        endings = " and ".join(ending for ending in SIDECARS if ending in {texts[path] for path in beside if path})
+        return f"{endings} files", [_with_sidecar(folder, name, text) for name, text in zip(names, beside)], 0
     metadata = _metadata_files(folder)
     if metadata:
         found, absent = {}, 0
