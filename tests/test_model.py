@@ -149,6 +149,19 @@ def test_a_mask_keeps_what_is_dark(model):
     assert ((images - picture()).abs()[..., :6].mean(dim=(1, 2, 3)) > 0.05).all()
 
 
+@pytest.mark.parametrize("start_noise", ["unit", "sigma"])
+def test_at_strength_one_a_mask_shows_nothing_of_what_it_draws_anew(model, start_noise):
+    overrides = ["sampling.times={kind: uniform, t_max: 0.9}", f"sampling.start_noise={start_noise}"]
+    mask = torch.ones(1, 1, SIZE, SIZE)
+    drawn = draw(model, PROMPTS, *overrides)
+    assert torch.equal(draw(model, PROMPTS, *overrides, start_image=StartImage(picture(), 1.0, mask)), drawn)
+    mask[..., 6:] = 0
+    other = picture()
+    other[..., :6] = -other[..., :6]
+    first, second = (draw(model, PROMPTS, *overrides, start_image=StartImage(p, 1.0, mask)) for p in (picture(), other))
+    assert torch.equal(first, second) and not torch.equal(first, drawn)
+
+
 @pytest.mark.parametrize(
     ("start_image", "message"),
     [

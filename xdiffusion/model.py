@@ -232,10 +232,12 @@ def generate(
         of = contexts[chunks[block.start]]
         context, null_context = torch.stack([of[p] for p in prompts[block]]), of.get(settings.negative_prompt)
         guided = GuidedDenoiser(denoiser, context, null_context, settings.cfg_scale, settings.clip_x0)
+        sigma = model.schedule.alpha_sigma(times[0])[1] if settings.start_noise == "sigma" else 1.0
         if start_image is None:
-            x_T = _start_noise(model, generators[block], times[0], settings.start_noise)
+            x_T = sigma * initial_noise(model.latent_shape, generators[block]).to(model.device)
         else:
-            guided, x_T = _started(model, start_image.rows(block, len(prompts)), guided, generators[block], times)
+            rows = start_image.rows(block, len(prompts))
+            guided, x_T = _started(model, rows, guided, generators[block], times, sigma)
         if on_start is not None:
             on_start(x_T)
         with model.at_work(model.network), computed_once(model.network), in_half():
@@ -289,26 +291,22 @@ def _blocks(chunks: Sequence[int], batch_size: int) -> Iterator[slice]:
         start = end
 
 
-def _start_noise(
-    model: DiffusionModel, generators: Sequence[torch.Generator], time: Float[Tensor, ""], start_noise: str
-) -> Float[Tensor, "B C H W"]:
-    """x_T, see `SamplingSettings.start_noise`."""
-    x_T = initial_noise(model.latent_shape, generators).to(model.device)
-    return x_T * model.schedule.alpha_sigma(time)[1] if start_noise == "sigma" else x_T
-
-
 def _started(
     model: DiffusionModel,
     start_image: StartImage,
     guided: GuidedDenoiser,
     generators: Sequence[torch.Generator],
     times: Float[Tensor, " n"],
+    sigma: float | Float[Tensor, ""],
 ) -> tuple[GuidedDenoiser | MaskedDenoiser, Float[Tensor, "B C H W"]]:
-    """The denoiser that knows what a mask keeps, and xt at the first time."""
+    """The denoiser that knows what a mask keeps, and xt at the first time; `sigma` is that of images without a start image."""
     with model.at_work(model.autoencoder):  # what the encoder draws comes before the noise, as in diffusers
         pairs = zip(start_image.images.to(model.device), generators)
         x0 = torch.cat([model.autoencoder.encode(image[None], generator) for image, generator in pairs]).float()
     eps = initial_noise(model.latent_shape, generators).to(model.device)
     if (mask := start_image.latent_mask(model.latent_shape)) is not None:
         guided = MaskedDenoiser(guided, x0, mask.to(model.device))
-    return guided, noised(x0, eps, model.schedule, times)
+    xt = noised(x0, eps, model.schedule, times)
+    if mask is not None and start_image.strength == 1:  # anew, without what the first time still shows of the picture
+        xt = torch.where(guided.mask > 0.5, sigma * eps, xt)
+    return guided, xt

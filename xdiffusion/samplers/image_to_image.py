@@ -64,7 +64,8 @@ class StartImage:
     """What sampling starts from instead of noise alone.
 
     images: (1 or B, C, H, W) in [-1, 1], of the model's image_shape.
-    strength: share of the steps that are taken, in [0, 1]: 0 gives the image back.
+    strength: share of the steps that are taken, in [0, 1]: 0 gives the image back; 1 with a mask starts from noise alone where
+        that draws anew, as diffusers' inpainting does, and without one from the image under all the noise, as their img2img.
     mask: (1 or B, 1, H, W), 1 where the image is drawn anew, 0 where it stays; None draws it anew everywhere.
     keep_pixels: where it stays, give the image's own pixels back, not those of its latents, which the autoencoder changes.
     """
