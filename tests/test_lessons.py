@@ -67,6 +67,19 @@ def shortened(command: str) -> tuple[str, list[str]]:
     return script, arguments
 
 
+def shapes_said(block: str) -> dict[str, tuple[int, ...]]:
+    """The shapes in a block's comments, `# x0: (32, 1, 24, 24)`."""
+    comments = " ".join(line.partition("#")[2] for line in block.splitlines())
+    return {name: ast.literal_eval(shape) for name, shape in re.findall(r"(\w+): (\([\d, ]*\))", comments)}
+
+
+def shapes_of(block: str, names: dict) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that a block has made."""
+    nodes = ast.walk(ast.parse(block))
+    made = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return {name: tuple(names[name].shape) for name in made if hasattr(names[name], "shape")}
+
+
 def main_of(script: str):
     """The function main of a script, or of a module that is run with -m."""
     return runpy.run_path(str(ROOT / script))["main"] if script.endswith(".py") else import_module(script).main
@@ -141,6 +154,7 @@ def test_every_python_block_runs(document, tmp_path, monkeypatch):
 
     names = {"torch": torch, "model": attention(), "fresh_model": attention()}
     for block in blocks(document, "python"):
+        block = re.sub(r"^steps = \d+", f"steps = {FEW_STEPS}", block, flags=re.MULTILINE)
         trains = "# ... train ..." in block
         before, _, after = block.partition("# ... train ...")
         exec(before, names)
@@ -148,6 +162,8 @@ def test_every_python_block_runs(document, tmp_path, monkeypatch):
             for parameter in names["model"].parameters():
                 parameter.data.add_(0.1)
             exec(after, names)
+        if said := shapes_said(block):
+            assert said == shapes_of(block, names)
     assert not blocks(document, "python") or [*tmp_path.rglob("*.png"), *tmp_path.rglob("*.safetensors")]
 
 
