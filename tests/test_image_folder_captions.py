@@ -27,6 +27,8 @@ def test_captions_from_text_files_beside_the_pictures(tmp_path, capsys):
     assert (
         "2 pictures in 2 shapes (20x12: 1, 16x16: 1)" in images.summary and "captions from .txt files" in images.summary
     )
+    (tmp_path / "picture_1.png").unlink()
+    assert ": 1 picture in 1 shape (16x16: 1), captions" in load(tmp_path).summary
 
 
 def test_captions_in_files_with_the_ending_that_kohya_takes(tmp_path):

@@ -116,7 +116,7 @@ class CaptionedImages:
     def summary(self) -> str:
         """One line: how many pictures, their shapes, where the captions come from, and what was skipped."""
         shapes = ", ".join(f"{w}x{h}: {len(index)}" for (h, w), index in self.buckets.items())
-        line = f"{self.name}: {len(self)} pictures in {len(self.buckets)} shapes"
+        line = f"{self.name}: {_counted(len(self), 'picture')} in {_counted(len(self.buckets), 'shape')}"
         line += f" ({shapes}), captions from {self.captions_from}" if shapes else ""
         if not self.skipped:
             return line
@@ -196,6 +196,10 @@ class CaptionedImages:
                     f"warning: {' is replaced by '.join(names)}: {error}; {len(self.damaged)} damaged so far",
                     file=sys.stderr,
                 )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _shortened(name: str) -> str:
