@@ -52,7 +52,7 @@ def frames(path: Path) -> np.ndarray:
 FLAGS = {
     TRAIN: "config_path dataset_name data_dir output_path num_training_steps batch_size save_and_sample_every_n "
     "load_model_weights_from_checkpoint resume_from mixed_precision use_lora_training sample_with_guidance compile "
-    "force_cpu seed set dry_run",
+    "force_cpu seed set dry_run sample_prompt",
     SAMPLE: "config_path checkpoint lora_path lora_merge num_samples prompt guidance sampling_steps sampler seed output_path "
     "force_cpu save_trajectory times negative_prompt paired learned_tokens batch_size clip_skip height width init_image "
     "strength mask_image mixed_precision offload tile_size from_png",

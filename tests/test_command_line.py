@@ -31,6 +31,23 @@ def test_flags_beat_set_and_keep_their_type():
     assert cli.overrides_from_flags(args, keys) == ["a=1"]
 
 
+def test_a_flag_that_is_repeated_sets_a_list_of_texts():
+    keys, prompts = (
+        {"sample_prompt": "training.sample_prompts"},
+        ["no", "3", "a, [b]: {c} # \U0001f98a é 'q' \"", "~/x"],
+    )
+    args = argparse.Namespace(sample_prompt=prompts, set=["training.sample_prompts=[a, b]"])
+    config = load_config(
+        ROOT / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml", cli.overrides_from_flags(args, keys)
+    )
+    assert config.training.sample_prompts == prompts
+    with (
+        pytest.raises(ValueError, match=r"^--sample_prompt: training.sample_prompts is wrong"),
+        cli.naming_flags(args, keys),
+    ):
+        raise ValueError("training.sample_prompts is wrong")
+
+
 def test_a_users_mistake_is_one_line_and_status_2(capsys, monkeypatch):
     def mistaken(argv):
         raise ValueError("first\n  second")

@@ -47,3 +47,9 @@ def test_without_classes_prompts_are_needed_and_have_no_slots():
         expand_prompts([], None, 2)
     with pytest.raises(ValueError, match=r"unknown slot \{class\}; this model has no classes"):
         expand_prompts(["a {class}"], None, 2)
+
+
+@pytest.mark.parametrize("prompt", ["{clas}", "{class", "\udcff"])
+def test_a_mistake_is_said_of_the_place_where_it_stands(prompt):
+    with pytest.raises(ValueError, match=r"^training.sample_prompts '"):
+        expand_prompts([prompt], TABLE, None, "training.sample_prompts")

@@ -32,6 +32,10 @@ NAN, INF = float("nan"), float("inf")
         (TrainingSettings(stop_above=1.0), "training.stop_above=1.0 must be above 1, or null"),
         (TrainingSettings(rollbacks=-1), "training.rollbacks=-1 must be at least 0"),
         (TrainingSettings(seed=2**63), f"training.seed={2**63} must be at least"),
+        (
+            TrainingSettings(sample_prompts=["a fox", " "]),
+            r"training.sample_prompts=\['a fox', ' '\] must be texts that are not empty, or null: captions are drawn",
+        ),
         (CheckpointSettings(keep_last=0), "checkpoints.keep_last=0 must be at least 1, or null"),
         (CheckpointSettings(keep_last=1, keep_every=0), "checkpoints.keep_every=0 must be at least 1, or null"),
         (CheckpointSettings(keep_every=5), "checkpoints.keep_every=5 needs checkpoints.keep_last"),

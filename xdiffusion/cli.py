@@ -30,7 +30,7 @@ NO_MEMORY = "can't allocate memory"  # in a plain RuntimeError, of torch on a CP
 LESS_MEMORY = "what takes less is in docs/lessons/04-stable-diffusion.md, Troubleshooting"
 LONGEST_ERROR = 4000  # letters
 AT_HOME = re.compile(r"^(--\w+=|)~/")  # a word of a command line
-TEXT_FLAGS = ("--prompt", "--negative_prompt")  # whose words are no paths
+TEXT_FLAGS = ("--prompt", "--negative_prompt", "--sample_prompt")  # whose words are no paths
 
 
 def run(
@@ -266,7 +266,9 @@ def naming_flags(args: argparse.Namespace, keys: dict[str, str]) -> Iterator[Non
         flags = [flag for flag, key in keys.items() if getattr(args, flag) is not None and key in str(error)]
         if not flags:
             raise
-        raise type(error)(f"--{flags[0]} {getattr(args, flags[0])}: {error}") from error
+        given = getattr(args, flags[0])
+        value = "" if isinstance(given, list) else f" {given}"  # of several, the error names the one
+        raise type(error)(f"--{flags[0]}{value}: {error}") from error
 
 
 @contextlib.contextmanager

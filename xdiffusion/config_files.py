@@ -33,11 +33,25 @@ class ConfigError(ValueError):
 
 
 def assignment(key: str, value: Any) -> str:
-    """KEY=VALUE as `--set` takes it; texts quoted, because YAML reads a bare `no` as false and a folder `2024` as a number."""
+    """KEY=VALUE as `--set` takes it; texts quoted, because YAML reads a bare `no` as false and a folder `2024` as a number.
+
+    Raises:
+        ConfigError: for a text that no YAML holds.
+    """
+    if isinstance(value, list):
+        return f"{key}=[{', '.join(_quoted(key, item) for item in value)}]"
+    return f"{key}={_quoted(key, value)}"
+
+
+def _quoted(key: str, value: Any) -> str:
     if not isinstance(value, str):
-        return f"{key}={json.dumps(value)}"
+        return json.dumps(value)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half a letter, or what Python makes of bytes in another encoding
+        raise ConfigError(f"{key} {value!a:.200} is no Unicode text") from error
     quoted = yaml.safe_dump(value, default_style='"', allow_unicode=True, width=math.inf)  # JSON's emoji are no YAML
-    return f"{key}={quoted.strip()}"
+    return quoted.strip()
 
 
 def load_yaml(path: str | Path) -> DictConfig:

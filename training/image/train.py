@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from xdiffusion.checkpoints.native import ModelFile
+    from xdiffusion.model import DiffusionModel
+    from xdiffusion.training.batches import Data
+    from xdiffusion.training.run import Draw
 
 SCRIPT = "training/image/train.py"
 FLAG_KEYS = {
@@ -31,6 +34,7 @@ FLAG_KEYS = {
     "num_training_steps": "training.num_training_steps",
     "batch_size": "training.batch_size",
     "save_and_sample_every_n": "training.save_and_sample_every_n",
+    "sample_prompt": "training.sample_prompts",
     "mixed_precision": "training.mixed_precision",
     "compile": "training.compile",
     "seed": "training.seed",
@@ -70,6 +74,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="freeze the model and train a LoRA (section lora: of the config)",
     )
     add(
+        "--sample_prompt",
+        action="append",
+        metavar="TEXT",
+        help="what the sample grids draw, {class}: every class in turn; repeatable (default: captions of the data set)",
+    )
+    add(
         "--sample_with_guidance",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -88,7 +98,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     from xdiffusion.build import build_data, build_model, clip_config, load_config
-    from xdiffusion.training.checks import check_captions, check_together
+    from xdiffusion.training.checks import check_captions, check_sample_prompts, check_together
     from xdiffusion.training.settings import check_settings
 
     with naming_flags(args, FLAG_KEYS):  # first what needs no torch, whose import takes seconds
@@ -114,9 +124,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"clip.{error}") from error
     sampling = sampling_of(config)
     torch.manual_seed(config.training.seed)
-    if args.dry_run or "prior" in config:  # else what cannot be trained is said after hours of drawing class images
+    with naming_flags(args, FLAG_KEYS):
+        prompts = sample_prompts(config)
+    if args.dry_run or prompts or "prior" in config:  # else what cannot be trained or drawn is said after hours
         outline = build_model(config, without_weights=True)
         make_trainable(outline, config, lora=args.use_lora_training)
+    if prompts:
+        with naming_flags(args, FLAG_KEYS):
+            check_sample_prompts(prompts, outline.text_encoder, config)
     if args.dry_run:
         print(describe_model(outline, config))
         if args.load_model_weights_from_checkpoint:
@@ -135,11 +150,9 @@ def set_up_and_train(
     from xdiffusion.build import build_data, build_model
     from xdiffusion.checkpoints.files import content_hash, existing_weights
     from xdiffusion.loading import load_weights
-    from xdiffusion.model import HALF
     from xdiffusion.training.checks import check_captions, check_outside
     from xdiffusion.training.diffusion_task import DiffusionTask
     from xdiffusion.training.loop import Trainer
-    from xdiffusion.training.previews import draw_sample_grid
     from xdiffusion.training.prior_preservation import prepare_class_images
     from xdiffusion.training.processes import begin_process, check_precision, first_ones_first
     from xdiffusion.training.run import run_folder, train
@@ -182,8 +195,7 @@ def set_up_and_train(
 
     trainer = Trainer(DiffusionTask(model, data, config, class_images=class_images), force_cpu=args.force_cpu)
     checkpoints = RunCheckpoints(folder, kind(config, base_hash if adapts else None))
-    sampling = sampling_of(config, guided=args.sample_with_guidance)  # class images are drawn as the config says
-    draw = partial(draw_sample_grid, model, data.prompts, sampling, autocast=HALF.get(config.training.mixed_precision))
+    draw = drawing(model, data, config, guided=args.sample_with_guidance)
     status = train(trainer, checkpoints, config, draw, script=SCRIPT, words=words, resume_from=args.resume_from)
     assert not adapts or content_hash(model.base_weights()) == frozen_hash, "an adapter changed its frozen base"
     return status
@@ -212,6 +224,25 @@ def check_beginning(
         hashes = {"data": data_fingerprint(data), "settings": settings_hash(config)}
         hashes |= {"class images": data_fingerprint(class_images)} if class_images is not None else {}
         check_same_everywhere(process, hashes | {"weights": content_hash(model.state_dict())})
+
+
+def sample_prompts(config: DictConfig) -> list[str]:
+    """The prompts of `training.sample_prompts`, with every class in the place of {class}; none: captions are drawn."""
+    from xdiffusion.build import INVERTED
+    from xdiffusion.data.captions import PROMPT_TABLES
+    from xdiffusion.prompts import expand_prompts
+
+    given, table = config.training.sample_prompts, PROMPT_TABLES.get(config.data.kind.removesuffix(INVERTED))
+    return expand_prompts(given, table, None, "training.sample_prompts") if given else []
+
+
+def drawing(model: DiffusionModel, data: Data, config: DictConfig, *, guided: bool) -> Draw:
+    """How the run draws its sample grids; class images are drawn as the config says, guided or not."""
+    from xdiffusion.model import HALF
+    from xdiffusion.training.previews import draw_sample_grid
+
+    sampling, precision = sampling_of(config, guided=guided), HALF.get(config.training.mixed_precision)
+    return partial(draw_sample_grid, model, data.prompts, sampling, autocast=precision, own=sample_prompts(config))
 
 
 def sampling_of(config: DictConfig, *, guided: bool = True) -> dict[str, Any]:

@@ -142,6 +142,10 @@ class CLIPTextEncoder(nn.Module):
         """
         return len(self._chunked(self._weighted_ids(prompt))) if syntax == "weighted" else 1
 
+    def count_tokens(self, prompt: str) -> int:
+        """How many tokens a prompt has that is read as it stands, without start and end; `encode` may cut it."""
+        return len(self._token_ids(prompt))
+
     def remarks(self, prompts: Iterable[str], syntax: PromptSyntax = "plain") -> list[str]:
         """Lines to print on prompts: see `prompt_weights.remarks`."""
         return remarks(prompts) if syntax == "weighted" else []

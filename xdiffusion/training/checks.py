@@ -8,16 +8,18 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 if TYPE_CHECKING:
+    from xdiffusion.text_encoders.clip import CLIPTextEncoder
     from xdiffusion.training.batches import Data
 
 OF_FILES = ("image/folder", "image/hugging_face")
+SAMPLE_PROMPTS = "training.sample_prompts"
 
 
 def check_together(config: DictConfig, *, lora: bool) -> None:
@@ -114,6 +116,42 @@ def check_captions(data: Data, config: DictConfig, context_length: int) -> None:
             f"captions: {len(long)} of {len(captions)} have more than the {room} tokens that the text encoder reads, and "
             f"are cut there; the longest has {long[longest]}: {longest[:60]!r}..."
         )
+
+
+def check_sample_prompts(prompts: Sequence[str], encoder: CLIPTextEncoder, config: DictConfig) -> None:
+    """See that what sample grids are to draw can be read as it is written; tell what may be meant otherwise.
+
+    Args:
+        prompts: of `training.sample_prompts`, without slots; at least one.
+        encoder: of the run, with the word that it learns; it may be without weights.
+
+    Raises:
+        ValueError: if one of them, or `sampling.negative_prompt` beside them, cannot.
+    """
+    from xdiffusion.data.captions import MAX_CAPTION
+
+    syntax, room = config.sampling.prompt_syntax, encoder.context_length - 2
+    for prompt in prompts:
+        if len(prompt) > MAX_CAPTION:
+            letters = f"{len(prompt):,} letters; allowed are {MAX_CAPTION:,}"
+            raise ValueError(f"{SAMPLE_PROMPTS} {prompt[:60]!r}... has {letters}")
+        if syntax == "plain" and (count := encoder.count_tokens(prompt)) > room:
+            raise ValueError(
+                f"{SAMPLE_PROMPTS} {prompt!r:.100} has {count} tokens, and the text encoder reads {room}: say it with fewer "
+                "words, or set sampling.prompt_syntax=weighted, which reads prompts of any length"
+            )
+    negative = ("sampling.negative_prompt", config.sampling.negative_prompt)
+    for place, prompt in [*((SAMPLE_PROMPTS, prompt) for prompt in prompts), negative]:
+        try:
+            encoder.chunks(prompt, syntax)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+    remarks = encoder.remarks(prompts, syntax)
+    if encoder.learned_ids and not any(encoder.learned_words_in(prompt, syntax) for prompt in prompts):
+        words = ", ".join(encoder.learned_ids)
+        remarks.append(f"warning: no prompt of {SAMPLE_PROMPTS} names {words}, which the sample grids then do not show")
+    for remark in remarks:
+        print(remark, file=sys.stderr)
 
 
 def _check_named(token: str, captions: Iterable[str], where: str, room: float = math.inf) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +33,18 @@ def draw_sample_grid(
     title: str,
     seed: int = 0,
     autocast: torch.dtype | None = None,
+    own: Sequence[str] = (),
 ) -> Image.Image:
-    """Sample every class twice, from the same noise each time, and write the captioned grid to `path`, if given.
+    """Sample every class ROWS times, from the same noise each time, and write the captioned grid to `path`, if given.
 
     Args:
         autocast: see `generate`.
+        own: prompts to draw in the place of the table's captions, in the prompt syntax of `sampling`, where captions are plain.
     """
-    prompts = preview_prompts(table)
+    prompts, settings = ([*own] * ROWS, sampling) if own else (preview_prompts(table), of_captions(sampling))
     generators = generators_for(seed, len(prompts))
-    images = generate(
-        model, prompts, generators, batch_size=at_a_time(model), autocast=autocast, **of_captions(sampling)
-    )
-    page = grid(images, prompts, columns=table.num_classes, title=title)
+    images = generate(model, prompts, generators, batch_size=at_a_time(model), autocast=autocast, **settings)
+    page = grid(images, prompts, columns=len(prompts) // ROWS, title=title)
     metadata = {"prompts": "\n".join(prompts), "title": title}
     if path is not None:  # a run resumed takes it for whole
         write_atomically(path, lambda temporary: save_png(page, temporary, metadata))

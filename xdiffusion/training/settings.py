@@ -22,6 +22,8 @@ class TrainingSettings:
     caption_dropout: share of captions replaced by the empty prompt, for guidance ([CFG] algorithm 1).
     ema_decay: largest decay of the weights' moving average; 0 turns it off.
     save_and_sample_every_n: steps between checkpoints with a sample grid; the last step always has one.
+    sample_prompts: what a sample grid draws, each twice, read as those of sample.py; null: captions. The weights do not
+        depend on it.
     mixed_precision: "no", or autocast to "fp16" / "bf16"; what is trained stays float32.
     half_frozen_weights: of a run that trains adapters or words alone: hold the network and the text encoder, which are
         frozen, in mixed_precision's dtype too, in half the memory. No effect with "no".
@@ -41,6 +43,7 @@ class TrainingSettings:
     caption_dropout: float = 0.1
     ema_decay: float = 0.999
     save_and_sample_every_n: int = 1000
+    sample_prompts: Sequence[str] | None = None
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     half_frozen_weights: bool = False
     gradient_checkpointing: bool = False
@@ -59,6 +62,11 @@ class TrainingSettings:
         check_ranges("training", self, ("stop_above",), above=1)
         check_ranges("training", self, ("rollbacks",), at_least=0)
         check_ranges("training", self, ("seed",), at_least=-(2**63), below=2**63)  # of a generator
+        if not all(prompt.strip() for prompt in self.sample_prompts or ()):
+            raise ValueError(
+                f"training.sample_prompts={list(self.sample_prompts)!r:.200} must be texts that are not empty, or null: "
+                "captions are drawn"
+            )
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
                 f"training.gradient_accumulation_steps={self.gradient_accumulation_steps} "
