@@ -76,6 +76,31 @@ def test_beta_schedule_on_its_grid_points_in_float32():
     assert torch.equal(schedule.alpha_sigma(torch.zeros(1))[0], torch.ones(1))
 
 
+def test_a_table_has_its_own_numbers_on_its_grid_points():
+    """To the last digit of either dtype, and flat below the first, where no step has been taken yet."""
+    schedule = SCHEDULES["scaled_linear"]
+    t, level = torch.arange(1, 1001, dtype=torch.float64) / 1000, schedule.alpha_bar
+    torch.testing.assert_close(schedule.logsnr(t), (level / (1 - level)).log(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(schedule.logsnr(t.float()), schedule.logsnr(t).float())
+    below = schedule.logsnr(torch.tensor([1e-9, 0.0004, 0.001], dtype=torch.float64))
+    assert torch.equal(below, below[2:].expand(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_times_in_half_precision_are_computed_with_in_float32(schedule, dtype):
+    t = torch.tensor([0.1, 0.7, 0.9]).to(dtype)
+    for found, expected in zip(
+        (*schedule.alpha_sigma(t), schedule.logsnr(t), schedule.network_time(t)),
+        (*schedule.alpha_sigma(t.float()), schedule.logsnr(t.float()), schedule.network_time(t.float())),
+    ):
+        assert torch.equal(found, expected) and found.dtype == torch.float32
+
+
+def test_a_log_snr_beyond_the_ends_is_at_an_end(schedule):
+    first = schedule.training_time(torch.zeros(1)).item()
+    assert schedule.time_of_logsnr(torch.tensor([-200.0, 200.0])).tolist() == [1, pytest.approx(first)]
+
+
 def test_the_table_is_copied_once_for_each_device_and_dtype():
     schedule, t = BetaSchedule(), torch.rand(5)
     assert schedule._table_for(t) is schedule._table_for(t + 1)
