@@ -17,6 +17,15 @@ def test_denoiser_reads_a_perfect_network_as_x0(prediction, generator):
     torch.testing.assert_close(denoiser(alpha * x0 + sigma * eps, T, torch.zeros(3, 1, 1)), x0, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_what_a_network_says_in_half_precision_is_read_in_float32(prediction, generator):
+    """As under autocast: its numbers are rounded, what is done with them is not."""
+    xt, output = (torch.randn(3, 1, 4, 4, generator=generator) for _ in range(2))
+    said, context = output.bfloat16(), torch.zeros(3, 1, 1)
+    half, whole = (Denoiser(lambda *_, out=out: out, CosineSchedule(), prediction) for out in (said, said.float()))
+    assert torch.equal(half(xt, T, context), whole(xt, T, context)) and half(xt, T, context).dtype == torch.float32
+
+
 def test_network_sees_the_schedules_time_in_float32():
     seen = []
 

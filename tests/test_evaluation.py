@@ -215,6 +215,12 @@ def test_the_scores_of_a_model(good_judge, tmp_path):
     assert other["frechet_distance"] != scores["frechet_distance"]
 
 
+def test_real_images_to_compare_with_are_drawn_from_all(monkeypatch):
+    monkeypatch.setattr(scoring, "generate", lambda *_, **__: torch.zeros(20, 1, SIZE, SIZE))
+    drawn = [scoring.draw_samples(None, tiny_images(), {}, 20, seed).real for seed in (0, 1)]
+    assert all(len(real.unique()) == 20 <= real.max() for real in drawn) and not torch.equal(*drawn)
+
+
 FULL = {
     "precision", "recall", "density", "coverage", "copies", "diversity", "data_copying", "nearest_distance",
 }  # fmt: skip

@@ -159,6 +159,16 @@ def test_factors_of_the_same_shape_are_overwritten_in_place():
     torch.testing.assert_close(layer.delta("default"), second["layer"].delta("default"))
 
 
+def test_factors_that_are_put_in_are_copies():
+    """Of another rank, so that no parameter is overwritten: training the layer they came from changes nothing here."""
+    layers = [wrapped(LAYERS["linear"][0], rank=rank)[1]["layer"] for rank in (2, 3)]
+    layers[0].set_factors("default", layers[1].factors("default"))
+    before = layers[0].delta("default").detach()
+    for factor in (layers[1].lora_A, layers[1].lora_B):
+        factor["default"].data.zero_()
+    assert before.any() and torch.equal(layers[0].delta("default"), before)
+
+
 def test_factors_of_another_layer_are_refused():
     _, linear = wrapped(LAYERS["linear"][0])
     _, conv = wrapped(LAYERS["conv2d"][0])

@@ -60,6 +60,13 @@ def test_what_the_page_says(page):
     assert not re.search(r"\b(nan|inf)\b", text)
 
 
+def test_a_band_runs_along_its_upper_edge_and_back_along_the_lower(page):
+    points = re.search(r'<polygon points="([^"]*)"', page.read_text())[1].split()
+    upper, lower = ([tuple(map(float, point.split(","))) for point in edge] for edge in (points[:3], points[:2:-1]))
+    assert all(a == b and high <= low for (a, high), (b, low) in zip(upper, lower))  # y grows downwards
+    assert upper[0][1] < lower[0][1]
+
+
 def test_nothing_is_fetched_and_nothing_runs(page):
     text = page.read_text()
     assert "<script" not in text
@@ -71,13 +78,13 @@ def test_nothing_is_fetched_and_nothing_runs(page):
 
 def test_an_evaluation_of_pictures_alone(tmp_path):
     """Large ones in colour, without classes, and a curve of a loss that is 0 everywhere."""
-    scores = {"dataset": "d", "num_samples": 2, "nearest_distance": 0.1}
+    scores = {"dataset": "d", "num_samples": 2, "nearest_distance": 0.1, "gap_closed": -12.34}
     curve = {"model": LossCurve([1.0], [0.0], [], [])}
     evaluation = Evaluation(scores, torch.zeros(2, 3, 80, 80), ["a fox", "b"], nearest_to="the folder", curves=curve)
     write_report(tmp_path / "plain.html", evaluation, "", {})
     text = (tmp_path / "plain.html").read_text()
     assert text.count("<img ") == 2 and "class=pixels" not in text
-    assert "<span>a fox</span>" in text
+    assert "<span>a fox</span>" in text and "<b>-12.3</b>" in text
     assert "Nearest images" not in text and "Not measured" not in text and "<svg" in text
 
 
