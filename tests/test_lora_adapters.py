@@ -248,6 +248,15 @@ def test_a_swap_leaves_each_layer_its_own_switch_and_strength():
     assert [(each.enabled, each.scale) for each in settings] == [(True, 1.0), (False, 1.0), (True, 0.25)]
 
 
+def test_a_layer_that_a_swap_adds_is_as_strong_and_drops_out_as_the_others():
+    model = apply_lora_to_model(base_model(), 2, dropout=0.25, target_modules=["0"])
+    set_lora_scale(model, 0.5)
+    set_lora_enabled(model, False)
+    swap_lora(model, factors_of(adapted({"a": ["0", "5"]}), "a"))
+    settings = [layer.adapters["default"] for _, layer in lora_layers(model)]
+    assert [(each.dropout, each.scale, each.enabled) for each in settings] == 2 * [(0.25, 0.5, False)]
+
+
 def test_a_swap_into_a_plain_model_is_a_load():
     model = base_model()
     swap_lora(model, factors_of(adapted({"a": ["0"]}), "a"))

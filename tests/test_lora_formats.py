@@ -164,6 +164,10 @@ def test_diffusers_gets_a_header_only_where_scaling_is_not_1(tmp_path):
     for alpha, keys in ((2.0, {"format"}), (1.0, {"format", "lora_adapter_metadata"})):
         write_lora(LoRAFile({name: random_factors(name, 2, alpha)}), tmp_path / "a.safetensors", "diffusers")
         assert load_safetensors(tmp_path / "a.safetensors")[1].keys() == keys
+    dora = LoRAFile({name: random_factors(name, 2, 2.0, magnitude=torch.ones(320))})  # nor where it is no plain LoRA
+    write_lora(dora, tmp_path / "a.safetensors", "diffusers")
+    fields = json.loads(load_safetensors(tmp_path / "a.safetensors")[1]["lora_adapter_metadata"])
+    assert (fields["unet.use_dora"], fields["unet.lora_alpha"]) == (True, 2.0)
 
 
 def test_the_sd15_dialect(tmp_path):

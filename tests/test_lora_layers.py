@@ -240,6 +240,7 @@ def test_a_bfloat16_base_keeps_factors_in_float32(make, shape):
     parameters["weight"] = layer.weight.float() + product(layer)
     exact = torch.func.functional_call(make(), parameters, (x.float(),))
     assert (out - exact).norm() < 0.02 * exact.norm()
+    torch.testing.assert_close(layer.delta("default"), product(layer))  # in float32, not rounded as W is
 
 
 @every_layer

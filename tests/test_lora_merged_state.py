@@ -16,6 +16,7 @@ from xdiffusion.lora import (
     lora_disabled,
     merge_lora_weights,
     save_lora_weights,
+    set_lora_enabled,
     set_lora_scale,
     unmerge_lora_weights,
 )
@@ -67,6 +68,16 @@ def test_a_merge_and_back_leaves_the_factors_in_float32():
     unmerge_lora_weights(model)
     assert states_equal(model, expected)
     assert model[0].lora_A["a"].dtype == torch.float32
+
+
+def test_a_merged_weight_is_a_copy_also_where_nothing_is_merged_into_it():
+    """Of adapters that are off, or at a scale of 0: whatever is done to it, the base comes back."""
+    model, expected = adapted(), adapted()
+    set_lora_enabled(model, False)
+    merge_lora_weights(model)
+    model[0].weight.zero_()
+    unmerge_lora_weights(model)
+    assert states_equal(model, expected)
 
 
 def test_it_follows_to_another_device():

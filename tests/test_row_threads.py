@@ -45,6 +45,25 @@ def test_a_parameter_that_only_some_shares_reach_has_their_gradient():
     assert torch.equal(of_last.grad, torch.full((2,), 4.0))
 
 
+def test_a_gradient_that_the_first_share_does_not_reach_is_laid_out_as_its_parameter_too():
+    x, of_first, matrix = torch.randn(3, 2), torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(2, 3))
+    RowThreads([of_first, matrix], 2).backward(lambda i: (matrix.T * x).sum() if i else of_first.sum())
+    assert torch.equal(matrix.grad, x.T) and matrix.grad.stride() == matrix.stride() != x.T.stride()
+
+
+@pytest.mark.parametrize(("threads", "shares"), [(1, 1), (3, 3), (5, 4), (12, 4)])
+def test_there_are_no_more_shares_than_threads_nor_than_four(two_threads, threads, shares):
+    torch.set_num_threads(threads)
+    config = tiny_config("training.batch_size=12")
+    assert shares_of_a_step(DiffusionTask(tiny_model(config), tiny_images(), config), CPU, 1) == shares
+
+
+def test_a_share_has_its_part_of_the_cores(two_threads):
+    seen, weight = [], torch.nn.Parameter(torch.ones(1))
+    RowThreads([weight], 2).backward(lambda i: seen.append(torch.get_num_threads()) or weight.sum())
+    assert seen == [1, 1] and torch.get_num_threads() == 2
+
+
 def test_a_share_that_fails_fails_the_step():
     threads = RowThreads([torch.nn.Parameter(torch.ones(1))], 2)
     with pytest.raises(ZeroDivisionError):

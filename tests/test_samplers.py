@@ -170,6 +170,13 @@ def test_steps_are_reported_and_counted(sampler):
     assert denoiser.calls == (11 if sampler is sample_heun else 6)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_sampler_keeps_no_graph(sampler):
+    """A network's parameters want gradients; a graph through all steps would hold the memory of each."""
+    x_T = start(2).requires_grad_()
+    assert not sampler(GaussianDenoiser(), x_T, uniform_times(SCHEDULE, 3), generator=torch.Generator()).requires_grad
+
+
 def test_beta_tables_end_in_clean_data_without_nan():
     schedule = BetaSchedule()
     for sampler in (sample_ddim, sample_heun, sample_dpm_solver, sample_euler):
@@ -206,6 +213,15 @@ def test_grids_fall_from_noise_to_data(grid, schedule):
     assert (times.diff() < 0).all()
     assert times[-1] == 0
     assert times[0] <= 1
+
+
+def test_grids_start_where_they_are_told():
+    assert uniform_times(SCHEDULE, 4, t_max=0.8).tolist() == pytest.approx([0.8, 0.6, 0.4, 0.2, 0])
+    times = logsnr_times(SCHEDULE, 3, t_max=0.8, logsnr_max=2)
+    (start,), end = SCHEDULE.logsnr(times[:1]).tolist(), SCHEDULE.logsnr(torch.tensor(0.8, dtype=torch.float64)).item()
+    assert times[0] == pytest.approx(0.8) and start == pytest.approx(end)
+    assert SCHEDULE.logsnr(times[1:3]).tolist() == pytest.approx([(end + 2) / 2, 2])
+    assert SCHEDULE.logsnr(logsnr_times(SCHEDULE, 3, logsnr_min=-3)[:1]).tolist() == pytest.approx([-3])
 
 
 def test_karras_grid_is_even_in_its_power():

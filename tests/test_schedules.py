@@ -99,6 +99,7 @@ def test_times_in_half_precision_are_computed_with_in_float32(schedule, dtype):
 def test_a_log_snr_beyond_the_ends_is_at_an_end(schedule):
     first = schedule.training_time(torch.zeros(1)).item()
     assert schedule.time_of_logsnr(torch.tensor([-200.0, 200.0])).tolist() == [1, pytest.approx(first)]
+    assert schedule.time_of_logsnr(schedule.logsnr(torch.zeros(2))).tolist() == [0, 0]  # clean data, of a table at infinity
 
 
 def test_the_table_is_copied_once_for_each_device_and_dtype():
@@ -120,11 +121,11 @@ def test_zero_terminal_snr_ends_in_pure_noise_and_keeps_the_first_step():
 
 def test_training_times_are_grid_points_and_cover_the_table():
     schedule = SCHEDULES["linear"]
-    t = schedule.training_time(torch.linspace(0, 1, 100_001)[:-1])
+    t = schedule.training_time(torch.linspace(0, 1, 100_001))
     n = schedule.network_time(t)
     assert torch.equal(n, n.round())
     assert n.min() == 0
-    assert n.max() == 999
+    assert n.max() == 999 and t.max() == 1
     u = torch.rand(50)
     assert torch.equal(CosineSchedule().training_time(u), u)
 

@@ -64,6 +64,13 @@ def test_hidden_files_and_empty_captions_beside_others_are_passed_by(tmp_path):
     assert [(p.name, p.caption) for p in read_shard(path)] == [("a.tar/1", "words"), ("a.tar/2", "words")]
 
 
+@pytest.mark.parametrize("first", ["txt", "json"])
+def test_of_two_captions_a_sample_s_text_file_counts(first, tmp_path):
+    texts = {"txt": b"of txt", "json": b'{"caption": "of json"}'}
+    members = [("1.png", png(1)), *(("1." + kind, texts[kind]) for kind in sorted(texts, key=lambda k: k != first))]
+    assert [p.caption for p in read_shard(write_tar(tmp_path / "a.tar", members))] == ["of txt"]
+
+
 def test_a_shard_is_read_in_its_order(shards):
     pictures = list(read_shard(shards[1]))
     assert [p.caption for p in pictures] == ["4", "5", "6", "7"]

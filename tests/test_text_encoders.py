@@ -194,6 +194,7 @@ def test_words_are_added_whole_or_not_at_all(learner):
     for tokens, message in [
         ({"<c>": torch.ones(8), "<a>": torch.zeros(8)}, "'<a>' stands for other embeddings already"),
         ({"<c>": torch.ones(8), "<d>": torch.ones(2, 16)}, "'<d>' has 16 numbers, this text encoder's width is 8"),
+        ({"<c>": torch.ones(8), "<C>": torch.zeros(8)}, "'<c>' stands for other embeddings already"),
         ({" ": torch.ones(8)}, "needs a name"),
     ]:
         with pytest.raises(ValueError, match=message):
