@@ -33,6 +33,12 @@ def test_a_step_does_not_depend_on_the_steps_before():
     assert drawn(BucketOrder(BUCKETS, 4, seed=4), 40) != whole
 
 
+def test_buckets_of_one_size_are_in_orders_of_their_own():
+    first, second = torch.arange(20), torch.arange(20, 40)
+    seen = torch.tensor([i for (i,) in drawn(BucketOrder([first, second], 1, seed=0), 40)])
+    assert not torch.equal(seen[seen < 20], seen[seen >= 20] - 20)
+
+
 def test_the_buckets_are_shared_out_evenly_at_any_time():
     order = BucketOrder([torch.arange(0, 60), torch.arange(60, 90), torch.arange(90, 100)], 2, seed=1)
     seen = Counter()

@@ -14,6 +14,7 @@ from torch import nn
 
 from xdiffusion import scoring
 from xdiffusion.build import build_sampling
+from xdiffusion.data.captions import PromptTable
 from xdiffusion.data.image_set import ImageSet, Split, invert
 from xdiffusion.diffusion.objective import squared_error
 from xdiffusion.diffusion.predictions import PREDICTIONS
@@ -332,9 +333,10 @@ def test_scores_that_cannot_be_had(tmp_path):
     model = tiny_model(tiny_config()).eval()
     with pytest.raises(ValueError, match="--num_samples 1: a Frechet distance needs at least 2"):
         scored(model, tiny_images(), tmp_path, num_samples=1)
-    with pytest.raises(ValueError, match="--num_samples 19: neighbours and two of each class need at least 20 samples"):
-        scored(model, tiny_images(), tmp_path, num_samples=19, depth=Depth(full=True))
     data = tiny_images()
+    for given, fewest in ((data, 20), (replace(data, prompts=PromptTable((("a",), ("b",)), ("{}",))), 6)):
+        with pytest.raises(ValueError, match=f"neighbours and two of each class need at least {fewest} samples"):
+            scored(model, given, tmp_path, num_samples=fewest - 1, depth=Depth(full=True))
     larger = Split(nn.functional.pad(data.train.images, (0, 4, 0, 4)), data.train.labels)
     with pytest.raises(ValueError, match=r"image/digits has images \(1, 16, 16\), the model makes \(1, 12, 12\)"):
         scored(model, ImageSet(data.name, larger, larger, data.prompts), tmp_path)

@@ -1,6 +1,7 @@
 """What can go wrong during a run: kills, signals, full disks, lost files. The last good checkpoint is found and named."""
 
 import json
+import os
 import re
 import resource
 import signal
@@ -39,6 +40,14 @@ def test_killed_runs_lose_nothing_but_the_steps_since(monkeypatch, capfd):
     figures = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert figures["kills"] == 2
     assert (figures["lost_checkpoints"], figures["differing"], figures["failed"]) == (0, 0, 0)
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name_and_the_name_after(tmp_path, monkeypatch):
+    """Else a power failure could leave the name of the last good file on an empty one."""
+    path, flush, flushed = tmp_path / "file", os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda fd: flushed.append((os.fstat(fd).st_ino, path.exists())) or flush(fd))
+    files.write_atomically(path, lambda temporary: temporary.write_text("content"))
+    assert flushed == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
 
 @pytest.mark.parametrize("script", [TRAIN, TRAIN_CLIP])

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from commands import ROOT, SAMPLE
 
 from xdiffusion.diffusion.schedules import CosineSchedule
 from xdiffusion.samplers.ancestral import sample_ancestral
@@ -37,6 +38,11 @@ def test_strength_is_the_share_of_steps_that_are_left(strength, steps):
 def test_another_strength_is_refused(strength):
     with pytest.raises(ValueError, match=r"strength=.* must be in \[0, 1\]"):
         times_from(TIMES, strength)
+
+
+def test_the_usual_strength_is_the_one_that_the_command_says():
+    help_of_flag = next(line for line in (ROOT / SAMPLE).read_text().splitlines() if '"--strength"' in line)
+    assert f"1 = all ({StartImage(torch.zeros(1, 1, 4, 4)).strength})" in help_of_flag
 
 
 def test_a_strength_that_leaves_no_step_is_refused():

@@ -170,6 +170,17 @@ def test_diffusers_gets_a_header_only_where_scaling_is_not_1(tmp_path):
     assert (fields["unet.use_dora"], fields["unet.lora_alpha"]) == (True, 2.0)
 
 
+def test_a_component_that_the_header_leaves_out_has_a_scaling_of_1(tmp_path):
+    """Its alpha is its rank, as in a file without a header."""
+    names = f"{ATTENTION}.to_q", f"{TEXT}.self_attn.q_proj"
+    path = tmp_path / "a.safetensors"
+    write_lora(LoRAFile({name: random_factors(name, 2, 6.0) for name in names}), path, "diffusers")
+    tensors, header = load_safetensors(path)
+    of_unet = {key: v for key, v in json.loads(header["lora_adapter_metadata"]).items() if key.startswith("unet.")}
+    save_safetensors(path, tensors, {"lora_adapter_metadata": json.dumps(of_unet)})
+    assert [read_lora(path).modules[name].scaling for name in names] == [3.0, 1.0]
+
+
 def test_the_sd15_dialect(tmp_path):
     write_lora(mixed(), tmp_path / "a.safetensors", "diffusers-sd15")
     keys = load_safetensors(tmp_path / "a.safetensors")[0].keys()

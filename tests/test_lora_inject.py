@@ -4,6 +4,7 @@ import math
 from functools import partial
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from lora_layers import fill_b
@@ -98,6 +99,16 @@ def test_a_refused_call_leaves_the_model_as_it_was(arguments, message, without_t
         apply_lora_to_model(model, **{"target_modules": ["to_q"], "adapter_name": "second"} | arguments)
     assert {n: p.requires_grad for n, p in model.named_parameters()} == before
     assert [name for name, _ in lora_layers(model)] == ["a.to_q"]
+
+
+def test_numbers_of_numpy_become_plain_ones(without_type_checks, tmp_path):
+    """A header of JSON knows no others."""
+    numbers = np.int64(2), np.float32(3.0), np.float32(0.5)
+    model = apply_lora_to_model(small_model(), *numbers, ["to_q"])
+    (_, layer), *_ = lora_layers(model)
+    settings = layer.adapters["default"]
+    assert [type(n) for n in (settings.rank, settings.lora_alpha, settings.dropout)] == [int, float, float]
+    save_lora_weights(model, tmp_path / "lora.safetensors")
 
 
 def test_freezing_leaves_the_newest_adapter_trainable():

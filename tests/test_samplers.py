@@ -12,6 +12,7 @@ import torch
 
 from xdiffusion.diffusion.schedules import BetaSchedule, CosineSchedule
 from xdiffusion.samplers.ancestral import sample_ancestral
+from xdiffusion.samplers.contract import fresh_noise
 from xdiffusion.samplers.ddim import sample_ddim
 from xdiffusion.samplers.dpm_solver import sample_dpm_solver
 from xdiffusion.samplers.euler import sample_euler, sample_euler_ancestral
@@ -156,6 +157,13 @@ def test_samples_do_not_depend_on_their_batch():
     assert torch.equal(whole[2:], sample([2, 3]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_noise_is_of_the_dtype_of_what_it_is_added_to(dtype):
+    generator = torch.Generator().manual_seed(0)
+    for given in (generator, [generator] * 2):
+        assert fresh_noise(torch.zeros(2, 1, 4, 4, dtype=dtype), given).dtype == dtype
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_steps_are_reported_and_counted(sampler):
     denoiser, seen = GaussianDenoiser(), []
@@ -222,6 +230,8 @@ def test_grids_start_where_they_are_told():
     assert times[0] == pytest.approx(0.8) and start == pytest.approx(end)
     assert SCHEDULE.logsnr(times[1:3]).tolist() == pytest.approx([(end + 2) / 2, 2])
     assert SCHEDULE.logsnr(logsnr_times(SCHEDULE, 3, logsnr_min=-3)[:1]).tolist() == pytest.approx([-3])
+    wide = CosineSchedule(-15, 15)
+    assert wide.logsnr(logsnr_times(wide, 3)[:3]).tolist() == pytest.approx([-10, 0, 10], abs=1e-9)
 
 
 def test_karras_grid_is_even_in_its_power():
@@ -286,6 +296,7 @@ def test_timesteps_of_stable_diffusion():
         (lambda: timestep_times(BetaSchedule(), 5, "linspace", last="first"), "last=first do not fall"),
         (lambda: sample_euler_ancestral(GaussianDenoiser(), start(), uniform_times(SCHEDULE, 3)), "generator"),
         (lambda: uniform_times(SCHEDULE, 0), "steps=0"),
+        (lambda: logsnr_times(BetaSchedule(), 5, t_max=0.001), "logsnr_max=10.0 must be above 9.21, where t_max=0.001"),
         (lambda: sample_ddim(GaussianDenoiser(), start(), uniform_times(SCHEDULE, 3), eta=1.0), "generator"),
         (
             lambda: unwrap(sample_ancestral)(None, None, [], variance="big"),

@@ -137,6 +137,7 @@ def test_training_times_are_grid_points_and_cover_the_table():
         (lambda: CosineSchedule(-30.1), r"logsnr_min=-30\.1 .* at least -30"),
         (lambda: BetaSchedule(num_timesteps=1), "num_timesteps=1"),
         (lambda: BetaSchedule(beta_start=0.5, beta_end=0.1), "beta_start=0.5"),
+        (lambda: BetaSchedule(beta_end=1.0), "beta_end=1.0"),
     ],
 )
 def test_bad_arguments_name_the_value(make, message):

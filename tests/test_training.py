@@ -231,6 +231,7 @@ def test_fit_saves_in_its_rhythm_with_the_average_in_place():
     steps, averages, checkpoints = [], [], []
 
     def on_step(metrics):
+        assert trainer.model.training
         steps.append(metrics.step)
         averages.append(copies(trainer.by_name(trainer.ema.average)))
 

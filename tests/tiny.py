@@ -65,7 +65,7 @@ def tiny_model(config: DictConfig) -> DiffusionModel:
 def tiny_trainer(config: DictConfig, data: ImageSet | None = None, *, lora: bool = False) -> Trainer:
     """A fresh trainer on the CPU; equal arguments give equal weights."""
     AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the precision of the trainer before
-    model = tiny_model(config)
+    model = tiny_model(config).eval()  # as after drawing with it; the trainer puts it into training mode
     make_trainable(model, config, lora=lora)
     return Trainer(DiffusionTask(model, data or tiny_images(), config), force_cpu=True)
 
