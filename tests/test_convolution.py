@@ -44,6 +44,8 @@ def test_a_lora_around_it_convolves_as_it_does():
     x = torch.randn(1, 40, 4, 5)
     expected = plain(x)
     assert torch.equal(model(x), expected)  # B = 0
+    dropping = apply_lora_to_model(copy.deepcopy(plain), rank=2, dropout=0.5, target_modules="all").train()
+    assert torch.equal(dropping(x), expected)
     with torch.no_grad():
         model[0].lora_B["default"].normal_()
     changed = model(x)

@@ -42,6 +42,16 @@ def test_a_loss_far_above_those_before_stops_the_run_before_any_weight_changes()
     assert info.value.report["batch_indices"] == trainer.task.batches.indices(1).tolist()
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_whatever_its_gradient(loss):
+    """Also while there are too few losses for a limit."""
+    trainer = tiny_trainer(tiny_config())
+    assert trainer.watch.limit() == math.inf
+    with pytest.raises(TrainingDiverged, match=f"loss {loss}, gradient norm 1.0 at step 1$"):
+        trainer._check(1, loss, 1.0, 0.1)
+    trainer._check(1, 1e9, 1.0, 0.1)
+
+
 @pytest.fixture
 def bad_noise(monkeypatch):
     """Step 4 is not finite with the run's first noise."""

@@ -44,7 +44,7 @@ def test_frechet_distance_is_scipys(rows, columns, generator):
 
 def test_frechet_distance_in_closed_form(generator):
     a = torch.randn(50, 4, generator=generator, dtype=torch.float64) + 1
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert all(0 <= frechet_distance(part, part) < 1e-9 for part in (a, *a.split(5)))
     assert frechet_distance(a, a[torch.randperm(50, generator=generator)]) == pytest.approx(0, abs=1e-9)
     shift = torch.tensor([1.0, -2.0, 0.0, 3.0])
     assert frechet_distance(a, a + shift) == pytest.approx(14.0)

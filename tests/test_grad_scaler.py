@@ -5,9 +5,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from test_state import fresh, train
-from tiny import copies, equal_bits
+from tiny import copies, equal_bits, tiny_config, tiny_images, tiny_model
 
+from xdiffusion.training.diffusion_task import DiffusionTask
 from xdiffusion.training.divergence import MOST_SKIPPED, TrainingDiverged
+from xdiffusion.training.loop import Trainer
 
 
 def scaled(folder, monkeypatch, scale=2.0**10):
@@ -19,6 +21,13 @@ def scaled(folder, monkeypatch, scale=2.0**10):
     trainer.accelerator._optimizers = [trainer.optimizer]
     monkeypatch.setattr(trainer.accelerator, "autocast", lambda: torch.autocast("cpu", torch.bfloat16))
     return trainer, files
+
+
+def test_a_second_run_in_a_process_has_a_precision_of_its_own():
+    for precision in ("no", "bf16", "no"):
+        config = tiny_config(f"training.mixed_precision={precision}")
+        trainer = Trainer(DiffusionTask(tiny_model(config), tiny_images(), config), force_cpu=True)
+        assert trainer.accelerator.mixed_precision == precision
 
 
 def test_an_overflow_is_skipped_and_logged(tmp_path, monkeypatch):

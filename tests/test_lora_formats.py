@@ -309,3 +309,7 @@ def test_a_component_that_the_model_has_not_is_left_out_and_told(tmp_path):
     assert "left out: 1 modules of the text_encoder" in str(report)
     with pytest.raises(LoRAError, match="2 of its 2 modules are not there"):
         load_lora_weights(nn.Sequential(nn.Linear(2, 2)), tmp_path / "a.safetensors")
+    smaller = nn.ModuleDict({"unet": nn.ModuleDict({"conv_out": nn.Conv2d(320, 4, 3)}), "layers": nn.ModuleList()})
+    smaller["layers"].append(nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(768, 768)})}))
+    with pytest.raises(LoRAError, match="1 of its 2 modules are not there, such as unet.conv_in"):  # a part of one it has
+        load_lora_weights(smaller, tmp_path / "a.safetensors")

@@ -122,6 +122,12 @@ def test_without_gradients_there_is_no_graph():
 
 
 @pytest.mark.parametrize("leading", [MANY, FEW])
+def test_on_the_meta_device_there_are_shapes_and_no_autocast(leading):
+    tensors = [tensor.to("meta") for tensor in inputs(leading)]
+    assert lora_linear(*tensors, SCALING).shape == (*leading, OUT)
+
+
+@pytest.mark.parametrize("leading", [MANY, FEW])
 def test_autocast_computes_in_bfloat16_and_keeps_the_factors_in_float32(leading):
     tensors, exact_tensors = inputs(leading), inputs(leading)
     with torch.autocast("cpu", torch.bfloat16):

@@ -296,6 +296,7 @@ def test_timesteps_of_stable_diffusion():
         (lambda: timestep_times(BetaSchedule(), 5, "linspace", last="first"), "last=first do not fall"),
         (lambda: sample_euler_ancestral(GaussianDenoiser(), start(), uniform_times(SCHEDULE, 3)), "generator"),
         (lambda: uniform_times(SCHEDULE, 0), "steps=0"),
+        (lambda: uniform_times(SCHEDULE, 5, t_max=0.0), "t_max=0.0 must be above 0"),
         (lambda: logsnr_times(BetaSchedule(), 5, t_max=0.001), "logsnr_max=10.0 must be above 9.21, where t_max=0.001"),
         (lambda: sample_ddim(GaussianDenoiser(), start(), uniform_times(SCHEDULE, 3), eta=1.0), "generator"),
         (

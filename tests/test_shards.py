@@ -85,6 +85,8 @@ def test_every_epoch_holds_every_picture_once_in_another_order(shards):
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert order == captions(Shards(list(reversed(shards)), 4, buffer=5).pictures(), 36)
     assert order != captions(Shards(shards, 4, buffer=5, seed=1).pictures(), 36)
+    firsts = {captions(Shards(shards[:1], 4, buffer=3, seed=seed).pictures(), 1)[0] for seed in range(20)}
+    assert firsts == {"0", "1", "2"}  # any of those in the buffer
 
 
 @pytest.mark.parametrize("first", [1, 11, 12, 30])

@@ -187,6 +187,14 @@ def test_only_learned_rows_get_a_gradient_where_the_rest_is_frozen(learner):
     assert learner.token_embedding.weight.grad is None
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_words_are_trained_where_the_vocabulary_is(trains, learner):
+    """A frozen encoder stays frozen with the words of a LoRA that is loaded."""
+    learner.requires_grad_(trains)
+    learner.add_tokens({"<cat>": torch.ones(8)})
+    assert learner.learned_embedding.requires_grad == trains
+
+
 def test_words_are_added_whole_or_not_at_all(learner):
     learner.add_tokens({"<a>": torch.ones(8)})
     learner.add_tokens({"<A>": torch.ones(1, 8), "<b>": torch.zeros(8)})  # the same again
