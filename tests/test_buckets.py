@@ -47,7 +47,11 @@ def test_sizes_that_do_not_go_together_are_refused(size, multiple, aspect):
 
 def test_a_picture_goes_to_the_bucket_that_crops_it_least():
     sizes = bucket_sizes(512, 64, 2.0)
-    for width, height in [(100, 100), (640, 480), (480, 640), (1920, 1080), (3000, 100), (513, 512)]:
+    between = [
+        (1138, 1000),
+        (1000, 1138),
+    ]  # the square and the next: nearer to it by their difference, not by their quotient
+    for width, height in [(100, 100), (640, 480), (480, 640), (1920, 1080), (3000, 100), (513, 512), *between]:
         chosen = nearest_bucket(width, height, sizes)
 
         def kept(size, width=width, height=height):

@@ -38,10 +38,10 @@ STORED = {  # mode, format, options
 }
 
 
-def stored(mode, format, options, side):
-    """A photograph's bytes: smooth, with some noise."""
+def stored(mode, format, options, side, height=None):
+    """A photograph's bytes: smooth, with some noise; a square if no height is given."""
     small = np.random.default_rng(0).integers(0, 255, (side // 20, side // 20, 3), dtype=np.uint8)
-    image = Image.fromarray(small).resize((side, side))
+    image = Image.fromarray(small).resize((side, height or side))
     image = (
         Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257) if "16" in mode else image.convert(mode)
     )
@@ -90,13 +90,13 @@ def test_a_turned_picture_is_scaled_as_if_it_stood_upright(orientation, mode):
     exif = Image.Exif()
     exif[0x0112] = orientation
     format = "TIFF" if mode == "CMYK" else "PNG"
-    turned, upright = (picture(stored(mode, format, {"exif": e}, 100)) for e in (exif, Image.Exif()))
+    turned, upright = (picture(stored(mode, format, {"exif": e}, 100, 60)) for e in (exif, Image.Exif()))
     whole = turned.pixels()
     assert (whole.tobytes() == upright.pixels().tobytes()) == (orientation == 1)
     expected = crop(cover(whole, (20, 30)), (20, 30), 0.2, 0.9)
     found = turned.pixels((20, 30), 0.2, 0.9)
     assert found.size == (30, 20)
-    assert np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int)).max() <= 2  # rounded in another order
+    assert np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int)).max() <= 4  # rounded in another order
 
 
 def test_a_jpeg_of_several_scans_is_told_by_its_first():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jaxtyping
 import pytest
 import torch
 from commands import ROOT, SAMPLE
@@ -86,6 +87,21 @@ def test_noisy_samplers_end_at_what_the_mask_keeps(sampler, generator):
     assert not torch.isclose(end[..., :2], x0[..., :2], atol=0.01).any()
 
 
+@pytest.mark.parametrize(("images", "mask", "said"), [((3, 8, 8), (3, 8, 8), "mask"), ((3, 8, 8), (1, 8, 4), "mask"),
+                                                      ((1, 8, 8), (1, 8, 8), "start image")])  # fmt: skip
+def test_images_and_masks_of_another_shape_are_refused(images, mask, said, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as in use, where annotations are not looked at
+    with pytest.raises(ValueError, match=f"the {said}"):
+        StartImage(torch.zeros(1, *images), 0.5, torch.ones(1, *mask)).check((3, 8, 8), (4, 4, 4))
+
+
+def test_a_grey_mask_keeps_or_draws_and_mixes_nothing():
+    denoiser = MaskedDenoiser(
+        HalfDenoiser(), torch.zeros(1, 1, 1, 4), torch.tensor([0.0, 0.5, 0.51, 1]).view(1, 1, 1, 4)
+    )
+    assert denoiser.kept(torch.ones(1, 1, 1, 4)).flatten().tolist() == [0, 0, 1, 1]
+
+
 def test_kept_pixels_are_those_of_the_image_from_two_latents_on(generator):
     """And as drawn where the latents are drawn anew; in between they pass over."""
     start, drawn = (torch.rand(1, 3, 24, 24, generator=generator) * 2 - 1 for _ in range(2))
@@ -104,5 +120,7 @@ def test_kept_pixels_are_those_of_the_image_from_two_latents_on(generator):
         (row[0] == pytest.approx(1, abs=1e-4)) and (row.diff() <= 1e-4).all() and row[-1] == pytest.approx(0, abs=1e-4)
     )
     assert torch.equal(replace(given, keep_pixels=False).with_kept_pixels(drawn, (4, 6, 6)), drawn)
+    everywhere = StartImage(start, 0.5, torch.ones_like(mask)).with_kept_pixels(drawn, (4, 6, 6))
+    torch.testing.assert_close(everywhere, drawn)  # up to the edges, behind which nothing is kept
     assert torch.equal(StartImage(start, 0.5).with_kept_pixels(drawn, (4, 6, 6)), drawn)
     assert torch.equal(given.with_kept_pixels(drawn, (3, 24, 24)), drawn)

@@ -7,7 +7,7 @@ from sd_files import write_native
 
 from xdiffusion.checkpoints.files import load_safetensors
 from xdiffusion.checkpoints.lora_file import LoRAFile
-from xdiffusion.checkpoints.lora_formats import write_lora
+from xdiffusion.checkpoints.lora_formats import FORMATS, unsaid, write_lora
 from xdiffusion.checkpoints.lora_formats.native import trained_config
 from xdiffusion.checkpoints.native import load_model_file
 from xdiffusion.commands import sd
@@ -103,6 +103,14 @@ def test_a_prediction_that_kohya_has_no_word_for(files, capsys):
     assert "diffusion.prediction=x0, which kohya has no word for" in capsys.readouterr().err
     header = load_safetensors(files / "out.safetensors")[1]
     assert "modelspec.prediction_type" not in header
+
+
+def test_nothing_is_told_of_what_every_reader_takes_for_granted():
+    """All of Stable Diffusion's own schedule, whatever keys it has."""
+    usual = {"kind": "betas", "num_timesteps": 1000, "spacing": "scaled_linear", "beta_end": 0.012}
+    config = {"diffusion": {"prediction": "eps", "schedule": usual | {"zero_terminal_snr": False}}}
+    lora = LoRAFile({LAYER: factors((32, 32))}, config=config | {"model": {"text_encoder": {"clip_skip": 1}}})
+    assert [unsaid(lora, format) for format in FORMATS] == [[]] * len(FORMATS)
 
 
 @pytest.mark.parametrize(("config", "code"), [({"diffusion": []}, 0), ({"diffusion": {"schedule": "x"}}, 2)])

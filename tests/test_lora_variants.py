@@ -63,6 +63,14 @@ def test_doras_output_is_the_formulas(make, shape, dtype):
 
 
 @every_layer
+def test_doras_lengths_of_a_weight_in_half_precision_are_not_rounded(make, shape):
+    model = nn.ModuleDict({"layer": make().bfloat16()})
+    apply_lora_to_model(model, 1, target_modules="all", use_dora=True)
+    lengths = model["layer"].weight.double().flatten(1).square().sum(1).sqrt()
+    torch.testing.assert_close(model["layer"].lora_magnitude["default"].double(), lengths, rtol=1e-6, atol=0)
+
+
+@every_layer
 def test_a_scale_of_dora_lies_between_the_base_and_as_trained(make, shape):
     base, model = wrapped(make, use_dora=True)
     layer = model["layer"]
@@ -115,6 +123,13 @@ def test_other_beginnings_change_the_output_by_rounding_alone(make, shape, start
     trained = [p for p in model.parameters() if p.requires_grad]
     assert {id(p) for p in trained} == {id(p) for p in get_lora_parameters(model)}
     assert all(p.grad.abs().sum() > 0 for p in trained)
+
+
+def test_orthogonal_factors_are_as_large_as_pefts():
+    """Orthonormal rows leave the length of a random matrix as it is: half the rank of normal numbers over 10."""
+    model = apply_lora_to_model(nn.Sequential(nn.Linear(300, 200)), 16, init="orthogonal", target_modules="all")
+    for factor, size in zip(get_lora_parameters(model), (300, 200)):
+        assert float(factor.norm()) == pytest.approx(math.sqrt(size * 8) / 10, rel=0.1)
 
 
 def test_pissa_takes_the_principal_part_of_the_weight():

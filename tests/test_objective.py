@@ -91,6 +91,7 @@ def test_offset_noise_adds_one_number_to_each_channel():
     added = offset - plain
     assert torch.allclose(added, added[:, :, :1, :1].expand_as(added), atol=1e-6)
     assert float(added[:, :, 0, 0].std()) == pytest.approx(0.5, rel=0.05)
+    assert torch.allclose(added[:, :, 0, 0].T.corrcoef(), torch.eye(3), atol=0.15)  # each channel's is its own
     assert torch.equal(draw_noise((500, 3, 4, 4), generator_of(1)), plain)
 
 
@@ -112,13 +113,18 @@ def test_weights_weigh_the_samples(generator):
     x0 = torch.randn(6, 1, 4, 4, generator=generator)
     network = lambda xt, time, context: 0.3 * xt  # noqa: E731
 
-    def value(weights=None):
-        return loss(network, CosineSchedule(), "v", x0, CONTEXT, generator=generator_of(3), weights=weights)
+    def value(weights=None, part=0, parts=1):
+        own = slice(part * 6 // parts, (part + 1) * 6 // parts)
+        given = {"generator": generator_of(3), "share": (part, parts)}
+        return loss(network, CosineSchedule(), "v", x0[own], CONTEXT[own], weights=weights, **given)
 
     one = [value(6.0 * torch.nn.functional.one_hot(torch.tensor(i), 6)) for i in range(6)]
     torch.testing.assert_close(torch.stack(one).mean(), value())
     torch.testing.assert_close(value(torch.tensor([3.0, 3, 0, 0, 0, 0])), (one[0] + one[1]) / 2)
     assert torch.equal(value(torch.ones(6)), value())
+    weights = torch.tensor([0.0, 0, 0, 1, 2, 3])  # of mean 1 over the batch, which its halves have not
+    parts = [value(weights[3 * k : 3 * k + 3], k, 2) for k in range(2)]
+    torch.testing.assert_close(torch.stack(parts).mean(), value(weights))
 
 
 def test_a_key_that_is_added_to_the_loss_reaches_it(monkeypatch):

@@ -5,6 +5,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from tiny import tiny_config, tiny_trainer
 from torch import nn
 
 from xdiffusion.training.optimizer import build_optimizer
@@ -24,16 +25,25 @@ def test_adamw_is_torchs_with_the_settings():
         assert (group["lr"], group["betas"], group["weight_decay"]) == (0.5, (0.8, 0.9), 0.25)
 
 
-def test_adamw8bit_is_bitsandbytes_with_the_settings(monkeypatch):
-    class AdamW8bit(torch.optim.AdamW):
-        pass
-
+@pytest.fixture
+def bitsandbytes(monkeypatch):
     library = ModuleType("bitsandbytes.optim")
-    library.AdamW8bit = AdamW8bit
+    library.AdamW8bit = type("AdamW8bit", (torch.optim.AdamW,), {})
     monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", library)
+    return library
+
+
+def test_adamw8bit_is_bitsandbytes_with_the_settings(bitsandbytes):
     optimizer = build_optimizer(groups(), OptimizerSettings(kind="adamw8bit", **SETTINGS))
-    assert type(optimizer) is AdamW8bit and optimizer.param_groups[1]["weight_decay"] == 0.25
+    assert type(optimizer) is bitsandbytes.AdamW8bit and optimizer.param_groups[1]["weight_decay"] == 0.25
+
+
+def test_adamw8bit_updates_each_weight_on_its_own(bitsandbytes):
+    """It has one scale for 256 values in a row, which would be of several weights side by side in a buffer."""
+    trainer = tiny_trainer(tiny_config("optimizer.kind=adamw8bit"))
+    updated = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in updated} == {id(p) for p in trainer.trainable.values()}
 
 
 def test_without_bitsandbytes_it_says_what_to_do(monkeypatch):

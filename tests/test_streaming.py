@@ -67,6 +67,12 @@ def test_a_copy_that_fails_leaves_the_old_file(path, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+@pytest.mark.parametrize("letters", range(8))
+def test_the_tensors_of_a_copy_are_aligned(letters, path, tmp_path):
+    copy_safetensors(StoredTensors(path), tmp_path / "copy", lambda name, tensor: tensor, {"note": "x" * letters})
+    assert int.from_bytes((tmp_path / "copy").read_bytes()[:8], "little") % 8 == 0
+
+
 def test_a_file_may_be_copied_onto_itself(path):
     copy_safetensors(StoredTensors(path), path, lambda name, tensor: tensor, {})
     assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in load_file(path).items())
