@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from accelerate.state import AcceleratorState
 from commands import ROOT, TRAIN, TRAIN_CLIP, run_script, set_words
 from PIL import Image
 from test_resume import COMMON, CONFIG, STEPS
+from test_state import fresh
 
 from xdiffusion import build
 from xdiffusion.checkpoints import files
@@ -48,6 +50,21 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name_and_the_name_after(tmp_p
     monkeypatch.setattr(os, "fsync", lambda fd: flushed.append((os.fstat(fd).st_ino, path.exists())) or flush(fd))
     files.write_atomically(path, lambda temporary: temporary.write_text("content"))
     assert flushed == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+
+
+def test_a_checkpoint_is_not_begun_before_the_last_one_is_written(tmp_path, monkeypatch):
+    """Two threads would rotate each other's files; and what befell the last one is said first."""
+    trainer, checkpoints = fresh(tmp_path)
+
+    def slow_and_full(*_):
+        time.sleep(0.1)
+        raise CheckpointError("no space left")
+
+    monkeypatch.setattr(state, "write_state", slow_and_full)
+    checkpoints.save(trainer, 1)
+    with pytest.raises(CheckpointError, match="no space left"):
+        checkpoints.save(trainer, 2)
+    assert not checkpoints.path(2).exists()
 
 
 @pytest.mark.parametrize("script", [TRAIN, TRAIN_CLIP])

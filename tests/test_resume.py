@@ -2,10 +2,12 @@
 
 import shlex
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from commands import ROOT, TRAIN, run_script, set_words
+from test_state import fresh
 
 from xdiffusion.checkpoints.files import load_safetensors
 from xdiffusion.training import previews
@@ -55,6 +57,21 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(words, tmp_path, evidence, 
     assert {name: found[name] for name in expected} == expected
     statuses = [(s["status"], s["first_step"], s["last_step"]) for s in read_run(tmp_path / "cut")["segments"]]
     assert statuses == [("interrupted", 1, 3), ("interrupted", 4, 4), ("finished", 5, 5)]
+
+
+def test_a_folder_by_another_name_is_the_same_run_s(tmp_path, monkeypatch):
+    """Else its own metrics and states would be put aside for those of another run."""
+    trainer, checkpoints = fresh(tmp_path / "run")
+    checkpoints.save(trainer, 1)
+    checkpoints.finish()
+    (tmp_path / "link").symlink_to("run")
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "link", str(tmp_path / "run")):
+        assert checkpoints.resume(trainer, f"{name}/diffusion-1.safetensors") == 1
+        assert checkpoints.origin == checkpoints.folder
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert checkpoints.resume(trainer, "moved/diffusion-1.safetensors") == 1
+    assert checkpoints.origin == Path("moved")
 
 
 def test_a_signal_in_the_last_step_leaves_a_whole_run(tmp_path, signals, capfd):
