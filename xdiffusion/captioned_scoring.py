@@ -24,16 +24,15 @@ from xdiffusion.data.image_set import to_uint8, to_unit_range
 from xdiffusion.evaluation.bootstrap import interval
 from xdiffusion.evaluation.clip_score import clip_score
 from xdiffusion.evaluation.diversity import mean_distance
-from xdiffusion.evaluation.frechet import frechet_distance
 from xdiffusion.evaluation.gap import fixed_draws
 from xdiffusion.evaluation.loss_curve import LossCurve
-from xdiffusion.evaluation.memorisation import Nearest, copied, data_copying, median, nearest
-from xdiffusion.evaluation.overlap import NEIGHBOURS, Overlap, overlap
-from xdiffusion.evaluation.shares import pairs_share_interval
+from xdiffusion.evaluation.memorisation import Nearest, nearest
+from xdiffusion.evaluation.overlap import NEIGHBOURS, Overlap
+from xdiffusion.evaluation.scores import frechet_scores, mean_scores, memorisation_scores, overlap_scores
 from xdiffusion.held_out import loss_curves
 from xdiffusion.lora.adapters import lora_disabled
 from xdiffusion.model import DiffusionModel, generate, generators_for, of_captions
-from xdiffusion.scoring import Depth, Evaluation, finished, mean_scores, suspects_of
+from xdiffusion.scoring import Depth, Evaluation, finished, suspects_of
 
 SIDE = 64
 SHOWN, SHOWN_SIDE = 24, 128  # of a report's pictures
@@ -77,12 +76,16 @@ class Cut:
 
 
 class Seen(NamedTuple):
-    """What is kept of pictures. small: at SIDE x SIDE. fit: CLIP scores with their captions. views: at SHOWN_SIDE."""
+    """What is kept of pictures.
+
+    small: at SIDE x SIDE. fit: CLIP scores with their captions. views: at SHOWN_SIDE. seconds: of drawing or reading.
+    """
 
     small: Float[Tensor, "N 3 h w"]
     features: Float[Tensor, "N E"] | None
     fit: Float[Tensor, " N"] | None
     views: UInt8[Tensor, "N 3 H W"]
+    seconds: float
 
 
 def score_captioned(
@@ -121,11 +124,10 @@ def score_captioned(
     order = torch.randperm(len(given), generator=generator)
     asked = order.repeat(-(-num_samples // len(order)))[:num_samples]
     prompts = given.captions_of(asked.tolist(), torch.rand(num_samples, generator=generator))
-    clock = [0.0]
-    samples = seen(drawn(model, prompts, seed, sampling, clock), depth.clip)
+    samples = seen(drawn(model, prompts, seed, sampling), depth.clip)
     real = seen(given_cut.batches(order[:num_samples]), depth.clip)
 
-    scores: dict[str, Any] = dict.fromkeys(REASONS) | {"seconds_per_image": clock[0] / num_samples}
+    scores: dict[str, Any] = dict.fromkeys(REASONS) | {"seconds_per_image": samples.seconds / num_samples}
     if depth.clip is not None:
         chosen = torch.randperm(len(compared.pictures), generator=generator)[:num_samples]
         known = seen(compared.batches(chosen), depth.clip) if shared == 0 else None
@@ -174,22 +176,11 @@ def clip_scores(samples: Seen, real: Seen, known: Seen | None, resamples: int, s
 
     Each where there are enough pictures for it.
     """
-    rows, scores = {"clip_score": samples.fit}, {"clip_score_real": float(real.fit.mean())}
-    features = [None if s is None else s.features for s in (samples, real, known)]
-    of_samples, of_real, of_known = ((f if f is not None and len(f) > 1 else None) for f in features)
-    if of_real is not None:
-        scores["frechet_distance"] = frechet_distance(of_samples, of_real)
-        if resamples:
-            drawn = {"centred": True, "resamples": resamples, "seed": seed}
-            scores["frechet_distance_interval"] = interval(frechet_distance, of_samples, of_real, **drawn)
-        if of_known is not None:
-            scores["frechet_floor"] = frechet_distance(of_known, of_real)
-        if min(len(of_samples), len(of_real)) > NEIGHBOURS:
-            rows |= overlap(of_real, of_samples)._asdict()
-            if of_known is not None and len(of_known) > NEIGHBOURS:
-                reference = overlap(of_real, of_known)._asdict()
-                scores |= {f"{name}_real": float(r.mean()) for name, r in reference.items()}
-    return scores | mean_scores(rows, resamples, seed)
+    scores = {"clip_score_real": float(real.fit.mean())} | mean_scores({"clip_score": samples.fit}, resamples, seed)
+    features = [None if s is None or len(s.features) < 2 else s.features for s in (samples, real, known)]
+    if features[1] is not None:
+        scores |= frechet_scores(*features, resamples, seed) | overlap_scores(*features, resamples, seed)
+    return scores
 
 
 def diversity_scores(samples: Seen, real: Seen, resamples: int, seed: int) -> dict[str, Any]:
@@ -218,19 +209,8 @@ def copy_scores(samples: Seen, held_out: Seen | None, compared: Cut, resamples: 
     queries = samples.small if held_out is None else torch.cat([samples.small, held_out.small])
     everything = compared.batches(torch.arange(len(compared.pictures)))
     found = nearest(queries, (reduced(images, SIDE) for images, _ in everything))
-    of_samples, of_held_out = found.rows(0, count), found.rows(count).distance[:, 0]
-    scores: dict[str, Any] = {"nearest_distance": median(of_samples.distance[:, 0])}
-    if resamples:
-        scores["nearest_distance_interval"] = interval(median, of_samples.distance[:, 0], resamples=resamples)
-    if len(compared.pictures) > 1:
-        scores |= mean_scores({"copies": copied(of_samples.distance)}, resamples, seed=0)
-    if held_out is not None:
-        scores["nearest_distance_real"] = median(of_held_out)
-        scores["data_copying"] = float(data_copying(of_samples.distance[:, 0], of_held_out).mean())
-        if resamples:
-            bounds = pairs_share_interval(scores["data_copying"], count, len(of_held_out))
-            scores["data_copying_interval"] = bounds
-    return scores, of_samples
+    of_samples, of_held_out = found.rows(0, count), found.rows(count) if held_out is not None else None
+    return memorisation_scores(of_samples, of_held_out, resamples, seed=0), of_samples
 
 
 def curves_of(model: DiffusionModel, given: Cut, resamples: int, has_lora: bool) -> dict[str, LossCurve]:
@@ -245,28 +225,30 @@ def curves_of(model: DiffusionModel, given: Cut, resamples: int, has_lora: bool)
 
 
 def drawn(
-    model: DiffusionModel, prompts: Sequence[str], seed: int, sampling: Mapping[str, Any], clock: list[float]
+    model: DiffusionModel, prompts: Sequence[str], seed: int, sampling: Mapping[str, Any]
 ) -> Iterator[tuple[Tensor, Sequence[str]]]:
-    """Samples as saved pictures would hold them, in batches with their prompts; the seconds are added to clock[0]."""
+    """Samples as saved pictures would hold them, in batches with their prompts."""
     generators, captions, size = generators_for(seed, len(prompts)), of_captions(sampling), sampling["batch_size"]
     for i in tqdm(range(0, len(prompts), size), desc="samples", unit="batch", leave=False, disable=None):
-        block, started = slice(i, i + size), time.perf_counter()
+        block = slice(i, i + size)
         images = generate(model, prompts[block], generators[block], **captions)
-        clock[0] += time.perf_counter() - started
         yield to_unit_range(to_uint8(images)), prompts[block]
 
 
 def seen(blocks: Iterable[tuple[Tensor, Sequence[str]]], clip: Any) -> Seen:
     """What is kept of pictures that come in batches, each with its caption."""
-    small, features, fit, views = [], [], [], []
+    small, features, fit, views, seconds = [], [], [], [], 0.0
+    started = time.perf_counter()
     for images, captions in blocks:
+        seconds += time.perf_counter() - started
         small.append(reduced(images, SIDE))
         if clip is not None:
             features.append(clip.image_features(images))
             fit.append(clip_score(features[-1], clip.text_features(list(captions))))
         views.append(to_uint8(reduced(images, SHOWN_SIDE)))
+        started = time.perf_counter()
     of_clip = (torch.cat(features), torch.cat(fit)) if clip is not None else (None, None)
-    return Seen(torch.cat(small), *of_clip, torch.cat(views))
+    return Seen(torch.cat(small), *of_clip, torch.cat(views), seconds)
 
 
 def reduced(images: Float[Tensor, "N C H W"], side: int) -> Float[Tensor, "N C h w"]:

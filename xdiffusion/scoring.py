@@ -17,16 +17,15 @@ from torch import Tensor
 from xdiffusion.checkpoints.files import CheckpointError, content_hash, load_safetensors, save_safetensors
 from xdiffusion.data.image_set import ImageSet, invert, to_uint8, to_unit_range
 from xdiffusion.evaluation.background import background_brightness, background_mask
-from xdiffusion.evaluation.bootstrap import Groups, interval, mean_interval
+from xdiffusion.evaluation.bootstrap import interval
 from xdiffusion.evaluation.clip_score import clip_score
 from xdiffusion.evaluation.diversity import diversity
-from xdiffusion.evaluation.frechet import frechet_distance
 from xdiffusion.evaluation.gap import fixed_draws
 from xdiffusion.evaluation.judge import Judge, accuracy, judge_features, train_judge
 from xdiffusion.evaluation.loss_curve import LossCurve
-from xdiffusion.evaluation.memorisation import Nearest, copied, data_copying, median, nearest
-from xdiffusion.evaluation.overlap import NEIGHBOURS, Overlap, overlap
-from xdiffusion.evaluation.shares import independent, pairs_share_interval, share_interval
+from xdiffusion.evaluation.memorisation import Nearest, nearest
+from xdiffusion.evaluation.overlap import NEIGHBOURS
+from xdiffusion.evaluation.scores import frechet_scores, mean_scores, memorisation_scores, overlap_scores
 from xdiffusion.held_out import CURVE_PAIRS, WithoutLoRA, bound_scores, gap_scores, held_out_of, loss_curves
 from xdiffusion.lora.adapters import lora_disabled
 from xdiffusion.model import DiffusionModel, generate, generators_for
@@ -39,8 +38,6 @@ REASONS = {  # why a score of a set with classes may be None
     "background": "no pixel is dark in 99% of the images",
     "bits_per_dim": "is for discrete steps in pixel space",
 }
-SHARES = ("prompt_accuracy", "precision", "recall", "coverage", "copies")  # means of rows that are 0 or 1
-OF_HELD_OUT = ("recall", "coverage")  # whose rows are of held-out images, not of samples
 
 
 @dataclass(frozen=True)
@@ -209,26 +206,15 @@ def image_scores(
     if mask.any():
         rows["background"] = background_brightness(samples.images, mask)
     scores = {"background": None} | mean_scores(rows, resamples, seed)
-    scores |= {
-        "frechet_distance": frechet_distance(features, held_out),
-        "frechet_floor": frechet_distance(judge_features(judge, normal.train.floats(samples.real)), held_out),
-    }
-    if resamples:
-        drawn = {"resamples": resamples, "seed": seed}
-        groups = [None, normal.test.groups]
-        bounds = interval(frechet_distance, features, held_out, groups=groups, centred=True, **drawn)
-        scores |= {"frechet_distance_interval": bounds, "resamples": resamples}
-    return scores
+    known = judge_features(judge, normal.train.floats(samples.real))
+    scores |= frechet_scores(features, held_out, known, resamples, seed, normal.test.groups)
+    return scores | ({"resamples": resamples} if resamples else {})
 
 
 def full_scores(
     samples: Samples, data: ImageSet, normal: ImageSet, judge: Judge, depth: Depth, seed: int
 ) -> tuple[dict[str, Any], Nearest]:
-    """Overlap, diversity, memorisation and CLIP score; `_real` is the same score of the real training images.
-
-    The neighbourhoods of the overlap are those of the samples and of as many held-out images, and are held fixed in
-    the intervals, which are of the chance of the points in them: one that a bootstrap draws twice would shrink them.
-    """
+    """Overlap, memorisation, diversity and CLIP score beside as many held-out images; `_real` is of training images."""
     count = len(samples.labels)
     held_out = torch.randperm(len(normal.test), generator=samples.generator)[:count]
     seen, test = as_the_judge_sees(samples.images, data), normal.test.floats(held_out)
@@ -237,43 +223,22 @@ def full_scores(
     labels, real_labels, known_labels = samples.labels, normal.test.labels[held_out], normal.train.labels[samples.real]
     train = (to_unit_range(block) for block in normal.train.images.split(NEAREST_BLOCK))
     found = nearest(torch.cat([seen, test]), train)
-    neighbours, new = found.rows(0, count), found.rows(count)
-
-    drawn = {"resamples": depth.resamples, "seed": seed}
-    rows = overlap(real, features)._asdict() | {"copies": copied(neighbours.distance)}
-    reference = Overlap(*(float(r.mean()) for r in overlap(real, known)))._asdict()
+    neighbours, drawn = found.rows(0, count), {"resamples": depth.resamples, "seed": seed}
+    scores = overlap_scores(features, real, known, groups=groups, **drawn)
+    scores |= memorisation_scores(neighbours, found.rows(count), groups=groups, **drawn)
     if depth.clip is not None:
-        rows["clip_score"] = clip_rows(depth.clip, seen, samples.prompts)
+        scores |= mean_scores({"clip_score": clip_rows(depth.clip, seen, samples.prompts)}, **drawn)
         prompts = data.prompts.choose(real_labels, torch.rand(len(real_labels), generator=samples.generator))
-        reference["clip_score"] = float(clip_rows(depth.clip, test, prompts).mean())
+        scores["clip_score_real"] = float(clip_rows(depth.clip, test, prompts).mean())
 
     def diversity_of(index: Tensor) -> float:
         return diversity(features[index], labels[index], real, real_labels)
 
-    of_samples, of_new = neighbours.distance[:, 0], new.distance[:, 0]
-    nearer = data_copying(of_samples, of_new)
-    scores = mean_scores(rows, depth.resamples, seed, groups)
-    scores |= {f"{name}_real": value for name, value in reference.items()}
     scores["diversity"] = diversity_of(torch.arange(count))
     scores["diversity_real"] = diversity(known, known_labels, real, real_labels)
-    scores["data_copying"] = float(nearer.mean())
-    scores |= {"nearest_distance": median(of_samples), "nearest_distance_real": median(of_new)}
     if depth.resamples:
         scores["diversity_interval"] = interval(diversity_of, torch.arange(count), centred=True, **drawn)
-        independent_new = independent(nearer, groups)
-        scores["nearest_distance_interval"] = interval(median, of_samples, **drawn)
-        scores["data_copying_interval"] = pairs_share_interval(scores["data_copying"], len(of_samples), independent_new)
     return scores, neighbours
-
-
-def mean_scores(rows: Mapping[str, Tensor], resamples: int, seed: int, groups: Groups | None = None) -> dict[str, Any]:
-    """The mean of each score's rows (N,), and its interval where resamples are asked for; groups: of held-out images."""
-    scores: dict[str, Any] = {name: float(r.mean()) for name, r in rows.items()}
-    for name, r in rows.items() if resamples else ():
-        of = groups if name in OF_HELD_OUT else None
-        drawn = share_interval(r, of) if name in SHARES else mean_interval(r, of, resamples=resamples, seed=seed)
-        scores[f"{name}_interval"] = drawn
-    return scores
 
 
 def as_the_judge_sees(images: Float[Tensor, "N C H W"], data: ImageSet) -> Float[Tensor, "N C H W"]:
