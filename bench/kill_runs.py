@@ -171,7 +171,7 @@ def announced(folder: Path) -> int:
 
 def newest_whole(folder: Path) -> int:
     """The step of the newest whole checkpoint, read from the files alone; 0 for none."""
-    from xdiffusion.checkpoints.files import CheckpointError
+    from xdiffusion.checkpoints.errors import CheckpointError
     from xdiffusion.training.state import whole_state
 
     steps = [0]
@@ -194,7 +194,8 @@ def evidence(folder: Path) -> dict:
 
 def content(path: Path) -> object:
     """What a file holds; the entries of a safetensors header have no order, so bytes tell nothing."""
-    from xdiffusion.checkpoints.files import content_hash, file_hash, load_safetensors
+    from xdiffusion.checkpoints.hashes import content_hash, file_hash
+    from xdiffusion.checkpoints.reading import load_safetensors
     from xdiffusion.training.state import plain_and_tensors, whole_state
 
     if path.suffix == ".safetensors":

@@ -34,8 +34,10 @@ from torch import nn
 
 from xdiffusion.build import build_data, build_sampling, load_config, override
 from xdiffusion.checkpoints.diffusers import unet_name_to_diffusers
-from xdiffusion.checkpoints.files import content_hash, load_safetensors, save_safetensors, write_atomically
+from xdiffusion.checkpoints.hashes import content_hash
 from xdiffusion.checkpoints.lora_formats import read_lora
+from xdiffusion.checkpoints.reading import load_safetensors
+from xdiffusion.checkpoints.writing import save_safetensors, write_atomically
 from xdiffusion.cli import REPOSITORY, Parser, call_script, positive_int, run
 from xdiffusion.config_files import assignment
 from xdiffusion.data.image_set import ImageSet, invert
@@ -282,9 +284,7 @@ def document(rows: Sequence[Row], args: argparse.Namespace) -> str:
             chosen = [r for r in rows if (r["data"], r["kind"]) == (name, kind)]
             floor = sum(r["frechet_floor"] for r in chosen) / len(chosen)
             columns = {k: v for k, v in COLUMNS.items() if chosen[0].get(k) is not None}
-            sides = {
-                side: [r for r in chosen if r["side"] == side] for side in dict.fromkeys(r["side"] for r in chosen)
-            }
+            sides = {s: [r for r in chosen if r["side"] == s] for s in dict.fromkeys(r["side"] for r in chosen)}
             means = [
                 [side, f"{of[0]['parameters']:,}", over_seeds(of, "seconds"), *(over_seeds(of, k) for k in columns)]
                 for side, of in sides.items()

@@ -70,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write_file(path: Path, name: str, dtype: torch.dtype) -> None:
     """An original single file of a built-in model, with values that no format could leave out."""
     from xdiffusion.build import build_model, load_config
-    from xdiffusion.checkpoints.files import save_safetensors
     from xdiffusion.checkpoints.stable_diffusion import to_original
+    from xdiffusion.checkpoints.writing import save_safetensors
     from xdiffusion.loading import STABLE_DIFFUSION
 
     model = build_model(load_config(STABLE_DIFFUSION / f"{name}.yaml"), without_weights=True)

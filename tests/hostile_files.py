@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 from tiny import SETTINGS, tiny_config, tiny_images, tiny_model
 
 from xdiffusion.build import image_shape, load_config
-from xdiffusion.checkpoints.files import load_safetensors
 from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
 from xdiffusion.checkpoints.native import load_model_file, save_model
+from xdiffusion.checkpoints.reading import load_safetensors
 from xdiffusion.checkpoints.tensor_cache import TensorCache
 from xdiffusion.checkpoints.weight_index import read_indexed
 from xdiffusion.clip_towers import own_towers

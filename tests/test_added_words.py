@@ -7,12 +7,12 @@ import pytest
 import torch
 from sd_files import sd_config, write_native
 
-from xdiffusion.checkpoints.files import save_safetensors
 from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
 from xdiffusion.checkpoints.native import load_model_file
 from xdiffusion.checkpoints.streaming import StoredTensors
+from xdiffusion.checkpoints.writing import save_safetensors
 from xdiffusion.cli import run
 from xdiffusion.commands import lora, lora_add, sd
 from xdiffusion.loading import load_model

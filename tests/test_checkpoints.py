@@ -12,18 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from xdiffusion.checkpoints.files import (
-    CheckpointError,
-    content_hash,
-    existing_weights,
-    load_pickled,
-    load_safetensors,
-    save_safetensors,
-    write_atomically,
-)
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.hashes import content_hash
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
 from xdiffusion.checkpoints.native import load_model_file, package_version, save_model
+from xdiffusion.checkpoints.paths import existing_weights
+from xdiffusion.checkpoints.reading import load_pickled, load_safetensors
+from xdiffusion.checkpoints.writing import save_safetensors, write_atomically
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2, 3])}
 CONFIG = {"model": {"channels": [16, 32]}, "diffusion": {"prediction": "v"}}

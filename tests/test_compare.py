@@ -9,7 +9,7 @@ import pytest
 from commands import run_process, run_script
 from PIL import Image
 
-from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.training.comparison import as_text, outcome, read_runs
 
 COMPARE = "training/image/compare.py"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import TRAIN, run_script, set_words
 
-from xdiffusion.checkpoints.files import load_safetensors
+from xdiffusion.checkpoints.reading import load_safetensors
 
 
 @pytest.fixture

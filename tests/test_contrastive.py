@@ -19,7 +19,8 @@ from test_resume import CONFIG
 from tiny import copies, equal_bits, label_of, tiny_config, tiny_images
 
 from xdiffusion.build import build_fresh_text_encoder, build_text_encoder, clip_config
-from xdiffusion.checkpoints.files import CheckpointError, load_safetensors
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.reading import load_safetensors
 from xdiffusion.text_encoders.clip import CLIPTextEncoder
 from xdiffusion.training import text_encoder as module
 from xdiffusion.training.contrastive import ContrastiveModel, ContrastiveTask, zero_shot_accuracy

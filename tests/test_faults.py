@@ -22,8 +22,9 @@ from test_resume import COMMON, CONFIG, STEPS
 from test_state import fresh
 
 from xdiffusion import build
-from xdiffusion.checkpoints import files
-from xdiffusion.checkpoints.files import CheckpointError, save_pickled
+from xdiffusion.checkpoints import writing
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.writing import save_pickled
 from xdiffusion.data import digits
 from xdiffusion.data.image_set import ImageSet
 from xdiffusion.training import previews
@@ -258,14 +259,14 @@ def test_whatever_ends_a_run_the_last_good_checkpoint_is_named(error, status, sa
 
 def test_a_disk_too_full_for_the_record_still_names_the_last_good_checkpoint(tmp_path, monkeypatch, capfd):
     """All writes fail from step 3 on, run.json's too."""
-    written = files.write_atomically
+    written = writing.write_atomically
 
     def full(path, write):
         if (tmp_path / "diffusion-2.state.pt").exists():
             raise CheckpointError(f"cannot write {path}: {FULL}")
         return written(path, write)
 
-    monkeypatch.setattr(files, "write_atomically", full)
+    monkeypatch.setattr(writing, "write_atomically", full)
     assert run_script(TRAIN, *COMMON, "--output_path", tmp_path) == 1
     line = capfd.readouterr().err.splitlines()[-1]
     assert "No space left on device" in line

@@ -8,10 +8,12 @@ from commands import SAMPLE, files_in, run_script
 from lora_cases import command, factors
 from sd_files import write_native
 
-from xdiffusion.checkpoints.files import content_hash, load_safetensors, save_safetensors
+from xdiffusion.checkpoints.hashes import content_hash
 from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import write_lora
+from xdiffusion.checkpoints.reading import load_safetensors
+from xdiffusion.checkpoints.writing import save_safetensors
 from xdiffusion.commands import sd
 from xdiffusion.lora.base_identity import sample_of
 

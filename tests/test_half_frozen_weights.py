@@ -12,7 +12,7 @@ from tiny_sd import CONFIGS, SMALLER, tiny_sd_config, tiny_sd_model, tiny_sd_tra
 from torch import nn
 
 from xdiffusion.build import load_config
-from xdiffusion.checkpoints.files import content_hash
+from xdiffusion.checkpoints.hashes import content_hash
 from xdiffusion.checkpoints.lora_formats import read_lora
 from xdiffusion.checkpoints.native import save_model
 from xdiffusion.diffusion.objective import squared_error

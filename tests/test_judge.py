@@ -9,7 +9,8 @@ import torch
 from tiny import copies, equal_bits, tiny_images
 
 from xdiffusion import scoring
-from xdiffusion.checkpoints.files import CheckpointError, save_safetensors
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.writing import save_safetensors
 from xdiffusion.data.image_set import ImageSet, Split
 from xdiffusion.evaluation.judge import Judge, accuracy, judge_features, train_judge
 from xdiffusion.scoring import cached_judge

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.learned_tokens import parse_tokens_spec, read_learned_tokens, save_learned_tokens
 
 ROWS = torch.arange(8.0).view(2, 4)

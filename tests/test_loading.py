@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from xdiffusion.build import build_model, build_sampling, load_config
-from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import write_lora
 from xdiffusion.checkpoints.native import load_model_file, save_model

@@ -11,10 +11,10 @@ from lora_files import applied
 from safetensors.torch import save_file
 
 from xdiffusion.checkpoints.component_names import exchange_name
-from xdiffusion.checkpoints.files import load_safetensors
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import read_lora, sd_layer_table, write_lora
 from xdiffusion.checkpoints.native import load_model_file
+from xdiffusion.checkpoints.reading import load_safetensors
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ from commands import ROOT, SAMPLE, files_in, run_script
 from lora_cases import COMMANDS, SAMPLING, command, deltas, factors, pixels, relative, write_files
 from PIL import Image
 
-from xdiffusion.checkpoints.files import load_safetensors, save_safetensors
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import FORMATS, read_lora, write_lora
 from xdiffusion.checkpoints.native import load_model_file
+from xdiffusion.checkpoints.reading import load_safetensors
+from xdiffusion.checkpoints.writing import save_safetensors
 from xdiffusion.commands import lora
 
 

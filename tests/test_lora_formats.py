@@ -23,10 +23,12 @@ from safetensors.torch import save
 from torch import nn
 
 from xdiffusion.checkpoints.component_names import exchange_name
-from xdiffusion.checkpoints.files import CheckpointError, load_safetensors, save_safetensors
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import FORMATS, LayerTable, read_lora, sd_layer_table, write_lora
 from xdiffusion.checkpoints.lora_formats.layer_table import in_old_diffusers_order
+from xdiffusion.checkpoints.reading import load_safetensors
+from xdiffusion.checkpoints.writing import save_safetensors
 from xdiffusion.lora import LoRAError, load_lora_weights
 from xdiffusion.lora.inject import lora_layers
 from xdiffusion.networks.unet import UNet

@@ -13,9 +13,10 @@ from lora_files import SD15, TEXT, assert_equal_products, converted, mixed, path
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from xdiffusion.checkpoints.files import CheckpointError, load_safetensors
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
+from xdiffusion.checkpoints.reading import load_safetensors
 from xdiffusion.lora import load_lora_weights, merge_lora_weights
 
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -8,8 +8,8 @@ from commands import files_in
 from lora_cases import command, write_files
 from safetensors.torch import save_file
 
-from xdiffusion.checkpoints.files import load_safetensors
 from xdiffusion.checkpoints.lora_formats import read_lora
+from xdiffusion.checkpoints.reading import load_safetensors
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ from commands import files_in
 from lora_cases import command, factors
 from sd_files import write_native
 
-from xdiffusion.checkpoints.files import load_safetensors
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import FORMATS, unsaid, write_lora
 from xdiffusion.checkpoints.lora_formats.native import trained_config
 from xdiffusion.checkpoints.native import load_model_file
+from xdiffusion.checkpoints.reading import load_safetensors
 from xdiffusion.commands import sd
 from xdiffusion.loading import load_model
 from xdiffusion.training.exports import export_lora

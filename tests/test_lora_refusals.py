@@ -13,7 +13,7 @@ from torch import nn
 
 from xdiffusion.build import build_model
 from xdiffusion.checkpoints.component_names import exchange_name
-from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
 from xdiffusion.commands import lora_add

@@ -8,8 +8,10 @@ import torch
 from tiny import copies, equal_bits
 from torch import nn
 
-from xdiffusion.checkpoints.files import CheckpointError, load_safetensors, save_safetensors
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_formats import read_lora
+from xdiffusion.checkpoints.reading import load_safetensors
+from xdiffusion.checkpoints.writing import save_safetensors
 from xdiffusion.lora import (
     LoRAError,
     apply_lora_to_model,
@@ -89,8 +91,7 @@ def test_the_report_counts_and_measures(tmp_path):
     save_lora_weights(source, tmp_path / "lora.safetensors")
     report = load_lora_weights(model(), tmp_path / "lora.safetensors", scale=0.5)
     assert report.matched == ["0", "2"]
-    assert report.scale == 0.5
-    assert report.scalings == [0.5, 8.0]
+    assert (report.scale, report.scalings) == (0.5, [0.5, 8.0])
     delta = weight = 0.0
     for name, scaling in (("0", 0.5), ("2", 8.0)):
         layer = source[int(name)]

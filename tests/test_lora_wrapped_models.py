@@ -7,8 +7,9 @@ from sd_files import sd_config
 from torch import nn
 
 from xdiffusion.build import build_model
-from xdiffusion.checkpoints.files import load_safetensors, save_safetensors
 from xdiffusion.checkpoints.lora_formats import LayerTable, read_lora, write_lora
+from xdiffusion.checkpoints.reading import load_safetensors
+from xdiffusion.checkpoints.writing import save_safetensors
 from xdiffusion.lora import (
     LoRAError,
     LoRALinear,

@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from sd_files import write_native
 
-from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import write_lora
 from xdiffusion.checkpoints.native import load_model_file, lora_file

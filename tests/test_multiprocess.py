@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 from commands import ROOT, TRAIN, TRAIN_CLIP, run_script, set_words
 from test_resume import COMMON, STEPS
 
-from xdiffusion.checkpoints.files import load_safetensors
+from xdiffusion.checkpoints.reading import load_safetensors
 from xdiffusion.training.folder_lock import held
 from xdiffusion.training.interruption import resuming_command
 from xdiffusion.training.processes import LostProcess, check_shares, leaving_together, spread

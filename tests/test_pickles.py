@@ -13,10 +13,11 @@ import torch
 from omegaconf import OmegaConf
 from tiny import equal_bits
 
-from xdiffusion.checkpoints.files import CheckpointError, load_pickled
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
 from xdiffusion.checkpoints.native import load_model_file
 from xdiffusion.checkpoints.pickles import Nothing
+from xdiffusion.checkpoints.reading import load_pickled
 
 
 @pytest.fixture

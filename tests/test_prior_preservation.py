@@ -10,7 +10,7 @@ from sd_files import write_native
 from tiny_sd import tiny_sd_config, tiny_sd_model, tiny_sd_trainer
 
 from xdiffusion.build import build_sampling
-from xdiffusion.checkpoints.files import content_hash
+from xdiffusion.checkpoints.hashes import content_hash
 from xdiffusion.pictures import read_metadata
 from xdiffusion.training import prior_preservation
 from xdiffusion.training.prior_preservation import prepare_class_images

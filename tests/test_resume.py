@@ -9,7 +9,7 @@ import torch
 from commands import ROOT, TRAIN, run_script, set_words
 from test_state import fresh
 
-from xdiffusion.checkpoints.files import load_safetensors
+from xdiffusion.checkpoints.reading import load_safetensors
 from xdiffusion.training import previews
 from xdiffusion.training.records import read_metrics
 from xdiffusion.training.run_record import read_run

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from picture_folders import write_pictures
 from tiny import tiny_config, tiny_images
 
-from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.data.image_folder import load_image_folder
 from xdiffusion.data.image_set import invert
 from xdiffusion.training.run_record import (
@@ -167,7 +167,7 @@ def test_small_parts():
 
 def test_texts_are_utf_8_whatever_the_locale(tmp_path):
     """A config.yaml names the user's folders, and is read as UTF-8."""
-    code = "import pathlib; from xdiffusion.checkpoints.files import write_text\n"
+    code = "import pathlib; from xdiffusion.checkpoints.writing import write_text\n"
     code += f"write_text(pathlib.Path({str(tmp_path / 'config.yaml')!r}), 'data_dir: b\\u00fccher')"
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **plain})

@@ -12,12 +12,13 @@ from sd_files import EXTRA, FULL_SD, TINY_SD, random_sd, sd_config, text_names, 
 from xdiffusion.build import build_model
 from xdiffusion.checkpoints.diffusers import autoencoder_from_diffusers, autoencoder_to_diffusers
 from xdiffusion.checkpoints.diffusers_folder import write_diffusers_folder
-from xdiffusion.checkpoints.files import CheckpointError, save_safetensors
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.native import load_model_file
 from xdiffusion.checkpoints.stable_diffusion import from_original, to_original, with_text_projection
 from xdiffusion.checkpoints.stable_diffusion_files import MODELSPEC
 from xdiffusion.checkpoints.streaming import StoredTensors
 from xdiffusion.checkpoints.weight_index import read_indexed
+from xdiffusion.checkpoints.writing import save_safetensors
 from xdiffusion.config_files import ConfigError
 from xdiffusion.loading import STABLE_DIFFUSION, choices_of_run, load_model
 

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from sd_files import random_sd, write_native
 
 from xdiffusion.checkpoints.component_names import exchange_name
-from xdiffusion.checkpoints.files import load_pickled, load_safetensors
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
+from xdiffusion.checkpoints.reading import load_pickled, load_safetensors
 from xdiffusion.checkpoints.stable_diffusion import from_original
 from xdiffusion.checkpoints.streaming import StoredTensors
 from xdiffusion.cli import run

@@ -11,11 +11,12 @@ from sd_files import EXTRA, FULL_SD, random_sd, sd_config, text_names, write_nat
 from xdiffusion.build import build_model
 from xdiffusion.checkpoints.diffusers import autoencoder_to_diffusers, unet_to_diffusers
 from xdiffusion.checkpoints.diffusers_settings import config_from
-from xdiffusion.checkpoints.files import CheckpointError, save_safetensors
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_formats.native import trained_config
 from xdiffusion.checkpoints.native import load_model_file
 from xdiffusion.checkpoints.stable_diffusion import from_original, to_original
 from xdiffusion.checkpoints.streaming import StoredTensors
+from xdiffusion.checkpoints.writing import save_safetensors
 from xdiffusion.cli import run
 from xdiffusion.commands import lora, sd
 from xdiffusion.loading import STABLE_DIFFUSION, load_model

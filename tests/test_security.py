@@ -25,9 +25,10 @@ from safetensors.torch import save_file
 from tiny import SMALLEST
 
 from xdiffusion.build import load_config
-from xdiffusion.checkpoints.files import CheckpointError, load_pickled
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
 from xdiffusion.checkpoints.native import load_model_file
+from xdiffusion.checkpoints.reading import load_pickled
 from xdiffusion.config_files import ConfigError, parse_overrides
 from xdiffusion.data.image_files import DamagedImage, Picture
 from xdiffusion.data.torchvision_sets import DatasetUnavailable, load_cifar10

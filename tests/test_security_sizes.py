@@ -17,10 +17,11 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from xdiffusion.build import load_config
-from xdiffusion.checkpoints.files import MAX_HEADER_BYTES, CheckpointError, load_pickled, load_safetensors
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_formats import read_lora
 from xdiffusion.checkpoints.native import load_model_file
 from xdiffusion.checkpoints.patterns import is_ending, module_pattern
+from xdiffusion.checkpoints.reading import MAX_HEADER_BYTES, load_pickled, load_safetensors
 from xdiffusion.checkpoints.streaming import StoredTensors
 from xdiffusion.config_files import ConfigError, load_yaml
 from xdiffusion.loading import load_model

@@ -12,7 +12,7 @@ from test_multiprocess import BOUND, curve, finish, start
 from test_resume import COMMON
 from tiny import tiny_config, tiny_model, tiny_trainer
 
-from xdiffusion.checkpoints.files import load_pickled, load_safetensors
+from xdiffusion.checkpoints.reading import load_pickled, load_safetensors
 from xdiffusion.training.processes import check_shares
 from xdiffusion.training.records import read_metrics
 from xdiffusion.training.settings import TrainingSettings

@@ -11,10 +11,11 @@ from sd_files import random_sd
 from torch import nn
 
 from xdiffusion.checkpoints.component_names import exchange_name
-from xdiffusion.checkpoints.files import CheckpointError, save_safetensors
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
 from xdiffusion.checkpoints.stable_diffusion import to_original
+from xdiffusion.checkpoints.writing import save_safetensors
 from xdiffusion.commands import sd
 from xdiffusion.config_files import ConfigError
 from xdiffusion.diffusion.objective import loss

@@ -7,9 +7,11 @@ import pytest
 import torch
 from tiny import copies, equal_bits, tiny_config, tiny_model, tiny_trainer
 
-from xdiffusion.checkpoints.files import CheckpointError, content_hash, load_pickled, load_safetensors
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.hashes import content_hash
 from xdiffusion.checkpoints.lora_formats import read_lora
 from xdiffusion.checkpoints.native import load_model_file
+from xdiffusion.checkpoints.reading import load_pickled, load_safetensors
 from xdiffusion.training.loop import fit
 from xdiffusion.training.state import RunCheckpoints, frozen_factors, state_path, write_state
 from xdiffusion.training.weights_files import AdapterWeights, ModelWeights
@@ -77,8 +79,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(overrides, lora, tmp_path):
     for file in (files, whole_files):
         assert file.newest() == file.path(5)
     (tensors, header), (whole_tensors, whole_header) = (load_safetensors(f.path(5)) for f in (files, whole_files))
-    assert equal_bits(tensors, whole_tensors)
-    assert header == whole_header
+    assert equal_bits(tensors, whole_tensors) and header == whole_header
 
 
 def test_a_checkpoint_holds_the_average_and_its_state_the_weights(tmp_path):

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from xdiffusion.checkpoints.files import CheckpointError, content_hash, load_safetensors
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.hashes import content_hash
+from xdiffusion.checkpoints.reading import load_safetensors
 from xdiffusion.checkpoints.streaming import StoredTensors, copy_safetensors
 
 TENSORS = {

@@ -6,7 +6,8 @@ from picture_folders import write_pictures
 from tiny import copies, equal_bits
 from tiny_sd import tiny_sd_config, tiny_sd_model, tiny_sd_trainer
 
-from xdiffusion.checkpoints.files import CheckpointError, content_hash
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.hashes import content_hash
 from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
 from xdiffusion.checkpoints.lora_formats import LayerTable, read_lora, write_lora
 from xdiffusion.lora import load_lora_weights

@@ -5,7 +5,7 @@ import torch
 from test_state import BASE_HASH, fresh, train
 from tiny import equal_bits, tiny_config, tiny_model
 
-from xdiffusion.checkpoints.files import load_pickled, load_safetensors
+from xdiffusion.checkpoints.reading import load_pickled, load_safetensors
 from xdiffusion.lora import load_lora_weights
 from xdiffusion.lora.inject import lora_layers
 from xdiffusion.training.state import state_path

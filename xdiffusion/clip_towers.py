@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from xdiffusion.checkpoints.files import CheckpointError, content_hash, load_safetensors, save_safetensors
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.hashes import content_hash
+from xdiffusion.checkpoints.reading import load_safetensors
+from xdiffusion.checkpoints.writing import save_safetensors
 from xdiffusion.data.image_set import ImageSet
 from xdiffusion.text_encoders.clip import CLIPTextEncoder
 from xdiffusion.text_encoders.open_clip import download_open_clip_weights

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xdiffusion.build import SCHEMA, build_model, image_shape, load_config, resolved
 from xdiffusion.checkpoints.drawn_by import DRAWN_BY, value_at
-from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_formats.native import trained_config
 from xdiffusion.checkpoints.native import ModelFile, load_model_file
 from xdiffusion.checkpoints.stable_diffusion_files import StableDiffusionFile, part_alone

@@ -14,8 +14,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from xdiffusion.checkpoints.files import existing_weights, file_hash
+from xdiffusion.checkpoints.hashes import file_hash
 from xdiffusion.checkpoints.learned_tokens import parse_tokens_spec
+from xdiffusion.checkpoints.paths import existing_weights
 from xdiffusion.cli import Parser
 from xdiffusion.config_files import load_yaml
 from xdiffusion.lora.base_identity import sample_of

@@ -16,7 +16,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-from xdiffusion.checkpoints.files import write_text
+from xdiffusion.checkpoints.writing import write_text
 from xdiffusion.evaluation.loss_curve import LossCurve
 from xdiffusion.pictures import as_picture
 from xdiffusion.scoring import Evaluation

@@ -14,7 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from xdiffusion.checkpoints.files import CheckpointError, content_hash, load_safetensors, save_safetensors
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.hashes import content_hash
+from xdiffusion.checkpoints.reading import load_safetensors
+from xdiffusion.checkpoints.writing import save_safetensors
 from xdiffusion.data.image_set import ImageSet, invert, to_uint8, to_unit_range
 from xdiffusion.evaluation.background import background_brightness, background_mask
 from xdiffusion.evaluation.bootstrap import interval

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from xdiffusion.build import build_sampling, override, set_process
-from xdiffusion.checkpoints.files import content_hash
+from xdiffusion.checkpoints.hashes import content_hash
 from xdiffusion.checkpoints.native import lora_file
 from xdiffusion.config_files import assignment
 from xdiffusion.loading import as_trained, load_model, tell_remarks

@@ -115,13 +115,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from omegaconf import OmegaConf
 
     from xdiffusion.build import build_sampling, image_shape, override, set_process
-    from xdiffusion.checkpoints.files import content_hash, ensure_writable, weights_file
+    from xdiffusion.checkpoints.hashes import content_hash
     from xdiffusion.checkpoints.lora_formats.native import trained_config
     from xdiffusion.checkpoints.native import lora_file
+    from xdiffusion.checkpoints.paths import weights_file
+    from xdiffusion.checkpoints.writing import ensure_writable
     from xdiffusion.data.image_set import ImageSet
     from xdiffusion.loading import as_trained, load_model, stored_config
-    from xdiffusion.lora import load_lora_weights
-    from xdiffusion.lora.weights import parse_lora_spec
+    from xdiffusion.lora.weights import load_lora_weights, parse_lora_spec
     from xdiffusion.model import at_a_time, best_device
     from xdiffusion.scoring import Depth
 
@@ -138,8 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         load_lora_weights(model, path, scale=scale, base_hash=None if args.allow_other_base else base_hash)
         config = as_trained(config, [path])
         set_process(model, config)
-        said = trained_config(path)
-        trained = stored_config(said, path) if said else config
+        trained = stored_config(said, path) if (said := trained_config(path)) else config
     config = OmegaConf.create(OmegaConf.to_container(config) | {"data": OmegaConf.to_container(trained.data)})
     with sampling_overrides(args, FLAG_KEYS) as overrides:
         config = override(config, overrides, "command line")
@@ -221,7 +221,7 @@ def pictures_of(
 
 def was_trained_on(data: CaptionedImages, file: str) -> bool:
     """Whether the run.json beside a checkpoint or a LoRA tells of these very pictures and captions."""
-    from xdiffusion.checkpoints.files import CheckpointError
+    from xdiffusion.checkpoints.errors import CheckpointError
     from xdiffusion.lora.weights import parse_lora_spec
     from xdiffusion.training.run_record import data_fingerprint, read_run
 

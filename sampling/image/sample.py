@@ -61,6 +61,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
     several = {"action": "append", "default": []}
     switch = {"action": "store_true"}
+    half = {"choices": ("no", "fp16", "bf16"), "default": "no"}
     add("--lora_path", "FILE[:SCALE]", "a LoRA and its strength (1); repeatable, strengths add up", **several)
     add("--lora_merge", help="fold the LoRAs into the weights to sample: as fast as the base", **switch)
     add(
@@ -82,12 +83,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     by_name = "<that of --config_path, else of the checkpoint's folder; of a file of Stable Diffusion its own>"
     add("--output_path", "DIR", f"default: output/<dataset>/sample/<name>; the name is {by_name}")
     add("--save_trajectory", help="also write a film of the denoising (GIF)", **switch)
-    add(
-        "--mixed_precision",
-        help="of the network and the text encoder (no); the autoencoder stays in float32",
-        choices=("no", "fp16", "bf16"),
-        default="no",
-    )
+    add("--mixed_precision", help="of the network and the text encoder (no); the autoencoder stays in float32", **half)
     add("--offload", help="for small GPUs: only the part that works is there, the others are in main memory", **switch)
     add("--tile_size", "N", "decode large images in tiles of N pixels, blended at their borders", type=positive_int)
     add("--from_png", "FILE", "draw this picture again: repeat its command; flags given here beat those of it")
@@ -118,8 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from omegaconf import OmegaConf
 
     from xdiffusion.build import build_sampling, override, set_process
-    from xdiffusion.checkpoints.files import content_hash, weights_file
+    from xdiffusion.checkpoints.hashes import content_hash
     from xdiffusion.checkpoints.native import load_model_file, lora_file
+    from xdiffusion.checkpoints.paths import weights_file
     from xdiffusion.data.captions import PROMPT_TABLES
     from xdiffusion.learned_words import add_learned_tokens
     from xdiffusion.loading import as_trained, load_model, tell_remarks
@@ -157,14 +154,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     strengths = load_loras(model, loras, base_hash, notes)
     check_outputs(folder, args, len(prompts))
     paired = bool(strengths) and (args.paired if args.paired is not None else table is not None)
-    film, by_share = [], {}
+    film, by_share = [] if args.save_trajectory else None, {}
     for share in (0.0, *PAIRED_SCALES) if paired else (1.0,):
         drawn_by = config if share else base_config
         set_process(model, drawn_by)
         sampling = build_sampling(drawn_by, model.schedule) | blocks
         with loras_at(share, model, strengths, merge=args.lora_merge):
-            filmed = film if args.save_trajectory and share == 1 else None
-            by_share[share] = draw(model, prompts, args.seed, sampling, filmed)
+            by_share[share] = draw(model, prompts, args.seed, sampling, film if share == 1 else None)
     recipe = png_texts(args, checkpoint, prompts, OmegaConf.to_container(config.sampling), hashes)
     write_grids(folder, by_share, list(strengths.values()), prompts, recipe)
     if table is None:
@@ -176,7 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_outputs(folder: Path, args: argparse.Namespace, count: int) -> None:
     """What would be said after the drawing otherwise: pictures that cannot be written, or could not be drawn again."""
-    from xdiffusion.checkpoints.files import ensure_writable, refuse_overwriting
+    from xdiffusion.checkpoints.paths import refuse_overwriting
+    from xdiffusion.checkpoints.writing import ensure_writable
 
     ensure_writable(folder)
     for name in GRIDS:

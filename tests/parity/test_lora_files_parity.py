@@ -15,9 +15,10 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from xdiffusion.checkpoints.diffusers import unet_from_diffusers
-from xdiffusion.checkpoints.files import load_safetensors, save_safetensors
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import LayerTable, read_lora, sd_layer_table, write_lora
+from xdiffusion.checkpoints.reading import load_safetensors
+from xdiffusion.checkpoints.writing import save_safetensors
 from xdiffusion.lora import load_lora_weights
 from xdiffusion.networks.unet import UNet
 

@@ -9,7 +9,8 @@ from sd_files import TINY_SD, random_sd, sd_config, write_native
 from transformers import CLIPTokenizer
 
 from xdiffusion.build import build_sampling, override
-from xdiffusion.checkpoints.files import CheckpointError, load_pickled
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.reading import load_pickled
 from xdiffusion.commands import sd
 from xdiffusion.config_files import ConfigError
 from xdiffusion.loading import ARCHITECTURE, CHOICES, differences, load_model

@@ -87,8 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from omegaconf import OmegaConf
 
     from xdiffusion.build import INVERTED, build_model, load_config, override
-    from xdiffusion.checkpoints.files import content_hash, write_text
+    from xdiffusion.checkpoints.hashes import content_hash
     from xdiffusion.checkpoints.native import load_model_file
+    from xdiffusion.checkpoints.writing import write_text
     from xdiffusion.training.trainable import make_trainable
 
     if not args.dataset_name.endswith(INVERTED):

@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     from xdiffusion.build import load_config
-    from xdiffusion.checkpoints.files import write_text
+    from xdiffusion.checkpoints.writing import write_text
 
     folder = args.output_path
     steps = [f"--num_training_steps={args.num_training_steps}"] if args.num_training_steps else []
@@ -96,7 +96,7 @@ def stage(name: str, seconds: dict[str, float]):
 
 def base_hash(checkpoint: Path) -> str:
     """The content hash of a checkpoint's weights."""
-    from xdiffusion.checkpoints.files import content_hash
+    from xdiffusion.checkpoints.hashes import content_hash
     from xdiffusion.checkpoints.native import load_model_file
 
     return content_hash(load_model_file(checkpoint).tensors)

@@ -148,7 +148,8 @@ def set_up_and_train(
 ) -> int:
     """Make model, data, trainer and folder, and take the steps. Returns the exit status."""
     from xdiffusion.build import build_data, build_model
-    from xdiffusion.checkpoints.files import content_hash, existing_weights
+    from xdiffusion.checkpoints.hashes import content_hash
+    from xdiffusion.checkpoints.paths import existing_weights
     from xdiffusion.loading import load_weights
     from xdiffusion.training.checks import check_captions, check_outside
     from xdiffusion.training.diffusion_task import DiffusionTask
@@ -216,7 +217,7 @@ def check_beginning(
     Raises:
         ValueError: naming what differs.
     """
-    from xdiffusion.checkpoints.files import content_hash
+    from xdiffusion.checkpoints.hashes import content_hash
     from xdiffusion.training.processes import check_same_everywhere
     from xdiffusion.training.run_record import data_fingerprint, settings_hash
 
@@ -255,8 +256,8 @@ def sampling_of(config: DictConfig, *, guided: bool = True) -> dict[str, Any]:
 
 def base_file(config: DictConfig, args: argparse.Namespace, *, says: bool) -> ModelFile:
     """The checkpoint that the run begins with, seen to be of its architecture; in what the run goes another way is said."""
-    from xdiffusion.checkpoints.files import weights_file
     from xdiffusion.checkpoints.native import load_model_file
+    from xdiffusion.checkpoints.paths import weights_file
     from xdiffusion.loading import check_same_architecture, choices_of_run
 
     file = load_model_file(weights_file(args.load_model_weights_from_checkpoint), args.ema)

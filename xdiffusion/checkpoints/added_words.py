@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from xdiffusion.checkpoints.diffusers_settings import VOCABULARY
-from xdiffusion.checkpoints.files import CheckpointError, read_json
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.reading import read_json
 
 _Pairs = Callable[[Any], Iterable[tuple[Any, Any]]]  # a file's content -> (id, word)
 _FILES: dict[str, tuple[int, _Pairs]] = {  # by name: bytes that it may have, and its pairs

@@ -22,8 +22,11 @@ from xdiffusion.checkpoints.diffusers import (
     unet_to_diffusers,
 )
 from xdiffusion.checkpoints.diffusers_settings import FILES, SPECIAL_TOKENS, VERSION, folder_settings
-from xdiffusion.checkpoints.files import SAFETENSORS, CheckpointError, new_folder, read_json, save_safetensors
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.paths import SAFETENSORS
+from xdiffusion.checkpoints.reading import read_json
 from xdiffusion.checkpoints.weight_index import open_weights, read_indexed
+from xdiffusion.checkpoints.writing import new_folder, save_safetensors
 
 _PARTS = {  # folder: (our part, from its names, to its names, name of its weights)
     "unet": ("network", unet_from_diffusers, unet_to_diffusers, "diffusion_pytorch_model"),

@@ -17,14 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xdiffusion.checkpoints.files import (
-    PICKLED,
-    CheckpointError,
-    load_pickled,
-    load_safetensors,
-    save_safetensors,
-    weights_file,
-)
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.paths import PICKLED, weights_file
+from xdiffusion.checkpoints.reading import load_pickled, load_safetensors
+from xdiffusion.checkpoints.writing import save_safetensors
 
 _NAMELESS = {"emb_params", "emp_params", "clip_l", "clip_h", "text_encoders_0"}
 _BEHIND = {f"{key}_out" for key in _NAMELESS}  # OneTrainer's, added to what the text encoder gives

@@ -17,19 +17,19 @@ from typing import Any
 
 from torch import Tensor
 
-from xdiffusion.checkpoints.files import (
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.paths import (
     PICKLED,
     SAFETENSORS,
-    CheckpointError,
     existing_weights,
     is_adapter_folder,
     is_pipeline_folder,
-    load_pickled,
-    save_safetensors,
     weights_file,
 )
+from xdiffusion.checkpoints.reading import load_pickled
 from xdiffusion.checkpoints.stable_diffusion_files import StableDiffusionFile, read_stable_diffusion
 from xdiffusion.checkpoints.streaming import StoredTensors
+from xdiffusion.checkpoints.writing import save_safetensors
 
 MODEL_FORMAT = "xdiffusion-model"
 LORA_FORMAT = "xdiffusion-lora"

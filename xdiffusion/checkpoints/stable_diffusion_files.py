@@ -23,7 +23,8 @@ from torch import Tensor
 from xdiffusion.checkpoints.added_words import added_words
 from xdiffusion.checkpoints.diffusers_folder import folder_tensors, read_settings
 from xdiffusion.checkpoints.diffusers_settings import VOCABULARY, config_from
-from xdiffusion.checkpoints.files import CheckpointError, is_pipeline_folder
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.paths import is_pipeline_folder
 from xdiffusion.checkpoints.stable_diffusion import (
     AUTOENCODER,
     AVERAGED,

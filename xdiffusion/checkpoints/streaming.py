@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xdiffusion.checkpoints.files import CheckpointError, open_safetensors, write_atomically
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.reading import open_safetensors
+from xdiffusion.checkpoints.writing import write_atomically
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -14,7 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from xdiffusion.checkpoints.files import CheckpointError, load_safetensors, save_safetensors
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.reading import load_safetensors
+from xdiffusion.checkpoints.writing import save_safetensors
 
 
 class TensorCache:

@@ -12,14 +12,9 @@ from pathlib import Path, PureWindowsPath
 
 from torch import Tensor
 
-from xdiffusion.checkpoints.files import (
-    MAX_HEADER_BYTES,
-    PICKLED,
-    SAFETENSORS,
-    CheckpointError,
-    load_pickled,
-    read_json,
-)
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.paths import PICKLED, SAFETENSORS
+from xdiffusion.checkpoints.reading import MAX_HEADER_BYTES, load_pickled, read_json
 from xdiffusion.checkpoints.streaming import StoredTensors
 
 MAX_NAME = 64  # letters of at most four bytes: no file system here knows longer ones

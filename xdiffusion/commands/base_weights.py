@@ -23,19 +23,14 @@ from xdiffusion.checkpoints.component_names import COMPONENTS, component_of, exc
 from xdiffusion.checkpoints.diffusers_folder import read_settings, weight_file
 from xdiffusion.checkpoints.diffusers_settings import VOCABULARY, config_from
 from xdiffusion.checkpoints.drawn_by import drawn_by, drawn_otherwise
-from xdiffusion.checkpoints.files import (
-    PICKLED,
-    SAFETENSORS,
-    CheckpointError,
-    is_pipeline_folder,
-    new_folder,
-    weights_file,
-)
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import unsaid
 from xdiffusion.checkpoints.native import MODEL_FORMAT, ModelFile, load_model_file, reading_header
+from xdiffusion.checkpoints.paths import PICKLED, SAFETENSORS, is_pipeline_folder, weights_file
 from xdiffusion.checkpoints.streaming import StoredTensors, copy_safetensors
 from xdiffusion.checkpoints.weight_index import open_shards
+from xdiffusion.checkpoints.writing import new_folder
 from xdiffusion.loading import as_trained, config_of, stored_config
 from xdiffusion.lora.functional import dora_weight, merged_weight
 from xdiffusion.lora.settings import LoRAError

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from xdiffusion.checkpoints.component_names import exchange_name
-from xdiffusion.checkpoints.files import content_hash, refuse_leftover, weights_file
+from xdiffusion.checkpoints.hashes import content_hash
 from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import save_tokens_beside, tokens_path
 from xdiffusion.checkpoints.native import load_model_file
+from xdiffusion.checkpoints.paths import refuse_leftover, weights_file
 from xdiffusion.commands.base_weights import BaseModel, fold, fold_into, header_as_trained, words_inside
 from xdiffusion.commands.lora_files import progress
 from xdiffusion.commands.sd_files import write_model

@@ -141,7 +141,7 @@ def check_output(args: argparse.Namespace) -> None:
     Raises:
         ValueError: if it is a file that is read, or may be the last FILE of a merge without OUT.
     """
-    from xdiffusion.checkpoints.files import refuse_overwriting
+    from xdiffusion.checkpoints.paths import refuse_overwriting
     from xdiffusion.commands.lora_files import with_files_beside
     from xdiffusion.lora.weights import parse_lora_spec
 
@@ -163,7 +163,7 @@ def check_output(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from xdiffusion.checkpoints.files import refuse_overwriting
+    from xdiffusion.checkpoints.paths import refuse_overwriting
     from xdiffusion.commands.lora_files import layer_table, read
     from xdiffusion.commands.report import draw, summary, text
 
@@ -220,7 +220,7 @@ def _apply(args: argparse.Namespace) -> None:
 
 def _extract(args: argparse.Namespace) -> None:
     from xdiffusion.checkpoints.component_names import exchange_name
-    from xdiffusion.checkpoints.files import content_hash
+    from xdiffusion.checkpoints.hashes import content_hash
     from xdiffusion.checkpoints.lora_file import LoRAFile
     from xdiffusion.commands.base_weights import config_and_words, differences, open_base
     from xdiffusion.commands.lora_files import layer_table, progress, write

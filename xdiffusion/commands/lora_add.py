@@ -91,7 +91,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    from xdiffusion.checkpoints.files import refuse_overwriting
+    from xdiffusion.checkpoints.paths import refuse_overwriting
     from xdiffusion.commands.base_weights import open_base
     from xdiffusion.commands.folding import fold_as_it_is, fold_into_original
     from xdiffusion.commands.lora_files import layer_table, merge_and_write, read, with_files_beside

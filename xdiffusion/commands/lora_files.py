@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from xdiffusion.checkpoints.component_names import component_of, exchange_name
-from xdiffusion.checkpoints.files import PICKLED, SAFETENSORS
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import (
     FORMATS,
@@ -24,6 +23,7 @@ from xdiffusion.checkpoints.lora_formats import (
     write_lora,
 )
 from xdiffusion.checkpoints.native import lora_file
+from xdiffusion.checkpoints.paths import PICKLED, SAFETENSORS
 from xdiffusion.commands.report import table
 from xdiffusion.lora.merge import merge_loras
 

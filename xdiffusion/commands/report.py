@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xdiffusion.checkpoints.files import write_atomically
 from xdiffusion.checkpoints.lora_file import LoRAFile
+from xdiffusion.checkpoints.writing import write_atomically
 from xdiffusion.lora.merge import delta_norm
 
 SHOWN = 12  # entries of the metadata, and

@@ -50,8 +50,8 @@ def command() -> int:
 def _convert(args: argparse.Namespace) -> None:
     import torch
 
-    from xdiffusion.checkpoints.files import refuse_overwriting, weights_file
     from xdiffusion.checkpoints.native import load_model_file
+    from xdiffusion.checkpoints.paths import refuse_overwriting, weights_file
     from xdiffusion.commands.folding import write_with_words
     from xdiffusion.commands.sd_files import write_model
     from xdiffusion.loading import check_fits, config_of

@@ -13,10 +13,12 @@ from xdiffusion.build import image_shape
 from xdiffusion.checkpoints.diffusers_folder import write_diffusers_folder
 from xdiffusion.checkpoints.diffusers_settings import config_from, folder_settings
 from xdiffusion.checkpoints.drawn_by import PROCESS
-from xdiffusion.checkpoints.files import PICKLED, CheckpointError, save_pickled, save_safetensors
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.native import ModelFile, save_model
+from xdiffusion.checkpoints.paths import PICKLED
 from xdiffusion.checkpoints.stable_diffusion import from_original, to_original, with_text_projection
 from xdiffusion.checkpoints.stable_diffusion_files import StableDiffusionFile, header_of_original, recognise_original
+from xdiffusion.checkpoints.writing import save_pickled, save_safetensors
 from xdiffusion.loading import ARCHITECTURE, differences, stable_diffusion_config
 from xdiffusion.text_encoders.tokenizer import vocabulary
 

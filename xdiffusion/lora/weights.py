@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from xdiffusion.checkpoints.component_names import COMPILED, component_of, exchange_name, plain_name
-from xdiffusion.checkpoints.files import PICKLED, SAFETENSORS, weights_file
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import LayerTable, read_lora, write_lora
 from xdiffusion.checkpoints.lora_formats.factors import fitted, said_of_xl
+from xdiffusion.checkpoints.paths import PICKLED, SAFETENSORS, weights_file
 from xdiffusion.lora.base_identity import check_base, sample_of
 from xdiffusion.lora.inject import (
     base_class_of,

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from xdiffusion.checkpoints.files import CheckpointError, write_atomically
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.writing import write_atomically
 from xdiffusion.training.records import SMOOTHING, on_a_log_scale, read_losses, smoothed
 from xdiffusion.training.run_record import flat, read_run
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xdiffusion.checkpoints.files import write_text
+from xdiffusion.checkpoints.writing import write_text
 
 REMEMBERED = 100
 NEEDED = 20

@@ -10,7 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from xdiffusion.checkpoints.files import CheckpointError, ensure_writable
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.writing import ensure_writable
 
 FILE = ".lock"
 

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from xdiffusion.checkpoints.files import content_hash
+from xdiffusion.checkpoints.hashes import content_hash
 from xdiffusion.checkpoints.tensor_cache import TensorCache
 from xdiffusion.data.buckets import Size
 from xdiffusion.data.captioned_images import CaptionedImages, Crop

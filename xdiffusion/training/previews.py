@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from xdiffusion.checkpoints.files import write_atomically
+from xdiffusion.checkpoints.writing import write_atomically
 from xdiffusion.data.captions import PromptTable
 from xdiffusion.data.image_set import ImageSet
 from xdiffusion.model import DiffusionModel, at_a_time, generate, generators_for, of_captions

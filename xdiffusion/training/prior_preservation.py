@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from xdiffusion.checkpoints.files import ensure_writable, write_atomically
+from xdiffusion.checkpoints.writing import ensure_writable, write_atomically
 from xdiffusion.data.captioned_images import CaptionedImages
 from xdiffusion.data.image_folder import load_image_folder, picture_files
 from xdiffusion.model import HALF, DiffusionModel, at_a_time, generate, generators_for, of_captions

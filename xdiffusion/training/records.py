@@ -17,7 +17,8 @@ from jaxtyping import Float64
 from PIL import Image
 from tqdm import tqdm
 
-from xdiffusion.checkpoints.files import CheckpointError, write_atomically
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.writing import write_atomically
 from xdiffusion.data.lines import MAX_ROW, BoundedLines
 from xdiffusion.training.loop import StepMetrics
 

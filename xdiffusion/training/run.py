@@ -13,7 +13,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from xdiffusion.checkpoints.files import CheckpointError, ensure_writable, remove_leftovers, write_text
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.writing import ensure_writable, remove_leftovers, write_text
 from xdiffusion.model import ImagesNotFinite
 from xdiffusion.places import OUTPUT_ROOT
 from xdiffusion.training.divergence import TrainingDiverged, write_report

@@ -20,7 +20,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from xdiffusion.checkpoints.files import CheckpointError, content_hash, read_json, write_text
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.hashes import content_hash
+from xdiffusion.checkpoints.reading import read_json
+from xdiffusion.checkpoints.writing import write_text
 from xdiffusion.data.image_set import ImageSet
 from xdiffusion.data.shards import Shards
 from xdiffusion.places import PATHS

@@ -21,14 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xdiffusion.checkpoints.files import (
-    CheckpointError,
-    content_hash,
-    file_hash,
-    load_pickled,
-    save_pickled,
-    weights_file,
-)
+from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.hashes import content_hash, file_hash
+from xdiffusion.checkpoints.paths import weights_file
+from xdiffusion.checkpoints.reading import load_pickled
+from xdiffusion.checkpoints.writing import save_pickled
 from xdiffusion.training.exports import export_paths
 from xdiffusion.training.loop import Trainer
 from xdiffusion.training.settings import CheckpointSettings

@@ -13,14 +13,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from xdiffusion.checkpoints.files import (
-    SAFETENSORS,
-    CheckpointError,
-    ensure_writable,
-    load_safetensors,
-    save_safetensors,
-)
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.open_clip import text_encoder_from_open_clip
+from xdiffusion.checkpoints.paths import SAFETENSORS
+from xdiffusion.checkpoints.reading import load_safetensors
+from xdiffusion.checkpoints.writing import ensure_writable, save_safetensors
 from xdiffusion.data.image_set import ImageSet
 from xdiffusion.text_encoders.clip import CLIPTextEncoder
 from xdiffusion.text_encoders.open_clip import download_open_clip_weights

@@ -17,11 +17,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from xdiffusion.checkpoints.files import CheckpointError, load_safetensors, save_safetensors
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.learned_tokens import read_learned_tokens, save_learned_tokens
 from xdiffusion.checkpoints.lora_formats import read_lora
 from xdiffusion.checkpoints.lora_formats.factors import RoundingError
 from xdiffusion.checkpoints.native import header, load_model_file, save_model
+from xdiffusion.checkpoints.reading import load_safetensors
+from xdiffusion.checkpoints.writing import save_safetensors
 from xdiffusion.lora.weights import save_lora_weights
 from xdiffusion.model import DiffusionModel
 from xdiffusion.training.exports import export_lora

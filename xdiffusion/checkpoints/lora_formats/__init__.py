@@ -19,21 +19,15 @@ import torch
 
 from xdiffusion.checkpoints.component_names import exchange_name
 from xdiffusion.checkpoints.drawn_by import drawn_by
-from xdiffusion.checkpoints.files import (
-    PICKLED,
-    SAFETENSORS,
-    CheckpointError,
-    existing_weights,
-    load_pickled,
-    load_safetensors,
-    refuse_leftover,
-    save_pickled,
-)
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import diffusers, kohya, native, peft, positions
 from xdiffusion.checkpoints.lora_formats.factors import check_tensor, fit, folded, rounded
 from xdiffusion.checkpoints.lora_formats.keys import Loose, sorted_by_key
 from xdiffusion.checkpoints.lora_formats.layer_table import SD_BASES, LayerTable, sd_base_of, sd_layer_table
+from xdiffusion.checkpoints.paths import PICKLED, SAFETENSORS, existing_weights, refuse_leftover
+from xdiffusion.checkpoints.reading import load_pickled, load_safetensors
+from xdiffusion.checkpoints.writing import save_pickled
 
 __all__ = [
     "FORMATS",

@@ -19,12 +19,13 @@ from typing import Any
 from torch import Tensor
 
 from xdiffusion.checkpoints.component_names import COMPONENTS, component_of, name_in_component
-from xdiffusion.checkpoints.files import CheckpointError, save_safetensors
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats.factors import assemble
 from xdiffusion.checkpoints.lora_formats.keys import Loose, named_as_exchanged
 from xdiffusion.checkpoints.lora_formats.peft import alpha_from, check_init, config_of, magnitude_of
 from xdiffusion.checkpoints.native import reading_header
+from xdiffusion.checkpoints.writing import save_safetensors
 
 METADATA = "lora_adapter_metadata"
 

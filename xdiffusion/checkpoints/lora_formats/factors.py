@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors
 
 # module -> {"lora_A", "lora_B" and, if there, "alpha", "scale", "magnitude"}, or what `lycoris` makes those of

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from xdiffusion.checkpoints.component_names import exchange_name
-from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_formats import lycoris
 from xdiffusion.checkpoints.lora_formats.factors import Parts
 

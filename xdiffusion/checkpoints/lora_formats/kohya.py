@@ -25,13 +25,14 @@ from torch import Tensor
 from xdiffusion.checkpoints.component_names import component_of
 from xdiffusion.checkpoints.diffusers import unet_name_from_diffusers
 from xdiffusion.checkpoints.drawn_by import drawn_by
-from xdiffusion.checkpoints.files import CheckpointError, write_atomically
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import lycoris
 from xdiffusion.checkpoints.lora_formats.factors import Parts, assemble, folded, said_of_xl
 from xdiffusion.checkpoints.lora_formats.keys import Loose
 from xdiffusion.checkpoints.lora_formats.layer_table import SD_BASES, LayerTable, sd_base_of, sd_layer_table
 from xdiffusion.checkpoints.stable_diffusion import unet_name_to_original
+from xdiffusion.checkpoints.writing import write_atomically
 
 _PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 _OTHER_PREFIXES = {

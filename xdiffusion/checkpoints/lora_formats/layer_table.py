@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from xdiffusion.checkpoints.component_names import component_of, exchange_name, plain_name
-from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.errors import CheckpointError
 
 Shape = tuple[int, ...]
 SD_BASES = ("sd15", "sd21")

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xdiffusion.checkpoints.files import CheckpointError
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_formats.factors import check_parts
 from xdiffusion.checkpoints.lora_formats.layer_table import Shape
 

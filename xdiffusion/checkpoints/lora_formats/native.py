@@ -14,12 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
-from xdiffusion.checkpoints.files import SAFETENSORS, CheckpointError, save_safetensors
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats.factors import assemble
 from xdiffusion.checkpoints.lora_formats.keys import TOKEN, Loose
 from xdiffusion.checkpoints.native import LORA_FORMAT, header, reading_header
+from xdiffusion.checkpoints.paths import SAFETENSORS
 from xdiffusion.checkpoints.streaming import StoredTensors
+from xdiffusion.checkpoints.writing import save_safetensors
 
 
 def read(loose: Loose, metadata: Mapping[str, str], path: Path) -> LoRAFile:

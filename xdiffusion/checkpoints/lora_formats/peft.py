@@ -19,21 +19,15 @@ from typing import Any
 from torch import Tensor
 
 from xdiffusion.checkpoints.component_names import COMPONENTS, component_of, exchange_name, name_in_component
-from xdiffusion.checkpoints.files import (
-    CheckpointError,
-    is_adapter_folder,
-    load_pickled,
-    load_safetensors,
-    read_json,
-    refuse_leftover,
-    save_safetensors,
-    write_text,
-)
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats.factors import assemble
 from xdiffusion.checkpoints.lora_formats.keys import sorted_by_key
 from xdiffusion.checkpoints.native import reading_header
+from xdiffusion.checkpoints.paths import is_adapter_folder, refuse_leftover
 from xdiffusion.checkpoints.patterns import is_ending
+from xdiffusion.checkpoints.reading import load_pickled, load_safetensors, read_json
+from xdiffusion.checkpoints.writing import save_safetensors, write_text
 
 REPEATED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that change the base, which peft repeats on loading
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

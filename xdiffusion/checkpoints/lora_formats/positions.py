@@ -23,13 +23,7 @@ import torch
 from torch import Tensor
 
 from xdiffusion.checkpoints.component_names import COMPONENTS, component_of
-from xdiffusion.checkpoints.files import (
-    CheckpointError,
-    load_pickled,
-    refuse_leftover,
-    save_pickled,
-    save_safetensors,
-)
+from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats.factors import assemble, fitted
 from xdiffusion.checkpoints.lora_formats.keys import Loose
@@ -40,6 +34,9 @@ from xdiffusion.checkpoints.lora_formats.layer_table import (
     in_old_diffusers_order,
     sd_layer_table,
 )
+from xdiffusion.checkpoints.paths import refuse_leftover
+from xdiffusion.checkpoints.reading import load_pickled
+from xdiffusion.checkpoints.writing import save_pickled, save_safetensors
 
 _ATTENTION = r".*\.attn[12]\.(to_[qkv]|to_out\.0)"
 _GEGLU = rf"{_ATTENTION}|.*\.ff\.net\.0\.proj"
