@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from xdiffusion.layers.attention import Attention
-from xdiffusion.layers.resnet import MAX_RES_BLOCKS, ResBlock, Upsample
+from xdiffusion.layers.resnet import MAX_RES_BLOCKS, Level, ResBlock, Upsample
 
 LOGVAR_RANGE = (-30.0, 20.0)
 PIXELS_AT_A_TIME = 512 * 512  # decoding as many takes 1 GB, which a card that draws or trains at 512 has, but not 8
@@ -161,28 +161,12 @@ class _Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
 
-class _Level(nn.Module):
-    """Residual blocks of one resolution with attention between them, and the step to the next resolution."""
-
-    def __init__(
-        self,
-        resnets: Sequence[ResBlock],
-        attentions: Sequence[_PixelAttention] = (),
-        *,
-        downsample: nn.Module | None = None,
-        upsample: Upsample | None = None,
-    ):
-        super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList(attentions)
-        self.downsample = downsample
-        self.upsample = upsample
+class _Level(Level):
+    """Called as a whole, to the step to the next resolution."""
 
     def forward(self, h: Float[Tensor, "B C H W"]) -> Float[Tensor, "B E h w"]:
-        for i, resnet in enumerate(self.resnets):
-            h = resnet(h)
-            if i < len(self.attentions):
-                h = self.attentions[i](h)
+        for i in range(len(self.resnets)):
+            h = self.stage(i, h)
         if self.downsample is not None:
             h = self.downsample(h)
         if self.upsample is not None:

@@ -1,7 +1,8 @@
-"""The residual block and the changes of resolution, all shape (B, C, H, W)."""
+"""The residual block, the changes of resolution and what stands between two of them, all shape (B, C, H, W)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch.nn.functional as F
@@ -79,3 +80,26 @@ class Upsample(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C h w"], size: tuple[int, int]) -> Float[Tensor, "B C H W"]:
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, the attention behind each, and the step to the next resolution."""
+
+    def __init__(
+        self,
+        resnets: Sequence[ResBlock],
+        attentions: Sequence[nn.Module] = (),
+        *,
+        downsample: nn.Module | None = None,
+        upsample: Upsample | None = None,
+    ):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsample = downsample
+        self.upsample = upsample
+
+    def stage(self, i: int, h: Tensor, time: Tensor | None = None, *context: Tensor) -> Tensor:
+        """Residual block i, and the attention behind it if it has one."""
+        h = self.resnets[i](h, time)
+        return self.attentions[i](h, *context) if i < len(self.attentions) else h

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xdiffusion.layers.embeddings import TimeEmbedding
-from xdiffusion.layers.resnet import MAX_RES_BLOCKS, Downsample, ResBlock, Upsample
+from xdiffusion.layers.resnet import MAX_RES_BLOCKS, Downsample, Level, ResBlock, Upsample
 from xdiffusion.layers.transformer import SpatialTransformer
 
 
@@ -107,11 +107,11 @@ class UNet(nn.Module):
             width = level_width
             attentions = [transformer(level_width, depth) for _ in resnets if depth]
             self.down_blocks.append(
-                _Level(resnets, attentions, downsample=None if last else Downsample(width, resample))
+                Level(resnets, attentions, downsample=None if last else Downsample(width, resample))
             )
             skip_widths += [level_width] * (num_res_blocks + (not last))
 
-        self.mid_block = _Level(
+        self.mid_block = Level(
             [resnet(width, width), resnet(width, width)], [transformer(width, max(1, transformer_depth[-1]))]
         )
 
@@ -123,7 +123,7 @@ class UNet(nn.Module):
                 width = level_width
             attentions = [transformer(level_width, depth) for _ in resnets if depth]
             last = i == len(levels) - 1
-            self.up_blocks.append(_Level(resnets, attentions, upsample=None if last else Upsample(width, resample)))
+            self.up_blocks.append(Level(resnets, attentions, upsample=None if last else Upsample(width, resample)))
 
         self.conv_norm_out = nn.GroupNorm(norm_groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, (out_channels or in_channels) * patch_size**2, 3, padding=1)
@@ -175,32 +175,10 @@ class UNet(nn.Module):
         parts = (m for level in levels for m in (*level.resnets, *level.attentions, level.downsample, level.upsample))
         return [part for part in parts if part is not None and any(True for _ in part.parameters())]
 
-    def _stage(self, level: _Level, i: int, h: Tensor, time: Tensor, context: Tensor) -> Tensor:
+    def _stage(self, level: Level, i: int, h: Tensor, time: Tensor, context: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(level.stage, i, h, time, context, use_reentrant=False)
         return level.stage(i, h, time, context)
-
-
-class _Level(nn.Module):
-    """Residual blocks of one resolution, the transformer behind each, and the step to the next resolution."""
-
-    def __init__(
-        self,
-        resnets: Sequence[ResBlock],
-        attentions: Sequence[SpatialTransformer],
-        *,
-        downsample: Downsample | None = None,
-        upsample: Upsample | None = None,
-    ):
-        super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList(attentions)
-        self.downsample = downsample
-        self.upsample = upsample
-
-    def stage(self, i: int, h: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        h = self.resnets[i](h, time)
-        return self.attentions[i](h, context) if i < len(self.attentions) else h
 
 
 def _layout(weight: Tensor) -> torch.memory_format:
