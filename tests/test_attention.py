@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from xdiffusion.layers.attention import Attention
-from xdiffusion.layers.once import computed_once
+from xdiffusion.layers.computed_once import computed_once
 
 
 def by_hand(attention, x, context):

@@ -16,8 +16,8 @@ from xdiffusion.checkpoints.hashes import content_hash
 from xdiffusion.checkpoints.lora_formats import read_lora
 from xdiffusion.checkpoints.native import save_model
 from xdiffusion.diffusion.objective import squared_error
+from xdiffusion.layers.computed_once import computed_once
 from xdiffusion.layers.convolution import Conv3x3
-from xdiffusion.layers.once import computed_once
 from xdiffusion.lora import apply_lora_to_model, load_lora_weights, set_lora_enabled, set_lora_scale
 from xdiffusion.lora.functional import merged_weight
 from xdiffusion.training.latent_cache import LatentCache

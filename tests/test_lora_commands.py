@@ -48,7 +48,7 @@ def test_help_is_fast_and_the_console_script_is_this_module(name):
 
 
 def test_the_help_names_every_format_that_is_written():
-    named = re.findall(r"[\w-]+", lora.FORMATS.replace("(a folder)", ""))
+    named = re.findall(r"[\w-]+", lora.CONVERTED.replace("(a folder)", ""))
     assert named == [name for name, kind in FORMATS.items() if kind.write]
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from lora_layers import LAYERS, every_layer, fill_b, product, sample, with_weight, wrapped
 from torch import nn
 
-from xdiffusion.layers.once import computed_once
+from xdiffusion.layers.computed_once import computed_once
 from xdiffusion.lora import (
     LoRAConv1d,
     LoRAConv2d,

@@ -16,7 +16,7 @@ from tiny import equal_bits
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
 from xdiffusion.checkpoints.native import load_model_file
-from xdiffusion.checkpoints.pickles import Nothing
+from xdiffusion.checkpoints.pickles import UnreadObject
 from xdiffusion.checkpoints.reading import load_pickled
 
 
@@ -62,8 +62,8 @@ def test_the_weights_of_a_trainers_checkpoint_are_read(lightning, mmap, tmp_path
     assert (read["epoch"], read["pytorch-lightning_version"]) == (4, "1.4.2")
     (callback,) = read["callbacks"]
     assert callback.name == "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
-    assert isinstance(read["global_step"], Nothing) and isinstance(read["hyper_parameters"], Nothing)
-    assert all(isinstance(value, Nothing) for value in read["best"])
+    assert isinstance(read["global_step"], UnreadObject) and isinstance(read["hyper_parameters"], UnreadObject)
+    assert all(isinstance(value, UnreadObject) for value in read["best"])
     assert not any(name.startswith("pytorch_lightning") for name in sys.modules)
     tensors = load_model_file(tmp_path / "sd.ckpt").tensors
     assert equal_bits({name: tensors[name] for name in content["state_dict"]}, content["state_dict"])
@@ -189,7 +189,7 @@ def test_a_function_of_such_a_library_is_not_called(called, tmp_path):
     """Whatever it is called: the name alone is taken."""
     write_around(call(called, text("made")), "zip", tmp_path / "sd.ckpt")
     value = load_pickled(tmp_path / "sd.ckpt")["value"]
-    assert isinstance(value, Nothing) and value.name == called
+    assert isinstance(value, UnreadObject) and value.name == called
 
 
 def doubled(levels: int) -> bytes:

@@ -18,12 +18,12 @@ from xdiffusion.data.image_set import invert
 from xdiffusion.training.run_record import (
     RunRecord,
     data_fingerprint,
-    differences,
     flat,
     git_state,
     package_versions,
     peak_memory,
     read_run,
+    run_differences,
     settings_hash,
 )
 
@@ -159,7 +159,7 @@ def test_small_parts():
     other = {"git": {"commit": "abc"}, "device": "cuda: H100", "processes": 2, "threads": 4}
     before = {"config": {"a": 1, "b": 2}, "segments": [{"packages": {"torch": "1"}} | place]}
     now = {"config": {"a": 1, "c": 3}, "data": {}, "segments": [{"packages": {"torch": "2"}} | other]}
-    assert differences(before, now) == [
+    assert run_differences(before, now) == [
         "b=2 before, None now", "c=None before, 3 now", "version of torch=1 before, 2 now", "git.commit=None before, abc now",
         "device=cpu: x86_64 before, cuda: H100 now", "processes=1 before, 2 now", "threads=1 before, 4 now",
     ]  # fmt: skip

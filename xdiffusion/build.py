@@ -230,7 +230,7 @@ def _build_model(config: DictConfig, schedule: Schedule) -> DiffusionModel:
         raise ConfigError(
             f"model.network.out_channels={given} must be null or {autoencoder.latent_channels}, as many as what is denoised has"
         )
-    with _named("model.network"):
+    with _at_section("model.network"):
         return DiffusionModel(
             network, text_encoder, autoencoder, schedule, config.diffusion.prediction, shape, parts.channels_last
         )
@@ -274,18 +274,18 @@ def build_sampling(config: DictConfig, schedule: Schedule) -> dict[str, Any]:
     sampling = config.sampling
     sampler = partial(_target(SAMPLERS[sampling.sampler.kind]), **_keywords(sampling.sampler))
     grid = _target(TIME_GRIDS[sampling.times.kind])
-    with _named("sampling.times"):
+    with _at_section("sampling.times"):
         times = grid(schedule, sampling.steps, **_keywords(sampling.times))
-    with _named("sampling.sampler"):
+    with _at_section("sampling.sampler"):
         denoiser = Denoiser(Identity(), schedule, config.diffusion.prediction)
         sampler(denoiser, times.new_empty(0, 1, 1, 1), times[:1])  # it takes no step, and looks at its arguments
-    with _named("sampling"):
+    with _at_section("sampling"):
         settings = SamplingSettings(**{k: v for k, v in _keywords(sampling).items() if k not in ("sampler", "times")})
     return {"sampler": sampler, "times": times, "settings": settings}
 
 
 def _construct(target: str, slot: DictConfig, where: str, **injected: Any) -> Any:
-    with _named(where):
+    with _at_section(where):
         return _target(target)(**_keywords(slot), **injected)
 
 
@@ -333,7 +333,7 @@ def _without_weights() -> Iterator[None]:
 
 
 @contextmanager
-def _named(where: str) -> Iterator[None]:
+def _at_section(where: str) -> Iterator[None]:
     """A constructor's complaint about its arguments is a mistake in the config's section `where`."""
     try:
         yield

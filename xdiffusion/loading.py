@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from xdiffusion.build import SCHEMA, build_model, image_shape, load_config, resolved
-from xdiffusion.checkpoints.drawn_by import DRAWN_BY, value_at
+from xdiffusion.checkpoints.drawing_settings import DRAWN_BY, value_at
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_formats.native import trained_config
 from xdiffusion.checkpoints.native import ModelFile, load_model_file
@@ -56,7 +56,7 @@ def load_model(
     """
     file = load_model_file(Path(path), ema)
     config = config_of(file, config_path)
-    with _named(config_path if file.config is None and config_path else path):
+    with _in_file(config_path if file.config is None and config_path else path):
         model = build_model(config, without_weights=True)
     model.set_precision(dtype)
     load_weights(model, file)
@@ -104,7 +104,9 @@ def _sampled_as(config: DictConfig, config_path: str | Path) -> DictConfig:
     """A checkpoint's config with the section sampling: of a YAML on top; what this changes is told on stderr."""
     section = OmegaConf.masked_copy(load_yaml(config_path), ["sampling"])
     chosen = resolved(with_overrides(config, section, SCHEMA), str(config_path))
-    changed = [f"{key}={theirs} ({ours} there)" for key, ours, theirs in differences(config, chosen, ["sampling"])]
+    changed = [
+        f"{key}={theirs} ({ours} there)" for key, ours, theirs in config_differences(config, chosen, ["sampling"])
+    ]
     if changed:
         _to_stderr(f"{config_path} beats the checkpoint: {', '.join(changed)}")
     return chosen
@@ -119,7 +121,7 @@ def _own_config(file: ModelFile) -> DictConfig | None:
     if not file.config:
         return stable_diffusion_config(file.stable_diffusion, str(file.path)) if file.stable_diffusion else None
     config = stored_config(file.config, file.path)
-    with _named(file.path):
+    with _in_file(file.path):
         shape = image_shape(config)
     if file.image_shape and file.image_shape != shape:
         raise CheckpointError(f"{file.path}: its header is that of images {file.image_shape}, its config of {shape}")
@@ -136,7 +138,7 @@ def stored_config(content: Mapping[str, Any], path: Path) -> DictConfig:
 
 
 @contextmanager
-def _named(path: str | Path) -> Iterator[None]:
+def _in_file(path: str | Path) -> Iterator[None]:
     """A mistake in a config that a file holds is a mistake in this file."""
     try:
         yield
@@ -164,7 +166,7 @@ def _remarks(path: Path, found: StableDiffusionFile, config: DictConfig) -> Iter
     drawn_by = (*DRAWN_BY, "model.text_encoder.pad_with_end_token", "model.autoencoder.scale_factor")
     keys = [key for key in drawn_by if key != found.guessed]
     built_in = load_config(STABLE_DIFFUSION / f"{found.architecture}.yaml")
-    said = [f"{key}={theirs}" for key, _, theirs in differences(built_in, config, keys)]
+    said = [f"{key}={theirs}" for key, _, theirs in config_differences(built_in, config, keys)]
     if said:
         yield f"{path} says {', '.join(said)}"
 
@@ -175,7 +177,7 @@ def _shown(path: Path) -> Path:
     return in_repository if in_repository.is_file() else path
 
 
-def check_fits(file: ModelFile, config: DictConfig) -> None:
+def check_weights_fit(file: ModelFile, config: DictConfig) -> None:
     """See that a file's tensors are those of the config's model, without reading them.
 
     Raises:
@@ -257,7 +259,7 @@ def check_same_architecture(config: DictConfig, file: ModelFile) -> None:
         CheckpointError: naming the first key that differs.
     """
     stored = _own_config(file)
-    for key, ours, theirs in differences(config, stored, ARCHITECTURE) if stored is not None else ():
+    for key, ours, theirs in config_differences(config, stored, ARCHITECTURE) if stored is not None else ():
         if key not in CHOICES:
             raise CheckpointError(f"{_other(file)}: {key}={theirs} there, {ours} in the config")
     if file.image_shape:
@@ -273,7 +275,7 @@ def choices_of_run(config: DictConfig, file: ModelFile) -> list[str]:
     if stored is None:
         return []
     guessed = file.stable_diffusion.guessed if file.stable_diffusion else ""
-    found = differences(config, stored, CHOICES)
+    found = config_differences(config, stored, CHOICES)
     return [f"{key}={theirs} there, {ours} in the config" for key, ours, theirs in found if key != guessed]
 
 
@@ -298,7 +300,7 @@ def as_trained(config: DictConfig, loras: Sequence[Path], tell: Callable[[str], 
     chosen = config
     for path, one in trained.items():
         is_first = chosen is config
-        for key, ours, theirs in differences(chosen, one, DRAWN_BY):
+        for key, ours, theirs in config_differences(chosen, one, DRAWN_BY):
             if not is_first:
                 raise CheckpointError(
                     f"these LoRAs cannot be drawn together: {path} was trained with {key}={theirs}, another with {ours}"
@@ -318,7 +320,7 @@ def _drawn_as(config: DictConfig, content: Mapping[str, Any], path: Path) -> Dic
     return resolved(with_overrides(config, chosen, SCHEMA), str(path))
 
 
-def differences(config: DictConfig, other: DictConfig, keys: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
+def config_differences(config: DictConfig, other: DictConfig, keys: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
     """(key, its value, the other's) of all values below these keys that are not equal."""
     for key in keys:
         yield from _differing(*(OmegaConf.select(c, key) for c in (config, other)), key)

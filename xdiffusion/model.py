@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from xdiffusion.diffusion.denoiser import Denoiser, GuidedDenoiser
 from xdiffusion.diffusion.predictions import Prediction
 from xdiffusion.diffusion.schedules import Schedule
-from xdiffusion.layers.once import computed_once
+from xdiffusion.layers.computed_once import computed_once
 from xdiffusion.samplers.contract import OnStep
 from xdiffusion.samplers.image_to_image import MaskedDenoiser, StartImage, noised, times_from
 

@@ -127,9 +127,9 @@ def score(
         without_lora: `without_lora(model)` is a block in which the LoRA is off.
 
     Raises:
-        ValueError: see `check_fits`; if samples or losses are not finite.
+        ValueError: see `check_set_fits`; if samples or losses are not finite.
     """
-    check_fits(model, data, num_samples, depth.full)
+    check_set_fits(model, data, num_samples, depth.full)
     normal = invert(data) if data.inverted else data
     judge, judge_accuracy = cached_judge(normal, judge_folder)
     samples = draw_samples(model, data, sampling, num_samples, seed)
@@ -163,7 +163,7 @@ def score(
     return Evaluation(scores, samples.images, samples.prompts, reasons, about, columns, suspects, curves=curves)
 
 
-def check_fits(model: DiffusionModel, data: ImageSet, num_samples: int, full: bool) -> None:
+def check_set_fits(model: DiffusionModel, data: ImageSet, num_samples: int, full: bool) -> None:
     """Raise ValueError for too few samples or held-out images, or a data set of another image shape than the model's."""
     fewest = max(NEIGHBOURS + 1, 2 * data.prompts.num_classes) if full else 2
     if num_samples < fewest:

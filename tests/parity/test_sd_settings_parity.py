@@ -13,7 +13,7 @@ from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.reading import load_pickled
 from xdiffusion.commands import sd
 from xdiffusion.config_files import ConfigError
-from xdiffusion.loading import ARCHITECTURE, CHOICES, differences, load_model
+from xdiffusion.loading import ARCHITECTURE, CHOICES, config_differences, load_model
 from xdiffusion.model import generate, generators_for
 
 PROMPT = "a fox in the snow"
@@ -88,7 +88,7 @@ def test_all_other_settings_are_in_a_folder(name, tmp_path):
     config = changed(name, *OTHERS)
     folder = written(name, config, tmp_path)
     model, read = load_model(folder)
-    assert not list(differences(config, read, (*ARCHITECTURE, *CHOICES)))
+    assert not list(config_differences(config, read, (*ARCHITECTURE, *CHOICES)))
     exact = random_sd(name).state_dict()
     assert all(torch.equal(tensor, exact[n]) for n, tensor in model.state_dict().items())
     assert_drawn_as_by_diffusers(folder)

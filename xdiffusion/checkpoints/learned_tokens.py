@@ -49,7 +49,7 @@ def read_learned_tokens(path: Path, name: str | None = None) -> dict[str, Tensor
         next((f for name in _OF_A_FOLDER if (f := path / name).is_file()), path), "file of learned words"
     )
     content = load_pickled(path) if path.suffix in PICKLED else load_safetensors(path)[0]
-    tokens = [(words, _rows(tensor, words[0], path)) for words, tensor in _named(content, path)]
+    tokens = [(words, _rows(tensor, words[0], path)) for words, tensor in _tensors_by_words(content, path)]
     if name is not None:
         if len(tokens) != 1:
             held = ", ".join(words[0] for words, _ in tokens)
@@ -63,7 +63,7 @@ def save_learned_tokens(path: Path, tokens: Mapping[str, Tensor]) -> None:
     save_safetensors(path, tokens, {"format": "pt"})
 
 
-def _named(content: Any, path: Path) -> list[tuple[list[str], Tensor]]:
+def _tensors_by_words(content: Any, path: Path) -> list[tuple[list[str], Tensor]]:
     """(words, tensor) of each token, whatever the file's form."""
     content = dict(content) if isinstance(content, Mapping) else {}
     for key in _BEHIND & content.keys():

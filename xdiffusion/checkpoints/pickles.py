@@ -2,8 +2,8 @@
 
 A pickle is a program for a small stack machine, and Python's runs any function that it names. This machine knows the
 operations that torch.save writes, in pickle's protocol 2; of names it knows those that tensors are rebuilt by. Names of
-what a trainer leaves beside the weights are kept as `Nothing`, which is a name and no more, and any other is refused: Stable
-Diffusion 1.x was published as checkpoints of pytorch-lightning, with its callback and numpy's numbers in them.
+what a trainer leaves beside the weights are kept as `UnreadObject`, which is a name and no more, and any other is refused:
+Stable Diffusion 1.x was published as checkpoints of pytorch-lightning, with its callback and numpy's numbers in them.
 
 What a pickle says costs work, and its work is bounded: not the length of the file, but what comes of it counts.
 """
@@ -48,7 +48,7 @@ BESIDE_WEIGHTS = {
 }
 
 
-class Nothing:
+class UnreadObject:
     """A name in a pickle, or the object that it would have made: nothing but the name is left of either."""
 
     __slots__ = ("name",)
@@ -171,14 +171,14 @@ class Unpickler:
         target = self.stack[-1]
         if isinstance(target, list):
             target.extend(items)
-        elif not isinstance(target, Nothing):
+        elif not isinstance(target, UnreadObject):
             raise ValueError(f"its pickle appends to a {type(target).__name__}")
 
     def _set_items(self, items: Sequence[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, dict):
             target.update(_pairs(zip(items[::2], items[1::2], strict=True)))
-        elif not isinstance(target, Nothing):
+        elif not isinstance(target, UnreadObject):
             raise ValueError(f"its pickle sets items of a {type(target).__name__}")
 
     def _name(self) -> None:
@@ -188,14 +188,14 @@ class Unpickler:
         known = full in MAKERS or full in STORAGES or full in DTYPES or full in BESIDE_WEIGHTS
         if not known and not full.startswith(LIBRARIES):
             raise ValueError(f"it names {full}, which no weights need")
-        self.stack.append(Nothing(full))
+        self.stack.append(UnreadObject(full))
 
     def _make(self) -> None:
         made, arguments = self._last(2)
-        if not isinstance(made, Nothing) or not isinstance(arguments, tuple):
+        if not isinstance(made, UnreadObject) or not isinstance(arguments, tuple):
             raise ValueError(f"its pickle calls a {type(made).__name__}")
         if made.name not in MAKERS:
-            self.stack.append(Nothing(made.name))
+            self.stack.append(UnreadObject(made.name))
             return
         copied = len(arguments[0]) if made.name == "collections.OrderedDict" and arguments else 0
         self._spend(MADE_WORK + copied)
@@ -221,7 +221,7 @@ def _pairs(pairs: Any) -> dict[Any, Any]:
     HASH_MODULUS have the same."""
     made = {}
     for key, value in pairs:
-        if not isinstance(key, str | int | float | None | Nothing):
+        if not isinstance(key, str | int | float | None | UnreadObject):
             raise ValueError(f"its pickle has a {type(key).__name__} as a key")
         if isinstance(key, int) and abs(key) >= HASH_MODULUS:
             raise ValueError("its pickle has a number of more than 60 bits as a key")
@@ -244,7 +244,7 @@ def _tensor_of_dtype(storage: Tensor, *parts: Any) -> Tensor:
     return _tensor(storage.view(DTYPES[parts[5].name]), *parts)
 
 
-def _of_type(made: Nothing, kind: Nothing, arguments: tuple, *_: Any) -> Tensor:
+def _of_type(made: UnreadObject, kind: UnreadObject, arguments: tuple, *_: Any) -> Tensor:
     """A tensor with attributes, which are forgotten."""
     if kind.name not in ("torch.Tensor", "torch.nn.parameter.Parameter"):
         raise ValueError(f"it holds a tensor of the type {kind.name}")

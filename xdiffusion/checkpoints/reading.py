@@ -49,7 +49,7 @@ def open_safetensors(path: Path):
 
 
 def load_pickled(path: Path, mmap: bool = False) -> Any:
-    """The content of a `.pt` file: tensors and plain containers, and `pickles.Nothing` for a trainer's objects.
+    """The content of a `.pt` file: tensors and plain containers, and `pickles.UnreadObject` for a trainer's objects.
 
     Args:
         path: of the file.

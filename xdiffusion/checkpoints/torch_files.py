@@ -28,7 +28,7 @@ _MARK = b"PK\3\4"
 
 
 def read_torch_file(path: Path, mmap: bool = False) -> Any:
-    """The content of a file: plain values and containers, tensors, and `pickles.Nothing` for all else.
+    """The content of a file: plain values and containers, tensors, and `pickles.UnreadObject` for all else.
 
     Args:
         path: of the file.

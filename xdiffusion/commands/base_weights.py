@@ -22,7 +22,7 @@ from xdiffusion.checkpoints.added_words import added_words
 from xdiffusion.checkpoints.component_names import COMPONENTS, component_of, exchange_name
 from xdiffusion.checkpoints.diffusers_folder import read_settings, weight_file
 from xdiffusion.checkpoints.diffusers_settings import VOCABULARY, config_from
-from xdiffusion.checkpoints.drawn_by import drawn_by, drawn_otherwise
+from xdiffusion.checkpoints.drawing_settings import drawn_by, drawn_otherwise
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import unsaid
@@ -220,7 +220,7 @@ def folded_weight(weight: Tensor, factors: LoRAFactors, scale: float) -> Tensor:
     return exact.lerp(styled, scale).to(weight.dtype)
 
 
-def differences(tuned: BaseModel, base: BaseModel, progress: Progress = iter) -> Iterator[tuple[str, Tensor]]:
+def weight_differences(tuned: BaseModel, base: BaseModel, progress: Progress = iter) -> Iterator[tuple[str, Tensor]]:
     """(name in the base's file, tuned - base in float32) of every tensor that differs, one after another.
 
     Versions of transformers name a text encoder's tensors with `text_model.` or without, and keep a table of positions or not.

@@ -20,7 +20,7 @@ from xdiffusion.checkpoints.paths import refuse_leftover, weights_file
 from xdiffusion.commands.base_weights import BaseModel, fold, fold_into, header_as_trained, words_inside
 from xdiffusion.commands.lora_files import progress
 from xdiffusion.commands.sd_files import write_model
-from xdiffusion.loading import as_trained, check_fits, config_of
+from xdiffusion.loading import as_trained, check_weights_fit, config_of
 from xdiffusion.lora.base_identity import check_base
 from xdiffusion.lora.merge import joined_tokens
 
@@ -52,7 +52,7 @@ def fold_into_original(path: Path, lora: LoRAFile, scale: float, output: Path, *
     """
     file = load_model_file(weights_file(path))
     config = config_of(file)
-    check_fits(file, config)
+    check_weights_fit(file, config)
     if lora.base_hash and not allow_other_base:
         _check_base(lora, [file.tensors], content_hash(file.tensors, torch.float32), file.path)
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from xdiffusion.cli import Parser, number_type, positive_int, run
 
-FORMATS = "native, kohya, diffusers, diffusers-sd15, peft (a folder), cloneofsimo, cloneofsimo-pt, positional"
+CONVERTED = "native, kohya, diffusers, diffusers-sd15, peft (a folder), cloneofsimo, cloneofsimo-pt, positional"
 BASE_HELP = (
     "the model that the LoRA is for, where the file does not name its layers, or the format needs the names of all: "
     "sd15, sd21, or a YAML of this project"
@@ -68,7 +68,7 @@ def _add_inspect(inspect: argparse.ArgumentParser) -> None:
 def _add_convert(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("input", metavar="IN")
     convert.add_argument("output", metavar="OUT")
-    _add_output(convert, FORMATS, converts=True)
+    _add_output(convert, CONVERTED, converts=True)
 
 
 def _add_merge(merge: argparse.ArgumentParser) -> None:
@@ -222,9 +222,9 @@ def _extract(args: argparse.Namespace) -> None:
     from xdiffusion.checkpoints.component_names import exchange_name
     from xdiffusion.checkpoints.hashes import content_hash
     from xdiffusion.checkpoints.lora_file import LoRAFile
-    from xdiffusion.commands.base_weights import config_and_words, differences, open_base
+    from xdiffusion.commands.base_weights import config_and_words, open_base, weight_differences
     from xdiffusion.commands.lora_files import layer_table, progress, write
-    from xdiffusion.commands.report import table
+    from xdiffusion.commands.report import text_table
     from xdiffusion.lora.base_identity import sample_of
     from xdiffusion.lora.merge import extract_factors, with_one_alpha
 
@@ -232,7 +232,7 @@ def _extract(args: argparse.Namespace) -> None:
     tuned, base = open_base(Path(args.tuned)), open_base(Path(args.model))
     layers = base.layers()
     modules, rows, left_out = {}, [], []
-    for name, delta in differences(tuned, base, progress("layers")):
+    for name, delta in weight_differences(tuned, base, progress("layers")):
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and exchange_name(module) in layers and not name.startswith("autoencoder."):
             module = module if base.ours else exchange_name(module)
@@ -242,7 +242,7 @@ def _extract(args: argparse.Namespace) -> None:
             left_out.append(name)
     if not modules:
         raise ValueError(f"{args.tuned} and {args.model} differ in no layer that a LoRA could change")
-    print(table(("layer", "rank", "discarded energy"), rows))
+    print(text_table(("layer", "rank", "discarded energy"), rows))
     if left_out:
         print(
             f"{len(left_out)} tensors differ that no LoRA changes (biases, norms, the autoencoder, ...), such as {left_out[0]}"

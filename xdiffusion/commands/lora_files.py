@@ -24,7 +24,7 @@ from xdiffusion.checkpoints.lora_formats import (
 )
 from xdiffusion.checkpoints.native import lora_file
 from xdiffusion.checkpoints.paths import PICKLED, SAFETENSORS
-from xdiffusion.commands.report import table
+from xdiffusion.commands.report import text_table
 from xdiffusion.lora.merge import merge_loras
 
 
@@ -95,7 +95,7 @@ def merge_and_write(
         print(f"{output}: {repair}", file=sys.stderr)
     rows = [(name, merged.modules[name].rank, f"{e:.1e}", f"{e * e:.1e}") for name, e in errors.items()]
     heads = ("layer", "rank", "relative error", "discarded energy")
-    print(table(heads, rows) if method == "svd" else table(heads[:3], [row[:3] for row in rows]))
+    print(text_table(heads, rows) if method == "svd" else text_table(heads[:3], [row[:3] for row in rows]))
     print(f"{method}: largest relative error {max(errors.values()):.1e}")
     write(merged, output, format or _output_format(loras[0], Path(output)), names, dtype)
 

@@ -76,7 +76,7 @@ def text(facts: Mapping[str, Any]) -> str:
         for name, b in facts["blocks"].items()
     ]
     described = "\n".join(f"{name:<10} {value}" for name, value in lines if value != "")
-    return f"{described}\n\n{table(('block', 'modules', 'rank', '|delta|'), rows)}"
+    return f"{described}\n\n{text_table(('block', 'modules', 'rank', '|delta|'), rows)}"
 
 
 def draw(facts: Mapping[str, Any], path: Path, title: str) -> None:
@@ -93,7 +93,7 @@ def draw(facts: Mapping[str, Any], path: Path, title: str) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def text_table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Columns under heads, the first to the left and the others to the right."""
     cells = [list(map(str, row)) for row in (heads, *rows)]
     first, *others = (max(map(len, column)) for column in zip(*cells))

@@ -54,12 +54,12 @@ def _convert(args: argparse.Namespace) -> None:
     from xdiffusion.checkpoints.paths import refuse_overwriting, weights_file
     from xdiffusion.commands.folding import write_with_words
     from xdiffusion.commands.sd_files import write_model
-    from xdiffusion.loading import check_fits, config_of
+    from xdiffusion.loading import check_weights_fit, config_of
 
     refuse_overwriting([Path(args.input)], Path(args.output))
     file = load_model_file(weights_file(args.input), args.ema)
     config = config_of(file, args.config_path)
-    check_fits(file, config)
+    check_weights_fit(file, config)
     if args.dtype:
         for tensors in (file.tensors, file.stable_diffusion.unused if file.stable_diffusion else {}):
             for name, tensor in tensors.items():

@@ -12,14 +12,14 @@ from torch import Tensor
 from xdiffusion.build import image_shape
 from xdiffusion.checkpoints.diffusers_folder import write_diffusers_folder
 from xdiffusion.checkpoints.diffusers_settings import config_from, folder_settings
-from xdiffusion.checkpoints.drawn_by import PROCESS
+from xdiffusion.checkpoints.drawing_settings import PROCESS
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.native import ModelFile, save_model
 from xdiffusion.checkpoints.paths import PICKLED
 from xdiffusion.checkpoints.stable_diffusion import from_original, to_original, with_text_projection
 from xdiffusion.checkpoints.stable_diffusion_files import StableDiffusionFile, header_of_original, recognise_original
 from xdiffusion.checkpoints.writing import save_pickled, save_safetensors
-from xdiffusion.loading import ARCHITECTURE, differences, stable_diffusion_config
+from xdiffusion.loading import ARCHITECTURE, config_differences, stable_diffusion_config
 from xdiffusion.text_encoders.tokenizer import vocabulary
 
 KINDS = {"model.text_encoder.kind": "clip", "model.autoencoder.kind": "kl", "diffusion.schedule.kind": "betas"}
@@ -99,10 +99,10 @@ def _check_read_back(config: DictConfig, found: StableDiffusionFile, layout: str
         CheckpointError: naming the first key whose value the layout has no word for.
     """
     read_back = stable_diffusion_config(found, str(output))
-    for key, ours, theirs in differences(config, read_back, (*ARCHITECTURE, *PROCESS)):
+    for key, ours, theirs in config_differences(config, read_back, (*ARCHITECTURE, *PROCESS)):
         if key != SHARED_SPACE:
             raise CheckpointError(
                 f"{key}={ours}: {layout} has no word for it, and {output} would be read with {theirs}"
             )
-    for key, ours, theirs in differences(config, read_back, ("data.image_size",)):
+    for key, ours, theirs in config_differences(config, read_back, ("data.image_size",)):
         print(f"{key}={ours} is not in {output}: whoever reads it will draw {theirs} if not told", file=sys.stderr)

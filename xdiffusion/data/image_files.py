@@ -23,7 +23,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from xdiffusion.data.buckets import MAX_ENLARGEMENT, Size, cover, crop, enlargement
 
 MAX_DECODED_BYTES = 256 * 2**20  # held at once while a picture is decoded, or twice its file
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # not EPS, for which Pillow runs another program
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # not EPS, for which Pillow runs another program
 _ORIENTATION = 0x0112  # EXIF
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -160,7 +160,7 @@ def _decoder(file: io.BufferedIOBase) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, on sizes (checked here) and on odd EXIF entries
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(file, formats=IMAGE_FORMATS) as image:
                 yield image
     except Image.DecompressionBombError as error:
         raise DamagedImage(f"it has more than {2 * Image.MAX_IMAGE_PIXELS // 1_000_000} megapixels") from error

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import NoReturn
 from unicodedata import normalize
 
+from xdiffusion.data.bounded_lines import MAX_ROW, BoundedLines
 from xdiffusion.data.captioned_images import CaptionedImages
 from xdiffusion.data.captions import MAX_CAPTION
 from xdiffusion.data.image_files import DamagedImage, Picture, open_file
-from xdiffusion.data.lines import MAX_ROW, BoundedLines
 
 MAX_ABSENT = 1000  # pictures that a list names, are not there, and are remembered by name
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from xdiffusion.checkpoints.drawn_by import drawn_otherwise
+from xdiffusion.checkpoints.drawing_settings import drawn_otherwise
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.lora.settings import LoRAError
 
@@ -67,7 +67,7 @@ def merge_loras(
         errors[name] = relative_error(merged[name], parts)
     hashes = {lora.base_hash for lora, _ in loras}
     samples = {name: values for lora, _ in loras for name, values in lora.base_sample.items()}
-    tokens, renamed = joined_tokens([(name, lora.tokens) for name, lora in _named([lora for lora, _ in loras])])
+    tokens, renamed = joined_tokens([(name, lora.tokens) for name, lora in _with_names([lora for lora, _ in loras])])
     return LoRAFile(
         with_one_alpha(merged),
         tokens=tokens,
@@ -271,14 +271,14 @@ def _check_choice(method: str, rank: int | None, energy: float | None) -> None:
         raise LoRAError(f"energy={energy} must be in (0, 1]")
 
 
-def _named(loras: Sequence[LoRAFile]) -> list[tuple[object, LoRAFile]]:
+def _with_names(loras: Sequence[LoRAFile]) -> list[tuple[object, LoRAFile]]:
     """With what a message calls each."""
     return [(lora.path or f"LoRA {number}", lora) for number, lora in enumerate(loras, start=1)]
 
 
 def _common_config(loras: Sequence[LoRAFile]) -> Mapping[str, Any] | None:
     """The config of the first that has one; the sum of updates for two predictions is an update for neither."""
-    said = [(name, lora.config) for name, lora in _named(loras) if lora.config]
+    said = [(name, lora.config) for name, lora in _with_names(loras) if lora.config]
     for path, config in said[1:]:
         for key, ours, theirs in drawn_otherwise(said[0][1], config):
             raise LoRAError(
@@ -286,7 +286,7 @@ def _common_config(loras: Sequence[LoRAFile]) -> Mapping[str, Any] | None:
                 f"{theirs!s:.100} in {path}"
             )
     for key in PREDICTED:
-        words = {str(lora.metadata[key]): name for name, lora in _named(loras) if key in lora.metadata}
+        words = {str(lora.metadata[key]): name for name, lora in _with_names(loras) if key in lora.metadata}
         if len(words) > 1:
             what = ", ".join(f"{word!s:.40} in {name}" for word, name in words.items())
             raise LoRAError(f"LoRAs that were trained for different things do not add up: {key}={what}")

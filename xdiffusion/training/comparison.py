@@ -49,7 +49,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def table(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+def comparison_table(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """Rows of text: a heading, the config keys in which the runs differ, then what came of each."""
     configs = [flat(run.record["config"]) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)

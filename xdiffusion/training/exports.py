@@ -9,7 +9,7 @@ from pathlib import Path
 from xdiffusion.checkpoints.learned_tokens import save_learned_tokens
 from xdiffusion.checkpoints.lora_formats import read_lora, unsaid, write_lora
 
-FORMATS = ("diffusers", "kohya")
+EXPORTED = ("diffusers", "kohya")
 TOKENS = "tokens"
 
 
@@ -25,7 +25,7 @@ def export_lora(path: Path) -> list[Path]:
         CheckpointError: if a format cannot hold it, or a file cannot be written.
     """
     lora = read_lora(path)
-    for format in FORMATS:
+    for format in EXPORTED:
         export = export_path(path, format)
         write_lora(replace(lora, tokens={}), export, format)
         if lost := unsaid(lora, format):
@@ -37,7 +37,7 @@ def export_lora(path: Path) -> list[Path]:
 
 def export_paths(path: Path) -> list[Path]:
     """Where everything that `export_lora` may write goes."""
-    return [export_path(path, kind) for kind in (*FORMATS, TOKENS)]
+    return [export_path(path, kind) for kind in (*EXPORTED, TOKENS)]
 
 
 def export_path(path: Path, kind: str) -> Path:

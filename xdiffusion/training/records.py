@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.writing import write_atomically
-from xdiffusion.data.lines import MAX_ROW, BoundedLines
+from xdiffusion.data.bounded_lines import MAX_ROW, BoundedLines
 from xdiffusion.training.loop import StepMetrics
 
 if TYPE_CHECKING:

@@ -123,7 +123,7 @@ class RunRecord:
             earlier = _earlier(origin)
             before = earlier["segments"][-1]
             if first_step <= config.training.num_training_steps:
-                self.changes = self.segment["changes"] = differences(earlier, self.content)
+                self.changes = self.segment["changes"] = run_differences(earlier, self.content)
             else:  # no step will be taken under this config
                 self.content["config"] = earlier["config"]
             self.status_before = before["status"]
@@ -230,7 +230,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return {key: value for leaf in leaves for key, value in leaf.items()}
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def run_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """How two runs' config, data, packages, commit and machinery differ, a line for each."""
     last, own = before["segments"][-1], now["segments"][-1]
     lines = []

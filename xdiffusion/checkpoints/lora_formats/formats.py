@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from xdiffusion.checkpoints.drawn_by import drawn_by
+from xdiffusion.checkpoints.drawing_settings import drawn_by
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import diffusers, kohya, native, peft, positions
 

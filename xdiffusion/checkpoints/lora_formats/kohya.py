@@ -24,7 +24,7 @@ from torch import Tensor
 
 from xdiffusion.checkpoints.component_names import component_of
 from xdiffusion.checkpoints.diffusers import unet_name_from_diffusers
-from xdiffusion.checkpoints.drawn_by import drawn_by
+from xdiffusion.checkpoints.drawing_settings import drawn_by
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import lycoris
