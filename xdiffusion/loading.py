@@ -259,9 +259,10 @@ def check_same_architecture(config: DictConfig, file: ModelFile) -> None:
         CheckpointError: naming the first key that differs.
     """
     stored = _own_config(file)
-    for key, ours, theirs in config_differences(config, stored, ARCHITECTURE) if stored is not None else ():
-        if key not in CHOICES:
-            raise CheckpointError(f"{_other(file)}: {key}={theirs} there, {ours} in the config")
+    if stored is not None:
+        for key, ours, theirs in config_differences(config, stored, ARCHITECTURE):
+            if key not in CHOICES:
+                raise CheckpointError(f"{_other(file)}: {key}={theirs} there, {ours} in the config")
     if file.image_shape:
         of_latents = config.model.autoencoder.kind != "identity"
         theirs, ours = (shape[: 1 if of_latents else 3] for shape in (file.image_shape, image_shape(config)))

@@ -172,7 +172,9 @@ def check_set_fits(model: DiffusionModel, data: ImageSet, num_samples: int, full
     shape = tuple(data.train.images.shape[1:])
     if shape != model.image_shape:
         raise ValueError(f"{data.name} has images {shape}, the model makes {model.image_shape}")
-    for which, split in {"held-out": data.test, "training": data.train}.items() if full else ():
+    if not full:
+        return
+    for which, split in {"held-out": data.test, "training": data.train}.items():
         number, of_one_class = len(split), int(split.labels.bincount().max())
         if number <= NEIGHBOURS or of_one_class < 2:
             raise ValueError(

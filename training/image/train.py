@@ -262,13 +262,12 @@ def base_file(config: DictConfig, args: argparse.Namespace, *, says: bool) -> Mo
 
     file = load_model_file(weights_file(args.load_model_weights_from_checkpoint), args.ema)
     check_same_architecture(config, file)
-    for choice in choices_of_run(config, file) if says else ():
-        print(f"{file.path}: {choice}, by which this run goes", file=sys.stderr)
-    if says and file.words:
-        print(
-            f"{file.path}: its words {', '.join(file.words)} are left out: a run has those that it learns",
-            file=sys.stderr,
-        )
+    if says:
+        for choice in choices_of_run(config, file):
+            print(f"{file.path}: {choice}, by which this run goes", file=sys.stderr)
+        if file.words:
+            left_out = f"its words {', '.join(file.words)} are left out: a run has those that it learns"
+            print(f"{file.path}: {left_out}", file=sys.stderr)
     return file
 
 

@@ -136,12 +136,13 @@ def header_as_trained(base: BaseModel, lora: LoRAFile) -> dict[str, str]:
         if drawn_by(trained) == drawn_by(config):
             return {}
         return {"config": json.dumps(OmegaConf.to_container(trained), separators=(",", ":"))}
-    for key, theirs, ours in drawn_otherwise(said, lora.config) if said else ():
-        raise CheckpointError(
-            f"{lora.path} was trained with {key}={ours!s:.100}, {base.path} says {theirs}, and so would the output; "
-            "lora_add --mode upl-ckpt-v2 writes a file that says what the LoRA does"
-        )
-    if not said and (lost := unsaid(lora, "diffusers")):
+    if said:
+        for key, theirs, ours in drawn_otherwise(said, lora.config):
+            raise CheckpointError(
+                f"{lora.path} was trained with {key}={ours!s:.100}, {base.path} says {theirs}, and so would the output; "
+                "lora_add --mode upl-ckpt-v2 writes a file that says what the LoRA does"
+            )
+    elif lost := unsaid(lora, "diffusers"):
         print(f"{lora.path} was trained with {', '.join(lost)}, which the output does not say", file=sys.stderr)
     return {}
 

@@ -55,10 +55,11 @@ def sd_layer_table(base: str) -> LayerTable:
 
 def sd_base_of(flat_shapes: Mapping[str, tuple[int, int]]) -> str | None:
     """The base that has all these layers with fitting weights, given as (out, in * kernel); None if neither has."""
-    for base in SD_BASES if flat_shapes else ():
-        table = sd_layer_table(base)
-        if all(name in table and (table[name][0], prod(table[name][1:])) == f for name, f in flat_shapes.items()):
-            return base
+    if flat_shapes:
+        for base in SD_BASES:
+            table = sd_layer_table(base)
+            if all(name in table and (table[name][0], prod(table[name][1:])) == f for name, f in flat_shapes.items()):
+                return base
     return None
 
 
