@@ -14,13 +14,12 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from xdiffusion.data.buckets import Size, bucket_sizes, nearest_bucket
-from xdiffusion.data.captions import PromptTable, fault_in
+from xdiffusion.data.captions import PromptTable, fault_in, preview_table
 from xdiffusion.data.image_files import DamagedImage, Picture, check_enlargement
 from xdiffusion.data.image_set import Batch, to_unit_range
 
 LONGEST_NAME = 80  # letters that a message shows
 NAMED = 5  # skipped pictures that a summary names; the others are counted
-PREVIEWED = 4
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,7 @@ class CaptionedImages:
     @property
     def prompts(self) -> PromptTable:
         """The first few different captions, for previews."""
-        distinct = dict.fromkeys(caption for captions in self.captions for caption in captions)
-        return PromptTable(names=tuple((caption,) for caption in list(distinct)[:PREVIEWED]), templates=("{}",))
+        return preview_table(caption for captions in self.captions for caption in captions)
 
     @property
     def summary(self) -> str:

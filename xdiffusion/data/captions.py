@@ -6,6 +6,7 @@ combinations. The empty prompt "" is the unconditional one of classifier-free gu
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 MAX_CAPTION = 2**14  # letters; a text encoder sees some hundreds
+PREVIEWED = 4  # captions of a set without classes
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class PromptTable:
         """One caption for each label; `wording` in [0, 1) picks among the class's captions."""
         tables = [self.captions[label] for label in labels.tolist()]
         return [captions[int(u * len(captions))] for captions, u in zip(tables, wording.tolist())]
+
+
+def preview_table(captions: Iterable[str]) -> PromptTable:
+    """The first few different captions, as classes."""
+    return PromptTable(names=tuple((c,) for c in list(dict.fromkeys(captions))[:PREVIEWED]), templates=("{}",))
 
 
 def is_text(caption: str) -> bool:

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from xdiffusion.data.buckets import Size
-from xdiffusion.data.captions import PromptTable, fault_in
+from xdiffusion.data.captions import PREVIEWED, fault_in, preview_table
 from xdiffusion.data.image_files import DamagedImage, Picture
 from xdiffusion.data.image_set import Batch, to_unit_range
 from xdiffusion.data.tar_members import BLOCK, Member, tar_members
@@ -36,7 +36,6 @@ MAX_IMAGE_BYTES = 64 * 2**20
 MAX_TEXT_BYTES = 2**20
 MAX_SHARDS = 100_000
 MAX_DAMAGED = 100  # pictures one after another
-PREVIEWED = 4
 NAMED = 10  # of the samples that are skipped
 HELD = 2**16  # names and captions of the pictures asked for last: two batches, whose rows may come in any order
 
@@ -136,8 +135,7 @@ class Shards:
         if buffer < 1:
             raise ShardError(f"data.buffer={buffer} must be at least 1")
         usable = (picture for picture in read_shard(self.shards[0]) if picture.caption is not None)
-        first = dict.fromkeys(picture.caption for picture in islice(usable, PREVIEWED))
-        self.prompts = PromptTable(names=tuple((caption,) for caption in first), templates=("{}",))
+        self.prompts = preview_table(picture.caption for picture in islice(usable, PREVIEWED))
         self._coming = self.pictures()
         self._next = 0
         self._held: dict[int, Picture] = {}
