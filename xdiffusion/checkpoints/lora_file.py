@@ -19,11 +19,16 @@ import torch
 from torch import Tensor
 
 
+def scaling_of(lora_alpha: float, rank: int, use_rslora: bool) -> float:
+    """lora_alpha / rank, or lora_alpha / sqrt(rank) with rsLoRA."""
+    return lora_alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
 @dataclass(frozen=True)
 class LoRAFactors:
     """The update of one layer.
 
-    lora_A: (rank, in, *kernel). lora_B: (out, rank, *ones). lora_alpha: see `scaling`. use_rslora: see `scaling`.
+    lora_A: (rank, in, *kernel). lora_B: (out, rank, *ones). lora_alpha, use_rslora: see `scaling_of`.
     magnitude: (out,) of DoRA, or None.
     """
 
@@ -39,8 +44,7 @@ class LoRAFactors:
 
     @property
     def scaling(self) -> float:
-        """lora_alpha / rank, or lora_alpha / sqrt(rank)."""
-        return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        return scaling_of(self.lora_alpha, self.rank, self.use_rslora)
 
     def is_finite(self) -> bool:
         """Whether all its numbers are."""

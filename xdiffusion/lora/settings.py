@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from xdiffusion.checkpoints.lora_file import LoRAFactors
+from xdiffusion.checkpoints.lora_file import LoRAFactors, scaling_of
 
 DEFAULT_ADAPTER = "default"
 Init = Literal["zero_b", "pissa", "orthogonal"]
@@ -39,8 +39,7 @@ class AdapterSettings:
 
     @property
     def scaling(self) -> float:
-        """lora_alpha / rank, or lora_alpha / sqrt(rank) with rsLoRA."""
-        return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        return scaling_of(self.lora_alpha, self.rank, self.use_rslora)
 
     @property
     def strength(self) -> float:
