@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from xdiffusion.evaluation.adapter_spectra import amplification, delta_singular_values, subspace_similarity
+from xdiffusion.lora.adapter_spectra import amplification, delta_singular_values, subspace_similarity
 
 SHAPES = [(12, 20, 3), (20, 12, 5), (4, 30, 6), (30, 4, 6)]  # out, in, rank; the last two above one side
 

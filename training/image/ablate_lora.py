@@ -243,7 +243,7 @@ def spectrum_row(modules: Mapping[str, Any], weights: Mapping[str, Any]) -> list
     """Medians over layers: Frobenius norms over that of W, the share of S_1^2, and the amplification factor."""
     from statistics import median
 
-    from xdiffusion.evaluation.adapter_spectra import amplification
+    from xdiffusion.lora.adapter_spectra import amplification
 
     found = [amplification(weights[f"{n}.weight"].flatten(1), *matrices(f)) for n, f in modules.items()]
     shares = [float(s[0] ** 2 / s.square().sum()) for s in map(singular_values, modules.values())]
@@ -265,7 +265,7 @@ def matrices(factors: Any) -> tuple[Any, Any, float]:
 
 def singular_values(factors: Any) -> Any:
     """Of scaling * B A."""
-    from xdiffusion.evaluation.adapter_spectra import delta_singular_values
+    from xdiffusion.lora.adapter_spectra import delta_singular_values
 
     return delta_singular_values(*matrices(factors))
 
@@ -338,7 +338,7 @@ def mean_similarity(first: Sequence[Any], second: Sequence[Any]) -> Any:
     """The mean over layers of similarity, (rank of the first, rank of the second); layers with fewer inputs are left out."""
     import torch
 
-    from xdiffusion.evaluation.adapter_spectra import subspace_similarity
+    from xdiffusion.lora.adapter_spectra import subspace_similarity
 
     tables = [subspace_similarity(A, B) for A, B in zip(first, second) if max(len(A), len(B)) <= A.shape[1]]
     return torch.stack(tables).mean(0)

@@ -14,12 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from xdiffusion.lora.merge import svd_of_product
+
 
 def delta_singular_values(
     lora_B: Float[Tensor, "O R"], lora_A: Float[Tensor, "R I"], scaling: float = 1.0
 ) -> Float[Tensor, " K"]:
     """The singular values of scaling * B A that can differ from zero, falling: K = min(O, R, I)."""
-    return abs(scaling) * _svd_of_product(lora_B, lora_A)[1]
+    return abs(scaling) * svd_of_product(lora_B.double(), lora_A.double())[1]
 
 
 def subspace_similarity(A_1: Float[Tensor, "R1 I"], A_2: Float[Tensor, "R2 I"]) -> Float[Tensor, "K1 K2"]:
@@ -62,21 +64,11 @@ def amplification(
 ) -> Amplification:
     """Compare an update of rank K = min(O, R, I) with the weight that it is added to."""
     W = weight.double()
-    U, S, V = _svd_of_product(lora_B, lora_A)
+    U, S, Vh = svd_of_product(lora_B.double(), lora_A.double())
     return Amplification(
         weight=float(W.norm()),
         delta=abs(scaling) * float(S.norm()),
-        in_delta=float((U.T @ W @ V).norm()),
+        in_delta=float((U.T @ W @ Vh.T).norm()),
         in_random=float(W.norm()) * len(S) / W.numel() ** 0.5,
         in_top=float(torch.linalg.svdvals(W)[: len(S)].norm()),
     )
-
-
-def _svd_of_product(
-    lora_B: Float[Tensor, "O R"], lora_A: Float[Tensor, "R I"]
-) -> tuple[Float[Tensor, "O K"], Float[Tensor, " K"], Float[Tensor, "I K"]]:
-    """U, S, V with B A = U S V^T: of B = Q_B R_B and A^T = Q_A R_A only R_B R_A^T is decomposed."""
-    Q_B, R_B = torch.linalg.qr(lora_B.double())
-    Q_A, R_A = torch.linalg.qr(lora_A.double().T)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    return Q_B @ U, S, Q_A @ Vh.T
