@@ -36,7 +36,7 @@ from xdiffusion.training.text_encoder import initialise_text_encoder, tiny_clip_
 def contrastive_model():
     torch.manual_seed(0)
     text = CLIPTextEncoder(width=32, layers=1, heads=2, context_length=8)
-    return ContrastiveModel(text, image_size=12, channels=1, width=32, layers=1)
+    return ContrastiveModel(text, image_size=12, channels=1)
 
 
 def clip_trainer(steps=3, groups=2, seed=0, learning_rate=1e-3, **settings):
@@ -188,23 +188,17 @@ def test_zero_shot_accuracy_of_known_features():
     assert zero_shot_accuracy(model(shift=1), data) == 0.5
 
 
-def test_a_patch_must_divide_the_image():
-    text = CLIPTextEncoder(width=8, layers=1, heads=2, context_length=4)
-    with pytest.raises(ValueError, match="patch_size=5 does not divide image_size=12"):
-        ContrastiveModel(text, image_size=12, channels=1, patch_size=5)
-
-
 @pytest.mark.parametrize(("image_size", "tokens"), [(24, 16), (8, 16), (26, 4), (23, 1)])
 def test_images_of_any_size_are_cut_into_at_most_16_patches(image_size, tokens):
     text = CLIPTextEncoder(width=8, layers=1, heads=2, context_length=4)
-    model = ContrastiveModel(text, image_size=image_size, channels=1, width=8, layers=1, heads=1)
+    model = ContrastiveModel(text, image_size=image_size, channels=1)
     assert model.visual.positional_embedding.shape[0] == tokens + 1
     assert model.image_features(torch.zeros(2, 1, image_size, image_size)).shape == (2, 8)
 
 
 def test_three_channels_and_one():
     text = CLIPTextEncoder(width=8, layers=1, heads=2, context_length=4)
-    model = ContrastiveModel(text, image_size=12, channels=1, width=16, layers=1).eval()
+    model = ContrastiveModel(text, image_size=12, channels=1).eval()
     grey = torch.rand(2, 1, 12, 12)
     torch.testing.assert_close(model.image_features(grey), model.image_features(grey.repeat(1, 3, 1, 1)))
 

@@ -29,38 +29,22 @@ class ContrastiveModel(nn.Module):
 
     Args:
         text: our text encoder.
-        image_size, channels: of the images.
-        patch_size: of the vision transformer; must divide image_size. None cuts the image into 4x4 patches, or into fewer
-            where 4 does not divide it.
-        width, layers, heads: of the vision transformer.
+        image_size, channels: of the images, which are cut into 4x4 patches, or into fewer where 4 does not divide the size.
     """
 
-    def __init__(
-        self,
-        text: CLIPTextEncoder,
-        *,
-        image_size: int,
-        channels: int,
-        patch_size: int | None = None,
-        width: int = 64,
-        layers: int = 2,
-        heads: int = 2,
-    ):
+    def __init__(self, text: CLIPTextEncoder, *, image_size: int, channels: int):
         from open_clip.transformer import VisionTransformer
 
         super().__init__()
-        if patch_size is None:
-            patch_size = next(side for side in range(max(1, image_size // 4), image_size + 1) if image_size % side == 0)
-        if image_size % patch_size:
-            raise ValueError(f"patch_size={patch_size} does not divide image_size={image_size}")
+        patch_size = next(side for side in range(max(1, image_size // 4), image_size + 1) if image_size % side == 0)
         self.channels = channels
         self.text = text
         self.visual = VisionTransformer(
             image_size=image_size,
             patch_size=patch_size,
-            width=width,
-            layers=layers,
-            heads=heads,
+            width=64,
+            layers=2,
+            heads=2,
             mlp_ratio=4.0,
             output_dim=text.text_projection.out_features,
         )
