@@ -27,7 +27,7 @@ from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.writing import save_pickled
 from xdiffusion.data import digits
 from xdiffusion.data.image_set import ImageSet
-from xdiffusion.training import previews
+from xdiffusion.training import previews, state
 from xdiffusion.training.records import Records
 from xdiffusion.training.run_record import read_run
 from xdiffusion.training.state import state_path
@@ -49,7 +49,7 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name_and_the_name_after(tmp_p
     """Else a power failure could leave the name of the last good file on an empty one."""
     path, flush, flushed = tmp_path / "file", os.fsync, []
     monkeypatch.setattr(os, "fsync", lambda fd: flushed.append((os.fstat(fd).st_ino, path.exists())) or flush(fd))
-    files.write_atomically(path, lambda temporary: temporary.write_text("content"))
+    writing.write_atomically(path, lambda temporary: temporary.write_text("content"))
     assert flushed == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
 

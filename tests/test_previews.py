@@ -13,8 +13,8 @@ from PIL import Image
 from tiny_sd import CONFIGS, SMALLER, tiny_sd_config, tiny_sd_model, tiny_sd_trainer
 
 from xdiffusion.build import build_sampling
-from xdiffusion.checkpoints.files import load_safetensors
 from xdiffusion.checkpoints.native import save_model
+from xdiffusion.checkpoints.reading import load_safetensors
 from xdiffusion.data.captions import PromptTable
 from xdiffusion.model import generate, generators_for
 from xdiffusion.pictures import grid
