@@ -99,12 +99,8 @@ def originals_and_resized(args: argparse.Namespace) -> tuple[ImageSet, ImageSet]
 
 def main(argv: Sequence[str] | None = None) -> int:
     flags = parser(__doc__, rounds=11)
-    flags.add_argument(
-        "--data_dir", metavar="DIR", help="a folder that torchvision's MNIST reads; without it the digits"
-    )
-    flags.add_argument(
-        "--image_size", type=positive_int, default=32, metavar="N", help="side of the batches' images (32)"
-    )
+    flags.add_argument("--data_dir", metavar="DIR", help="a folder that torchvision's MNIST reads; without it the digits")
+    flags.add_argument("--image_size", type=positive_int, default=32, metavar="N", help="side of the batches' images (32)")
     flags.add_argument(
         "--batch_size", nargs="+", type=positive_int, default=[64, 128], metavar="N", help="images per batch (64 128)"
     )
@@ -123,9 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for batch_size in args.batch_size:
         timers = {
             "ours": images_per_second(our_batches(resized, batch_size), 10 * args.batches),
-            "theirs": images_per_second(
-                peer_batches(originals, args.image_size, batch_size, args.workers), args.batches
-            ),
+            "theirs": images_per_second(peer_batches(originals, args.image_size, batch_size, args.workers), args.batches),
         }
         rates = interleave(timers, args.rounds)
         details = {"dataset": resized.name, "image_size": args.image_size, "workers": args.workers}

@@ -77,9 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             train([*common, "--num_training_steps", "1", "--output_path", str(Path(scratch) / "imports")])
         for folder, words in ((base, common), (lora, common + adapt)):
             began = time.perf_counter()
-            assert finish(start(train, [*words, "--output_path", str(folder)], args.threads)) == 0, (
-                "undisturbed, it failed"
-            )
+            assert finish(start(train, [*words, "--output_path", str(folder)], args.threads)) == 0, "undisturbed, it failed"
             seconds = time.perf_counter() - began
             goal = figures["kills"] + (args.kills - figures["kills"]) // (2 if folder is base else 1)
             while figures["kills"] < goal:
@@ -106,9 +104,7 @@ def kill_and_resume(
     while True:
         folder.mkdir(exist_ok=True)
         process = start(train, words, threads)
-        if figures["kills"] < goal and killed(
-            process, folder, draw.uniform(0, seconds), draw.random() < 1 / 3, figures
-        ):
+        if figures["kills"] < goal and killed(process, folder, draw.uniform(0, seconds), draw.random() < 1 / 3, figures):
             figures["kills"] += 1
             figures["lost_checkpoints"] += newest_whole(folder) < announced(folder)
         else:
@@ -131,9 +127,7 @@ def start(train, words: list[str], threads: int) -> int:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     torch.set_num_threads(threads)
-    tqdm.set_lock(
-        threading.RLock()
-    )  # its own is shared with all forks, and held for ever by one that was killed with it
+    tqdm.set_lock(threading.RLock())  # its own is shared with all forks, and held for ever by one that was killed with it
     status = 1
     try:
         status = run(train, words)

@@ -31,9 +31,7 @@ BOUNDS = {"<=": operator.le, ">=": operator.ge}
 def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
     """The flags that every benchmark has; `rounds` is the default of --rounds."""
     flags = Parser(description)
-    flags.add_argument(
-        "--rounds", type=positive_int, default=rounds, metavar="N", help=f"measurements of each side ({rounds})"
-    )
+    flags.add_argument("--rounds", type=positive_int, default=rounds, metavar="N", help=f"measurements of each side ({rounds})")
     flags.add_argument("--threads", type=positive_int, default=2, metavar="N", help="CPU threads (2)")
     flags.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both sides run (cpu)")
     flags.add_argument("--json", action="store_true", help="print JSON lines and nothing else")

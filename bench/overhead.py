@@ -51,9 +51,7 @@ CONFIG = REPOSITORY / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
 def main(argv: Sequence[str] | None = None) -> int:
     flags = parser(__doc__, rounds=60)
     flags.add_argument("--megabytes", type=positive_int, default=100, metavar="N", help="of the state (100)")
-    flags.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="of the digits' config; repeatable"
-    )
+    flags.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the digits' config; repeatable")
     args = flags.parse_args(argv)
     device = prepare(args)
     report = Report(args)

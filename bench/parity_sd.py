@@ -73,9 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for size in args.size:
         for name in args.model:
             started = time.perf_counter()
-            found = {
-                part: significant(error) for part, error in parity(size, name, args.image_size, args.steps).items()
-            }
+            found = {part: significant(error) for part, error in parity(size, name, args.image_size, args.steps).items()}
             errors.setdefault(size, {})[name] = found
             if not args.json:
                 print(f"{size} {name} ({time.perf_counter() - started:.0f} s): {found}", file=sys.stderr)
@@ -120,9 +118,7 @@ def peers(model: DiffusionModel, config: DictConfig) -> tuple[nn.Module, nn.Modu
     plain = OmegaConf.to_container(config)
     parts = plain["model"]
     settings = text_encoder_settings(parts["text_encoder"])
-    text = CLIPTextModel(
-        CLIPTextConfig(**{k: v for k, v in settings.items() if k not in ("architectures", "model_type")})
-    )
+    text = CLIPTextModel(CLIPTextConfig(**{k: v for k, v in settings.items() if k not in ("architectures", "model_type")}))
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_settings(parts["network"], parts["text_encoder"]["width"], 8))
         vae = AutoencoderKL.from_config(autoencoder_settings(parts["autoencoder"], config.data.image_size))
@@ -184,9 +180,7 @@ def gradient_error(model: DiffusionModel, unet: nn.Module, config: DictConfig) -
 
 
 @torch.no_grad()
-def image_error(
-    model: DiffusionModel, parts: Sequence[nn.Module], config: DictConfig, sampler: str, steps: int
-) -> float:
+def image_error(model: DiffusionModel, parts: Sequence[nn.Module], config: DictConfig, sampler: str, steps: int) -> float:
     """Of images in [-1, 1] from the same noise; absolute, which is relative to half their range."""
     import diffusers
 

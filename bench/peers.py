@@ -173,9 +173,7 @@ class PeerNetwork(nn.Module):
         return F.pixel_shuffle(as_function(self.unet)(folded, time, context), self.patch_size)
 
 
-def peer_model(
-    unet: nn.Module, patch_size: int, text_encoder: nn.Module, image_shape: tuple[int, int, int]
-) -> DiffusionModel:
+def peer_model(unet: nn.Module, patch_size: int, text_encoder: nn.Module, image_shape: tuple[int, int, int]) -> DiffusionModel:
     """diffusers' UNet with the schedule of its DDPMScheduler, in evaluation mode."""
     parts = PeerNetwork(unet, patch_size), text_encoder, IdentityAutoencoder(image_shape[0]), BetaSchedule(), "eps"
     return DiffusionModel(*parts, image_shape).eval().requires_grad_(False)
@@ -240,9 +238,7 @@ class PeerTraining:
         return loss.item()
 
 
-def add_peft_lora(
-    unet: nn.Module, rank: int, layers: Sequence[str] = ATTENTION, larger: Sequence[str] = ()
-) -> nn.Module:
+def add_peft_lora(unet: nn.Module, rank: int, layers: Sequence[str] = ATTENTION, larger: Sequence[str] = ()) -> nn.Module:
     """Freeze diffusers' UNet and give layers a LoRA by peft with its LoRA training script's settings.
 
     Args:

@@ -136,9 +136,7 @@ def peer_base(folder: Path, setting: Setting, seed: int, learning_rate: float, o
     return scores | {"parameters": count(unet), "seconds": seconds, "file": str(file)}
 
 
-def peer_lora(
-    folder: Path, setting: Setting, seed: int, learning_rate: float, our_base: Row, ours: Row, base: Row
-) -> Row:
+def peer_lora(folder: Path, setting: Setting, seed: int, learning_rate: float, our_base: Row, ours: Row, base: Row) -> Row:
     """A LoRA of peft on their UNet: on the layers that ours adapts, and of as many parameters; scores."""
     model, config = load_model(our_base["file"])
     unet = fresh_peer(config, seed, our_base, model)
@@ -337,9 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare(args)
     digits = setting_of(DIGITS, None, args)
     copies = [setting_of(MNIST, data_dir, args) for data_dir in (*args.data_dir, *[None] * args.mnist)]
-    rows = rows_of(digits, args.seeds) + [
-        row for copy in copies for row in rows_of(copy, args.mnist_seeds or args.seeds)
-    ]
+    rows = rows_of(digits, args.seeds) + [row for copy in copies for row in rows_of(copy, args.mnist_seeds or args.seeds)]
     text = document(rows, args)
     write_atomically(args.markdown, lambda temporary: temporary.write_text(text))
     print(args.markdown)

@@ -64,9 +64,7 @@ def betas(schedule: Schedule, steps: int = 1000) -> list[float]:
     return (1 - (alpha[1:] / alpha[:-1]) ** 2).clamp(max=0.999999).tolist()
 
 
-def our_run(
-    model: DiffusionModel, prompts: list[str], solver: str, steps: int, cfg_scale: float, clip_x0=False
-) -> Draw:
+def our_run(model: DiffusionModel, prompts: list[str], solver: str, steps: int, cfg_scale: float, clip_x0=False) -> Draw:
     """`generate` with everything around it."""
     times = uniform_times(model.schedule, steps)
     settings = SamplingSettings(cfg_scale=cfg_scale, clip_x0=clip_x0)
@@ -152,24 +150,18 @@ def prompts_for(count: int, dataset: str = "image/digits") -> tuple[list[str], T
 
 
 def _named_solvers() -> dict[str, str]:
-    return {
-        f"{side}_sampler": f"{solver} {steps} steps" for side, (solver, steps) in (("our", OURS), ("their", THEIRS))
-    }
+    return {f"{side}_sampler": f"{solver} {steps} steps" for side, (solver, steps) in (("our", OURS), ("their", THEIRS))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     flags = parser(__doc__, rounds=7)
     flags.add_argument("--size", nargs="+", choices=SIZES, default=["digits"], help="of the model (digits)")
-    flags.add_argument(
-        "--steps", nargs="+", type=positive_int, default=[10, 50], metavar="N", help="of the solvers (10 50)"
-    )
+    flags.add_argument("--steps", nargs="+", type=positive_int, default=[10, 50], metavar="N", help="of the solvers (10 50)")
     flags.add_argument("--batch_size", type=positive_int, default=32, metavar="N", help="images at a time (32)")
     flags.add_argument("--cfg_scale", type=float, default=2.0, metavar="S", help="strength of guidance (2)")
     flags.add_argument("--checkpoint", metavar="FILE", help="score and time a trained model of ours as well")
     flags.add_argument("--data_dir", metavar="DIR", help="of the checkpoint's data set")
-    flags.add_argument(
-        "--num_samples", type=positive_int, default=200, metavar="N", help="samples of the checkpoint (200)"
-    )
+    flags.add_argument("--num_samples", type=positive_int, default=200, metavar="N", help="samples of the checkpoint (200)")
     flags.add_argument("--judge_path", type=Path, default=JUDGE_FOLDER, metavar="DIR", help="where judges are kept")
     args = flags.parse_args(argv)
     device = prepare(args)

@@ -32,9 +32,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = parser(__doc__, rounds=3)
-    flags.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="float32", help="of the file, and of what it is loaded as"
-    )
+    flags.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the file, and of what it is loaded as")
     flags.add_argument("--model", default="sd15", metavar="NAME", help="built-in config, such as sd15_tiny (sd15)")
     flags.add_argument("--folder", metavar="DIR", help="where the file is written (a temporary folder)")
     flags.add_argument("--measure", choices=("ours", "theirs"), help=argparse.SUPPRESS)

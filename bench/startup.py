@@ -111,9 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="YAML",
         help="of first_step",
     )
-    flags.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="set a key of that config; repeatable"
-    )
+    flags.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set a key of that config; repeatable")
     args = flags.parse_args(argv)
     prepare(args)
     report = Report(args)

@@ -120,9 +120,7 @@ def peer_side(config: DictConfig, embed: PromptCache, parameters: int, device: t
 
     def draw(prompts: list[str]) -> Tensor:
         unet.eval()
-        noise = initial_noise((data.channels, data.image_size, data.image_size), generators_for(0, len(prompts))).to(
-            device
-        )
+        noise = initial_noise((data.channels, data.image_size, data.image_size), generators_for(0, len(prompts))).to(device)
         settings = {"steps": PEER_STEPS, "cfg_scale": config.sampling.cfg_scale}
         images = peer_sample(as_function(unet), scheduler, noise, embed(prompts), embed([""]), **settings)
         unet.train()

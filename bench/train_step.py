@@ -161,9 +161,7 @@ def measure(size_name: str, kind: str, args: argparse.Namespace, device: torch.d
         report.add(f"{figure}_peak_allocated", **peaks, unit="MiB", **details)
     elif not args.skip_resident:
         grown = {
-            side: [
-                resident_in_fresh_process(size_name, kind, side, args.threads) / 2**20 for _ in range(args.processes)
-            ]
+            side: [resident_in_fresh_process(size_name, kind, side, args.threads) / 2**20 for _ in range(args.processes)]
             for side in SIDES
         }
         report.add(f"{figure}_peak_resident", **grown, unit="MiB", **details)

@@ -200,9 +200,7 @@ def lora_svg() -> str:
     drawing.box(400, low, pixels * rank, pixels * width_out, FEW)
     drawing.text(414, low - 6, "B, starts at 0", anchor="start")
     drawing.text(414, low + 26, f"{width_out} x {rank} = {lora_B.numel():,}", font=MONO, points=11, anchor="start")
-    drawing.box(
-        610, low, 204, 44, PLAIN, ["times scale * lora_alpha / rank", f"scale * {adapter.lora_alpha:g} / {rank}"]
-    )
+    drawing.box(610, low, 204, 44, PLAIN, ["times scale * lora_alpha / rank", f"scale * {adapter.lora_alpha:g} / {rank}"])
     drawing.lines.append(f'<circle cx="610" cy="{high}" r="13" fill="{PAPER}" stroke="{INK}"/>')
     drawing.text(610, high + 5, "+", points=17)
     drawing.arrow((135, high), (330 - pixels * width_in / 2, high))

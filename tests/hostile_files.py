@@ -78,9 +78,7 @@ def _write_original(folder: Path) -> None:
     tensors = {f"{unet}0.0.weight": torch.randn(16, 4, 3, 3)}
     tensors[f"{unet}1.1.transformer_blocks.0.attn2.to_k.weight"] = torch.randn(16, 24)
     save_file(tensors, folder / "a.safetensors", {"modelspec.prediction_type": "v"})
-    torch.save(
-        {"state_dict": tensors, "global_step": numpy.int64(5), "hparams": OmegaConf.create({"a": 1})}, folder / "a.ckpt"
-    )
+    torch.save({"state_dict": tensors, "global_step": numpy.int64(5), "hparams": OmegaConf.create({"a": 1})}, folder / "a.ckpt")
 
 
 def _write_state(folder: Path) -> None:
@@ -101,8 +99,7 @@ def _write_lora(folder: Path, name: str, format: str) -> None:
 def _write_products(folder: Path) -> None:
     """LyCORIS' kinds, on an attention layer and on two convolutions."""
     linear, conv = (
-        f"lora_unet_down_blocks_0_{name}"
-        for name in ("attentions_0_transformer_blocks_0_attn1_to_q", "resnets_0_conv1")
+        f"lora_unet_down_blocks_0_{name}" for name in ("attentions_0_transformer_blocks_0_attn1_to_q", "resnets_0_conv1")
     )
     shapes = {
         f"{linear}.hada_w1_a": (320, 1),

@@ -114,9 +114,7 @@ def test_a_regular_expression_is_no_folder_and_sampling_reaches_the_scores(tiny_
     words = ["--checkpoint", tiny_run.checkpoint, "--num_samples", 10, "--ranks", 1, *set_words(kept)]
     more = [r"--targets", r".*\.(to_q|to_v)", r".*\.to_[qv]", *set_words(["sampling.cfg_scale=3"])]
     assert run_script(ABLATE, *words, *more) == 0
-    scored = [
-        line for line in capsys.readouterr().out.splitlines() if line.startswith("$ python sampling/image/evaluate.py")
-    ]
+    scored = [line for line in capsys.readouterr().out.splitlines() if line.startswith("$ python sampling/image/evaluate.py")]
     assert len(scored) == 2 and all("--set sampling.cfg_scale=3" in line for line in scored)
     found = [json.loads(line) for line in (work_folder / "output/ablation/results.jsonl").read_text().splitlines()]
     assert [r["target"] for r in found] == [r".*\.(to_q|to_v)", r".*\.to_[qv]"]

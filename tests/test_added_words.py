@@ -76,9 +76,7 @@ def test_an_extracted_lora_brings_them(words, folder):
     assert [*found.modules] == ["unet.conv_in"]
     assert_equal(found.tokens, words)
     for base in ("folder", "plain"):
-        assert (
-            run(lora_add.main, [base, "lora.safetensors", f"{base}.out.safetensors", "1", "--mode", "upl-ckpt-v2"]) == 0
-        )
+        assert run(lora_add.main, [base, "lora.safetensors", f"{base}.out.safetensors", "1", "--mode", "upl-ckpt-v2"]) == 0
         assert_equal(read_learned_tokens(folder.with_name(f"{base}.out.ti.pt")), words)
 
 

@@ -175,9 +175,7 @@ def message_of(err: str) -> str:
     return message
 
 
-@pytest.mark.parametrize(
-    ("script", "words"), [(script, words) for script, cases in BAD_INPUT.items() for words in cases]
-)
+@pytest.mark.parametrize(("script", "words"), [(script, words) for script, cases in BAD_INPUT.items() for words in cases])
 def test_one_line_status_2_and_nothing_written(script, words, command, work_folder, capsys):
     assert run_script(script, *command(script, words)) == 2
     message = message_of(capsys.readouterr().err)

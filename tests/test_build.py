@@ -83,9 +83,7 @@ def test_every_data_set_has_channels_and_captions():
 # --- models ---
 
 
-@pytest.mark.parametrize(
-    ("kind", "channels"), [("image/digits", 1), ("image/cifar10", 3), ("image/cifar10_inverted", 3)]
-)
+@pytest.mark.parametrize(("kind", "channels"), [("image/digits", 1), ("image/cifar10", 3), ("image/cifar10_inverted", 3)])
 def test_shared_sizes_are_read_off_the_built_parts(config, kind, channels):
     tiny = config(f"data.kind={kind}", "model.text_encoder.width=12", "model.text_encoder.heads=3")
     model = build_model(tiny)
@@ -99,9 +97,7 @@ def test_shared_sizes_are_read_off_the_built_parts(config, kind, channels):
 
 
 def test_what_the_config_says_reaches_the_parts(config):
-    model = build_model(
-        config("diffusion.prediction=eps", "diffusion.schedule.kind=betas", "model.channels_last=false")
-    )
+    model = build_model(config("diffusion.prediction=eps", "diffusion.schedule.kind=betas", "model.channels_last=false"))
     assert model.prediction == "eps"
     assert type(model.schedule).__name__ == "BetaSchedule"
     weight = model.network.conv_in.weight

@@ -190,9 +190,7 @@ def test_a_folder_that_only_a_file_names_is_not_read(config, work_folder, capsys
     scores = evaluated(capsys, "--data_dir", "new")
     assert scores["pictures_trained_on"] is scores["data_copying"] is None
 
-    hub = OmegaConf.to_container(config) | {
-        "data": {"kind": "image/hugging_face", "dataset_name": "a/b", "image_size": 16}
-    }
+    hub = OmegaConf.to_container(config) | {"data": {"kind": "image/hugging_face", "dataset_name": "a/b", "image_size": 16}}
     tensors = tiny_sd_model(config).state_dict()
     save_model(work_folder / "sd.safetensors", tensors, config=hub, image_shape=image_shape(config), step=2)
     assert run_script(EVALUATE, "--checkpoint", "sd.safetensors", "--force_cpu") == 2

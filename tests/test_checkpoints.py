@@ -49,9 +49,7 @@ def test_a_write_replaces_the_file_and_makes_folders(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    "error", [OSError("disk full"), RuntimeError("unexpected pos"), KeyError("bug"), KeyboardInterrupt()]
-)
+@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("unexpected pos"), KeyError("bug"), KeyboardInterrupt()])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(error, tmp_path):
     path = tmp_path / "file"
     path.write_text("old")

@@ -89,9 +89,7 @@ def test_captions_of_classes_are_checked_too():
 
 @pytest.mark.parametrize("cache", ["cache.latents", "cache.text_embeddings"])
 def test_only_files_are_cached(cache):
-    with pytest.raises(
-        ValueError, match=f"{cache}=true is for image/folder and image/hugging_face, not for image/digits"
-    ):
+    with pytest.raises(ValueError, match=f"{cache}=true is for image/folder and image/hugging_face, not for image/digits"):
         check_together(tiny_config(f"{cache}=true"), lora=False)
 
 

@@ -116,9 +116,7 @@ def test_a_dry_run_of_a_large_model_makes_no_weights(name, words, lines, work_fo
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KB
     assert grown < 400_000  # of 4 GB in float32
     out = capsys.readouterr().out
-    assert re.search(
-        r"network 859,520,964( \(frozen\))?, text encoder 123,650,304 \(frozen\), autoencoder 83,653,863 ", out
-    )
+    assert re.search(r"network 859,520,964( \(frozen\))?, text encoder 123,650,304 \(frozen\), autoencoder 83,653,863 ", out)
     assert all(line in out for line in lines)
     assert ("network 859,520,964 (frozen)" in out) != ("hint: " in out)
 
@@ -184,10 +182,7 @@ def test_a_film_goes_from_noise_to_the_images_whatever_the_batch(tiny_run, work_
 def test_strengths_of_several_loras_add_up(tiny_run, work_folder):
     words = ["--checkpoint", tiny_run.checkpoint, "--num_samples", 2, "--output_path"]
     assert run_script(SAMPLE, *words, "one", "--lora_path", f"{tiny_run.lora}:30") == 0
-    assert (
-        run_script(SAMPLE, *words, "two", "--lora_path", f"{tiny_run.lora}:10", "--lora_path", f"{tiny_run.lora}:20")
-        == 0
-    )
+    assert run_script(SAMPLE, *words, "two", "--lora_path", f"{tiny_run.lora}:10", "--lora_path", f"{tiny_run.lora}:20") == 0
     assert np.abs(pixels(work_folder / "one/lora.png") - pixels(work_folder / "two/lora.png")).max() <= 2
     assert np.abs(pixels(work_folder / "one/lora.png") - pixels(work_folder / "one/base.png")).max() > 20
 

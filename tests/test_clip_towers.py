@@ -58,9 +58,7 @@ def test_a_published_model_that_cannot_be_downloaded_is_said_at_once(monkeypatch
 
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        ValueError, match=r"cannot be downloaded .* Connect to the network, or name another one, or leave it"
-    ):
+    with pytest.raises(ValueError, match=r"cannot be downloaded .* Connect to the network, or name another one, or leave it"):
         PublishedTowers("ViT-B-32-quickgelu/openai")
     with pytest.raises(ValueError, match="--clip: 'foo' is unknown; open_clip has for ViT-B-32: openai, "):
         PublishedTowers("ViT-B-32/foo")

@@ -37,9 +37,7 @@ def test_a_flag_that_is_repeated_sets_a_list_of_texts():
         ["no", "3", "a, [b]: {c} # \U0001f98a é 'q' \"", "~/x"],
     )
     args = argparse.Namespace(sample_prompt=prompts, set=["training.sample_prompts=[a, b]"])
-    config = load_config(
-        ROOT / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml", cli.overrides_from_flags(args, keys)
-    )
+    config = load_config(ROOT / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml", cli.overrides_from_flags(args, keys))
     assert config.training.sample_prompts == prompts
     with (
         pytest.raises(ValueError, match=r"^--sample_prompt: training.sample_prompts is wrong"),

@@ -97,9 +97,7 @@ def test_the_result_is_read_only(write_yaml):
 
 def test_interpolations_are_refused(write_yaml):
     path = write_yaml(config=SMALLEST + "training: {batch_size: '${data.image_size}'}")
-    with pytest.raises(
-        ConfigError, match=r"config\.yaml .*line 3: value='\$\{data\.image_size\}': a config holds values"
-    ):
+    with pytest.raises(ConfigError, match=r"config\.yaml .*line 3: value='\$\{data\.image_size\}': a config holds values"):
         load_config(path)
 
 

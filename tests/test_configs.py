@@ -12,9 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ALL_CONFIGS = sorted((ROOT / "configs/image").rglob("*.yaml"))
 CONFIGS = [path for path in ALL_CONFIGS if path.parent.name != "sd"]
 SD_CONFIGS = [path for path in ALL_CONFIGS if path.parent.name == "sd"]
-OF_README = (
-    ROOT / "configs/image/mnist/ddpm_32x32_v_continuous_clip.yaml"
-)  # tests/test_lessons.py runs it, and it is large
+OF_README = ROOT / "configs/image/mnist/ddpm_32x32_v_continuous_clip.yaml"  # tests/test_lessons.py runs it, and it is large
 FAST = ["--set", "model.text_encoder.pretrained=null", "--num_training_steps", "2", "--batch_size", "2", "--force_cpu"]
 FAST += ["--set", "sampling.steps=1", "--set", "sampling.cfg_scale=1"]
 

@@ -287,9 +287,7 @@ def test_a_trained_tower_is_read(named, tmp_path):
 
 def test_a_tag_needs_the_open_clip_kind():
     encoder, config = encoder_and_config("model.text_encoder.pretrained=openai")
-    with pytest.raises(
-        ValueError, match=r"pretrained='openai': for kind clip allowed are tiny, null, or a \.safetensors"
-    ):
+    with pytest.raises(ValueError, match=r"pretrained='openai': for kind clip allowed are tiny, null, or a \.safetensors"):
         initialise(encoder, config)
 
 
@@ -336,8 +334,6 @@ def test_without_a_network_the_hub_is_told_so_and_the_error_says_what_to_do(monk
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(urllib.request, "urlopen", no_route)
     monkeypatch.setattr(open_clip, "create_model", no_download)
-    with pytest.raises(
-        ValueError, match=r"'openai' of ViT-B-32 cannot be downloaded \(not in the cache.*pretrained=null"
-    ):
+    with pytest.raises(ValueError, match=r"'openai' of ViT-B-32 cannot be downloaded \(not in the cache.*pretrained=null"):
         initialise(encoder, open_clip_config("openai"))
     assert constants.HF_HUB_OFFLINE is False

@@ -124,9 +124,7 @@ def small():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (4, 3, 5, 5), generator=generator, dtype=torch.uint8)
     labels = torch.tensor([0, 1, 1, 0])
-    return ImageSet(
-        "image/x", Split(images[:3], labels[:3]), Split(images[3:], labels[3:]), PROMPT_TABLES["image/mnist"]
-    )
+    return ImageSet("image/x", Split(images[:3], labels[:3]), Split(images[3:], labels[3:]), PROMPT_TABLES["image/mnist"])
 
 
 def test_inversion_is_the_negative_and_undoes_itself(small):

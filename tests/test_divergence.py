@@ -33,9 +33,7 @@ def test_a_loss_far_above_those_before_stops_the_run_before_any_weight_changes()
     trainer = tiny_trainer(tiny_config("training.stop_above=1.5"))
     trainer.watch.restore([0.01] * 50)
     before = [p.clone() for p in trainer.trainable.values()]
-    with pytest.raises(
-        TrainingDiverged, match=r"at step 1, above 0\.015 = training\.stop_above times the median"
-    ) as info:
+    with pytest.raises(TrainingDiverged, match=r"at step 1, above 0\.015 = training\.stop_above times the median") as info:
         trainer.step(1)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.trainable.values()))
     assert not any(p.grad is not None and p.grad.any() for p in trainer.trainable.values())

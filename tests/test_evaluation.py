@@ -269,9 +269,7 @@ def test_intervals_take_variants_of_a_held_out_image_as_one(good_judge, tmp_path
     assert {name for name, (of_rows, of_groups) in width.items() if of_groups > 1.2 * of_rows} == of_held_out
     of_held_out |= {"gap_closed"}  # whose chance is that of times and noise more than of images
     left_out = {"seconds_per_image", "loss_curve", *(f"{name}_interval" for name in of_held_out)}
-    assert {k: v for k, v in plain.items() if k not in left_out} == {
-        k: v for k, v in grouped.items() if k not in left_out
-    }
+    assert {k: v for k, v in plain.items() if k not in left_out} == {k: v for k, v in grouped.items() if k not in left_out}
     first, second = (scores["loss_curve"]["model"] for scores in (plain, grouped))
     assert first["loss"] == second["loss"] and first["low"] != second["low"]
 
@@ -317,9 +315,7 @@ def test_perfect_samples_have_perfect_scores(inverted, good_judge, tmp_path, mon
 
 
 def test_an_interval_of_no_numbers_is_none():
-    values, reasons = scoring.finished(
-        {"a": math.nan, "a_interval": (math.nan, math.nan), "b_interval": (0.0, 1.0)}, {}
-    )
+    values, reasons = scoring.finished({"a": math.nan, "a_interval": (math.nan, math.nan), "b_interval": (0.0, 1.0)}, {})
     assert values == {"a": None, "a_interval": None, "b_interval": [0, 1]}
     assert reasons.keys() == {"a", "a_interval"}
 
@@ -342,9 +338,7 @@ def test_scores_that_cannot_be_had(tmp_path):
         scored(model, ImageSet(data.name, larger, larger, data.prompts), tmp_path)
     for kept, number, of_one_class in ((slice(5), 5, 1), (slice(10), 10, 1)):
         few = Split(data.test.images[kept], torch.arange(10)[kept])
-        held_out = (
-            rf"has {number} held-out images, of one class at most {of_one_class}: scores with --full need at least 6"
-        )
+        held_out = rf"has {number} held-out images, of one class at most {of_one_class}: scores with --full need at least 6"
         with pytest.raises(ValueError, match=held_out):
             scored(model, replace(data, test=few), tmp_path, num_samples=20, depth=Depth(full=True))
     assert list(tmp_path.iterdir()) == []

@@ -76,9 +76,7 @@ def test_a_signal_before_the_first_step_is_one_line(script, number, tmp_path, mo
     monkeypatch.setattr(digits, "_draw", lambda *_: signal.raise_signal(number), raising=True)
     file = tmp_path / "clip.safetensors"
     words = ["--config_path", CONFIG, *set_words(["model.text_encoder.pretrained=tiny", "data.image_size=12"])]
-    assert (
-        run_script(script, *words, "--output_path", file if script == TRAIN_CLIP else tmp_path / "run") == 128 + number
-    )
+    assert run_script(script, *words, "--output_path", file if script == TRAIN_CLIP else tmp_path / "run") == 128 + number
     assert capfd.readouterr().err.splitlines() == [f"stopped by {number.name}"]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert not file.exists()
@@ -151,9 +149,7 @@ def test_a_place_where_no_tiny_clip_can_be_written(name, tmp_path, capfd):
     assert str(tmp_path / name).removesuffix("/clip.safetensors") in capfd.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    ("signals", "status"), [(["SIGINT", "SIGINT"], 130), (["SIGINT", "SIGTERM"], 143), (["SIGTERM"], 7)]
-)
+@pytest.mark.parametrize(("signals", "status"), [(["SIGINT", "SIGINT"], 130), (["SIGINT", "SIGTERM"], 143), (["SIGTERM"], 7)])
 def test_the_second_signal_quits_at_once(signals, status):
     code = """
 import os, sys
@@ -198,9 +194,7 @@ FAULTS = {  # which call fails from which one on, with what; the last good check
 
 
 @pytest.mark.parametrize(("target", "name", "first", "error", "good", "reason"), FAULTS.values(), ids=FAULTS)
-def test_a_run_goes_on_from_its_last_good_checkpoint(
-    target, name, first, error, good, reason, tmp_path, monkeypatch, capfd
-):
+def test_a_run_goes_on_from_its_last_good_checkpoint(target, name, first, error, good, reason, tmp_path, monkeypatch, capfd):
     calls, original = [], getattr(target, name)
 
     def failing(*arguments, **keywords):

@@ -50,9 +50,7 @@ def test_gradients_that_are_never_finite_stop_the_run(tmp_path, monkeypatch):
     before = copies(trainer.trainable)
     for _ in range(2):
         assert all(trainer.step(1).skipped for _ in range(MOST_SKIPPED - 1))
-        with pytest.raises(
-            TrainingDiverged, match=f"of {MOST_SKIPPED} steps in a row whose gradients overflow in fp16"
-        ):
+        with pytest.raises(TrainingDiverged, match=f"of {MOST_SKIPPED} steps in a row whose gradients overflow in fp16"):
             trainer.step(1)
     assert equal_bits(trainer.trainable, before)
     for _ in range(2):

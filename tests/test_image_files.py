@@ -42,9 +42,7 @@ def stored(mode, format, options, side, height=None):
     """A photograph's bytes: smooth, with some noise; a square if no height is given."""
     small = np.random.default_rng(0).integers(0, 255, (side // 20, side // 20, 3), dtype=np.uint8)
     image = Image.fromarray(small).resize((side, height or side))
-    image = (
-        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257) if "16" in mode else image.convert(mode)
-    )
+    image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257) if "16" in mode else image.convert(mode)
     if mode == "RGBA":
         image.putalpha(100)
     stream = io.BytesIO()
@@ -62,9 +60,7 @@ def test_a_picture_takes_no_more_memory_than_its_header_lets_expect(kind, monkey
     shown = picture(stored(*STORED[kind], side))
     expected = []
     original = image_files._decoding_bytes
-    monkeypatch.setattr(
-        image_files, "_decoding_bytes", lambda *given: expected.append(original(*given)) or expected[-1]
-    )
+    monkeypatch.setattr(image_files, "_decoding_bytes", lambda *given: expected.append(original(*given)) or expected[-1])
     taken = peak_resident(lambda: shown.pixels((64, 64)))
     assert taken < expected[0] + spare
 

@@ -103,10 +103,7 @@ def test_a_bucket_without_a_whole_picture_is_left_out(tmp_path):
     truncate(paths[0]), truncate(paths[2])
     images = load(tmp_path)
     assert list(images.buckets) == [(16, 16)] and images.captions == [("b",)]
-    assert (
-        images.skipped.keys() == {"picture_0.png", "picture_2.png"}
-        and "skipped 2: picture_0.png (cannot" in images.summary
-    )
+    assert images.skipped.keys() == {"picture_0.png", "picture_2.png"} and "skipped 2: picture_0.png (cannot" in images.summary
     truncate(paths[1])
     with pytest.raises(ValueError, match=r"no usable picture: .*skipped 3: picture_0.png \(cannot be read"):
         load(tmp_path)
@@ -139,9 +136,7 @@ def test_every_picture_is_in_the_bucket_of_its_shape(tmp_path):
 def test_the_config_names_a_folder(tmp_path):
     write_pictures(tmp_path / "set", [(16, 16)], ["words"])
     path = tmp_path / "config.yaml"
-    path.write_text(
-        "data: {kind: image/folder, image_size: 16, bucket_multiple: 4, flip: true}\ndiffusion: {prediction: eps}"
-    )
+    path.write_text("data: {kind: image/folder, image_size: 16, bucket_multiple: 4, flip: true}\ndiffusion: {prediction: eps}")
     config = load_config(path, [f"data.data_dir={tmp_path / 'set'}"])
     assert image_shape(config) == (3, 16, 16) and build_data(config).flip
     with pytest.raises(ConfigError, match=r"data: image/folder needs .*--data_dir FOLDER"):

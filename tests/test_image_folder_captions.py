@@ -24,9 +24,7 @@ def test_captions_from_text_files_beside_the_pictures(tmp_path, capsys):
     images = load(tmp_path)
     assert captions(images) == {"picture_0.png": "a cat", "picture_1.png": "a dog"}
     assert capsys.readouterr().out.strip() == images.summary
-    assert (
-        "2 pictures in 2 shapes (20x12: 1, 16x16: 1)" in images.summary and "captions from .txt files" in images.summary
-    )
+    assert "2 pictures in 2 shapes (20x12: 1, 16x16: 1)" in images.summary and "captions from .txt files" in images.summary
     (tmp_path / "picture_1.png").unlink()
     assert ": 1 picture in 1 shape (16x16: 1), captions" in load(tmp_path).summary
 
@@ -241,7 +239,5 @@ def test_metadata_cannot_reach_out_through_a_link_that_is_not_followed(tmp_path)
 def test_a_csv_without_its_columns_is_an_error(tmp_path):
     write_pictures(tmp_path, [(16, 16)])
     (tmp_path / "metadata.csv").write_text("name,text\na,b\n")
-    with pytest.raises(
-        ValueError, match=r"must have the columns file_name and text \(or caption\), not \['name', 'text'\]"
-    ):
+    with pytest.raises(ValueError, match=r"must have the columns file_name and text \(or caption\), not \['name', 'text'\]"):
         load(tmp_path)

@@ -33,9 +33,7 @@ def test_captions_of_every_marked_encoding_are_read(tmp_path, encoding):
         assert captions(load(tmp_path)) == {"picture_0.png": "ein Fuchs im Café 狐"}
 
 
-@pytest.mark.parametrize(
-    "content", ["un café".encode("latin-1"), "a cat".encode("utf-16-le"), "狐".encode("utf-16")[:3]]
-)
+@pytest.mark.parametrize("content", ["un café".encode("latin-1"), "a cat".encode("utf-16-le"), "狐".encode("utf-16")[:3]])
 def test_a_caption_that_is_no_utf_8_is_skipped_and_named(tmp_path, content):
     write_pictures(tmp_path, [(16, 16)] * 2, ["words"])
     (tmp_path / "picture_1.txt").write_bytes(content)

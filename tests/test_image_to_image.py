@@ -47,9 +47,7 @@ def test_the_usual_strength_is_the_one_that_the_command_says():
 
 
 def test_a_strength_that_leaves_no_step_is_refused():
-    with pytest.raises(
-        ValueError, match=r"strength=0.05 of 10 steps is less than one: take more steps, or at least 0.100"
-    ):
+    with pytest.raises(ValueError, match=r"strength=0.05 of 10 steps is less than one: take more steps, or at least 0.100"):
         times_from(TIMES, 0.05)
 
 
@@ -96,9 +94,7 @@ def test_images_and_masks_of_another_shape_are_refused(images, mask, said, monke
 
 
 def test_a_grey_mask_keeps_or_draws_and_mixes_nothing():
-    denoiser = MaskedDenoiser(
-        HalfDenoiser(), torch.zeros(1, 1, 1, 4), torch.tensor([0.0, 0.5, 0.51, 1]).view(1, 1, 1, 4)
-    )
+    denoiser = MaskedDenoiser(HalfDenoiser(), torch.zeros(1, 1, 1, 4), torch.tensor([0.0, 0.5, 0.51, 1]).view(1, 1, 1, 4))
     assert denoiser.kept(torch.ones(1, 1, 1, 4)).flatten().tolist() == [0, 0, 1, 1]
 
 
@@ -116,9 +112,7 @@ def test_kept_pixels_are_those_of_the_image_from_two_latents_on(generator):
     assert torch.equal(found[..., own], start.expand(2, -1, -1, -1)[..., own])
     share = (found - start)[0, 0] / (drawn - start)[0, 0]
     row = share[8, 11:]
-    assert (
-        (row[0] == pytest.approx(1, abs=1e-4)) and (row.diff() <= 1e-4).all() and row[-1] == pytest.approx(0, abs=1e-4)
-    )
+    assert (row[0] == pytest.approx(1, abs=1e-4)) and (row.diff() <= 1e-4).all() and row[-1] == pytest.approx(0, abs=1e-4)
     assert torch.equal(replace(given, keep_pixels=False).with_kept_pixels(drawn, (4, 6, 6)), drawn)
     everywhere = StartImage(start, 0.5, torch.ones_like(mask)).with_kept_pixels(drawn, (4, 6, 6))
     torch.testing.assert_close(everywhere, drawn)  # up to the edges, behind which nothing is kept

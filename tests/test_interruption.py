@@ -17,9 +17,7 @@ from xdiffusion.training.records import read_metrics
 from xdiffusion.training.run_record import read_run
 
 
-@pytest.mark.parametrize(
-    "streams", [{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}, {"stdout": subprocess.PIPE}]
-)
+@pytest.mark.parametrize("streams", [{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}, {"stdout": subprocess.PIPE}])
 def test_a_run_outlives_the_reader_of_its_output(streams, tmp_path):
     """As in `train.py 2>&1 | tee log`, which Ctrl-C ends too: it writes its checkpoint and says what became of it."""
     words = [sys.executable, ROOT / TRAIN, *COMMON, "--num_training_steps", 10**6, "--output_path", tmp_path]

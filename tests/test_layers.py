@@ -143,9 +143,7 @@ def test_paper_keys_are_told_from_other_brackets():
 def test_every_paper_key_is_in_the_references(path):
     known = set(re.findall(r"^- \*\*\[([\w+]+)\]\*\*", (ROOT / "docs/references.md").read_text(), re.MULTILINE))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    docstrings = [
-        ast.get_docstring(n) or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, documented)
-    ]
+    docstrings = [ast.get_docstring(n) or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, documented)]
     assert set(PAPER_KEY.findall("\n".join(docstrings))) <= known
 
 

@@ -133,9 +133,7 @@ def test_the_section_sampling_of_the_named_config_is_used(saved, config, tmp_pat
     sampling = load_model(path, other)[1].sampling
     assert (sampling.steps, sampling.sampler.kind, sampling.cfg_scale) == (4, "heun", config().sampling.cfg_scale)
     said = capsys.readouterr().err
-    assert (
-        f"{other} beats the checkpoint: sampling.steps=4 (3 there), sampling.sampler.kind=heun (ddim there)\n" in said
-    )
+    assert f"{other} beats the checkpoint: sampling.steps=4 (3 there), sampling.sampler.kind=heun (ddim there)\n" in said
     del content["sampling"]
     other.write_text(OmegaConf.to_yaml(content))
     assert load_model(path, other)[1] == config()
@@ -198,9 +196,7 @@ def test_a_model_that_has_weights_keeps_its_own_memory(saved, config):
 def test_another_kind_of_schedule_is_one_line(saved, config, tmp_path, capsys):
     path = tmp_path / "lora.safetensors"
     factors = LoRAFactors(torch.ones(1, 2), torch.ones(2, 1), 1.0)
-    write_lora(
-        LoRAFile({"a": factors}, config=OmegaConf.to_container(config("diffusion.schedule.kind=betas"))), path, "native"
-    )
+    write_lora(LoRAFile({"a": factors}, config=OmegaConf.to_container(config("diffusion.schedule.kind=betas"))), path, "native")
     assert as_trained(config(), [path]).diffusion.schedule.kind == "betas"
     said = "was trained with diffusion.schedule.kind=betas, and is drawn so; its base has cosine"
     assert capsys.readouterr().err == f"{path} {said}\n"

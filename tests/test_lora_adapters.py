@@ -25,9 +25,7 @@ from xdiffusion.lora.inject import lora_layers
 
 def base_model():
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(6, 8), nn.Tanh(), nn.Unflatten(1, (8, 1)), nn.Conv1d(8, 4, 1), nn.Flatten(), nn.Linear(4, 3)
-    )
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Unflatten(1, (8, 1)), nn.Conv1d(8, 4, 1), nn.Flatten(), nn.Linear(4, 3))
 
 
 def adapted(adapters, **variant):

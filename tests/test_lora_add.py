@@ -88,9 +88,7 @@ def test_lora_add_takes_and_makes_cloneofsimos_pickles(files):
 
 def test_lora_add_upl_on_our_checkpoint_is_lora_apply(files):
     assert command("lora apply model.safetensors style.safetensors:0.7 applied.safetensors") == 0
-    words = (
-        "--path_1 model.safetensors --path_2 style.safetensors --mode upl --alpha 0.7 --output_path added.safetensors"
-    )
+    words = "--path_1 model.safetensors --path_2 style.safetensors --mode upl --alpha 0.7 --output_path added.safetensors"
     assert command(f"lora_add {words}") == 0
     added, applied = (load_model_file(files / f"{name}.safetensors").tensors for name in ("added", "applied"))
     assert all(torch.equal(added[name], applied[name]) for name in applied)

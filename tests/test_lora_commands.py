@@ -217,9 +217,7 @@ def test_extract_and_resize_name_what_is_not_finite(files, capsys):
     for name in ("model", "style"):
         tensors, metadata = load_safetensors(files / f"{name}.safetensors")
         last = max(name for name in tensors if name.endswith((".lora_A", "attn1.to_q.weight")))
-        save_safetensors(
-            files / "odd.safetensors", tensors | {last: torch.full_like(tensors[last], torch.nan)}, metadata
-        )
+        save_safetensors(files / "odd.safetensors", tensors | {last: torch.full_like(tensors[last], torch.nan)}, metadata)
         words = "extract odd.safetensors model.safetensors" if name == "model" else "resize odd.safetensors"
         assert command(f"lora {words} out.safetensors --rank 1") == 2
         assert last.removesuffix(".lora_A") in capsys.readouterr().err

@@ -98,9 +98,7 @@ def test_dora_survives_or_is_refused(format, tmp_path):
 
 def test_peft_has_one_switch_for_dora(tmp_path):
     source = mixed()
-    some = source.modules | {
-        f"{ATTENTION}.to_q": random_factors(f"{ATTENTION}.to_q", 2, 1.0, magnitude=torch.ones(320))
-    }
+    some = source.modules | {f"{ATTENTION}.to_q": random_factors(f"{ATTENTION}.to_q", 2, 1.0, magnitude=torch.ones(320))}
     for format in ("peft", "diffusers"):
         with pytest.raises(CheckpointError, match="1 of 5 have a magnitude"):
             write_lora(replace(source, modules=some), path_of(format, tmp_path), format)
@@ -138,9 +136,7 @@ def test_real_files_are_whole():
 
 
 def test_what_a1111_needs_is_in_kohyas_header(tmp_path):
-    source = LoRAFile(
-        {n: random_factors(n, 4, 2.0) for n in list(SD15)[3:40]}, metadata={"ss_tag_frequency": "{}"}, step=9
-    )
+    source = LoRAFile({n: random_factors(n, 4, 2.0) for n in list(SD15)[3:40]}, metadata={"ss_tag_frequency": "{}"}, step=9)
     path = tmp_path / "style.safetensors"
     write_lora(source, path, "kohya")
     tensors, header = load_safetensors(path)
@@ -231,9 +227,7 @@ def test_exchange_names():
     assert exchange_name("network.mid_block.attentions.0.transformer_blocks.0.ff.proj_in") == (
         "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj"
     )
-    assert (
-        exchange_name("text_encoder.layers.3.attn.to_v") == "text_encoder.text_model.encoder.layers.3.self_attn.v_proj"
-    )
+    assert exchange_name("text_encoder.layers.3.attn.to_v") == "text_encoder.text_model.encoder.layers.3.self_attn.v_proj"
     assert exchange_name("encoder.layers.3.self_attn.v_proj") == exchange_name("text_encoder.layers.3.attn.to_v")
     assert exchange_name("layers.0.linear") == "layers.0.linear"
 

@@ -156,9 +156,7 @@ def test_merged_weight_of_any_kernel(shape):
     weight = torch.randn(shape, generator=generator)
     lora_A = torch.randn(RANK, *shape[1:], generator=generator)
     lora_B = torch.randn(shape[0], RANK, *[1] * (len(shape) - 2), generator=generator)
-    expected = weight + SCALING * sum(
-        torch.einsum("o,...->o...", lora_B[:, r].flatten(), lora_A[r]) for r in range(RANK)
-    )
+    expected = weight + SCALING * sum(torch.einsum("o,...->o...", lora_B[:, r].flatten(), lora_A[r]) for r in range(RANK))
     merged = merged_weight(weight, lora_A, lora_B, SCALING)
     torch.testing.assert_close(merged, expected)
 
@@ -235,9 +233,7 @@ def test_convolution_and_its_gradients_are_the_formulas(x_shape, shape, geometry
 @every_conv
 def test_a_convolutions_gradients_in_float64_are_the_finite_differences(x_shape, shape, geometry, merged):
     x, weight, bias, lora_A, lora_B = conv_inputs(x_shape, shape, torch.float64)
-    assert gradcheck(
-        lambda x, a, b: lora_conv(x, weight, bias, a, b, SCALING, geometry), (x, lora_A, lora_B), fast_mode=True
-    )
+    assert gradcheck(lambda x, a, b: lora_conv(x, weight, bias, a, b, SCALING, geometry), (x, lora_A, lora_B), fast_mode=True)
 
 
 def test_frozen_parts_of_a_convolution_get_no_graph():

@@ -128,10 +128,7 @@ def whole_files(tmp_path_factory):
         paths[format] = folder / f"{format}{kind.suffix}"
         if kind.write:
             write_lora(lora, paths[format], format)
-    old = {
-        f"{ATTENTION}.processor.to_q_lora.{way}.weight": torch.ones(s)
-        for way, s in (("down", (1, 320)), ("up", (320, 1)))
-    }
+    old = {f"{ATTENTION}.processor.to_q_lora.{way}.weight": torch.ones(s) for way, s in (("down", (1, 320)), ("up", (320, 1)))}
     save_file(old, paths["diffusers-processors"])
     return paths
 

@@ -174,9 +174,7 @@ def test_merging_and_unmerging_in_the_wrong_state_is_an_error():
     with pytest.raises(LoRAError, match="no LoRA adapter to merge"):
         merge_lora_weights(model)
     for doing in (set_lora_enabled, partial(set_lora_scale, scale=0.0), lambda m: lora_disabled(m).__enter__()):
-        with pytest.raises(
-            LoRAError, match=r"a\.to_q is merged: call unmerge_lora_weights before (switching|changing)"
-        ):
+        with pytest.raises(LoRAError, match=r"a\.to_q is merged: call unmerge_lora_weights before (switching|changing)"):
             doing(model)
     with pytest.raises(LoRAError, match="only inside a model"):
         merge_lora_weights(LoRALinear(4, 4))

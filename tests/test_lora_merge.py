@@ -117,9 +117,7 @@ def test_legacy_is_the_factor_wise_rule_with_its_cross_terms():
     first, second = lora_file(seed=1, alpha=4.0), lora_file(seed=2, alpha=4.0)
     merged, errors = merge.merge_loras([(first, 0.3), (second, 0.7)], "legacy")
     for name, result in merged.modules.items():
-        (A1, B1), (A2, B2) = (
-            (f.lora_A.flatten(1), f.lora_B.flatten(1)) for f in (first.modules[name], second.modules[name])
-        )
+        (A1, B1), (A2, B2) = ((f.lora_A.flatten(1), f.lora_B.flatten(1)) for f in (first.modules[name], second.modules[name]))
         expanded = 0.09 * B1 @ A1 + 0.49 * B2 @ A2 + 0.21 * (B1 @ A2 + B2 @ A1)
         assert relative(result.delta().flatten(1), expanded) < 1e-6
         assert errors[name] == pytest.approx(relative(expanded, (0.3 * B1 @ A1 + 0.7 * B2 @ A2)), rel=1e-4)

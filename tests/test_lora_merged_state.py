@@ -120,9 +120,7 @@ def test_other_weights_are_refused_while_merged(assign, merged):
     other = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
     before = copy.deepcopy(model)
     for each in (model, copy.deepcopy(model)):
-        with pytest.raises(
-            LoRAError, match="0 is merged: call unmerge_lora_weights, or fold_lora_weights, before load_state"
-        ):
+        with pytest.raises(LoRAError, match="0 is merged: call unmerge_lora_weights, or fold_lora_weights, before load_state"):
             each.load_state_dict(other, assign=assign)
         assert states_equal(each, before)
 

@@ -335,6 +335,4 @@ def test_names_that_end_others_keep_their_own_rank_and_alpha_in_peft_s_form(tmp_
     ours = copy.deepcopy(model)
     write_lora(LoRAFile(modules), tmp_path / "ours.safetensors", "native")
     load_lora_weights(ours, tmp_path / "ours.safetensors")
-    torch.testing.assert_close(
-        peft.PeftModel.from_pretrained(model, tmp_path / "peft")(x), ours(x), rtol=1e-4, atol=1e-3
-    )
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(model, tmp_path / "peft")(x), ours(x), rtol=1e-4, atol=1e-3)

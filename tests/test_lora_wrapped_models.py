@@ -22,9 +22,7 @@ from xdiffusion.lora import (
 def small_model():
     """With a submodule that is named as DataParallel's is."""
     torch.manual_seed(0)
-    return nn.ModuleDict(
-        {"a": nn.ModuleDict({"module": nn.Linear(4, 4), "to_q": nn.Linear(4, 4)}), "b": nn.Linear(4, 3)}
-    )
+    return nn.ModuleDict({"a": nn.ModuleDict({"module": nn.Linear(4, 4), "to_q": nn.Linear(4, 4)}), "b": nn.Linear(4, 3)})
 
 
 def compiled_part(model):
@@ -96,9 +94,7 @@ def test_a_compiled_part_of_stable_diffusion_takes_files_of_other_tools(tmp_path
 
 @pytest.mark.parametrize("wrapped", [lambda layer: layer, torch.compile, nn.DataParallel])
 def test_a_layer_without_a_name_cannot_be_saved(wrapped, tmp_path):
-    with pytest.raises(
-        LoRAError, match="the LoRALinear itself was given: a file knows layers by their names in a model"
-    ):
+    with pytest.raises(LoRAError, match="the LoRALinear itself was given: a file knows layers by their names in a model"):
         save_lora_weights(wrapped(LoRALinear(4, 4)), tmp_path / "lora.safetensors")
     assert list(tmp_path.iterdir()) == []
     model = nn.ModuleDict({"layer": LoRALinear(4, 4)})

@@ -44,9 +44,7 @@ def test_a_state_that_a_new_run_has_set_aside_is_named(tiny_run, work_folder, ca
     resumed = [*words, "--num_training_steps", 3, "--resume_from", "run/diffusion-2.safetensors"]
     assert run_script(TRAIN, *resumed) == 2
     remedy = "rename diffusion-2.state.pt.earlier to diffusion-2.state.pt to go on from it"
-    assert (
-        f"no file at run/diffusion-2.state.pt: a run begun anew has set it aside; {remedy}" in capsys.readouterr().err
-    )
+    assert f"no file at run/diffusion-2.state.pt: a run begun anew has set it aside; {remedy}" in capsys.readouterr().err
     assert (work_folder / "run/diffusion-2.safetensors").read_bytes() == weights
     (work_folder / "run/diffusion-2.state.pt.earlier").rename("run/diffusion-2.state.pt")
     assert run_script(TRAIN, *resumed) == 0

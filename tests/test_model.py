@@ -62,9 +62,7 @@ def test_without_guidance_the_negative_prompt_changes_nothing(model):
     rows = []
     handle = model.text_encoder.register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
     plain = draw(model, PROMPTS, syntax, "sampling.cfg_scale=1")
-    assert torch.equal(
-        draw(model, PROMPTS, syntax, "sampling.cfg_scale=1", f"sampling.negative_prompt='{long}'"), plain
-    )
+    assert torch.equal(draw(model, PROMPTS, syntax, "sampling.cfg_scale=1", f"sampling.negative_prompt='{long}'"), plain)
     handle.remove()
     assert rows == [2, 2]  # "1", "2"
     with pytest.raises(ValueError, match=r"prompt '\(7': '\(' is never closed"):
@@ -80,9 +78,7 @@ def test_an_image_does_not_depend_on_longer_prompts_beside_its_own(model):
         alone = draw(model, same, syntax)
         rows = [i for i, prompt in enumerate(prompts) if prompt == same[i]]
         torch.testing.assert_close(together[rows], alone[rows], atol=1e-5, rtol=0)
-    negative = draw(
-        model, ["1", long], syntax, f"sampling.negative_prompt='{long}'"
-    )  # both as long as the negative one
+    negative = draw(model, ["1", long], syntax, f"sampling.negative_prompt='{long}'")  # both as long as the negative one
     assert not torch.allclose(negative[:1], together[:1], atol=1e-4)
 
 

@@ -217,9 +217,7 @@ def test_a_tiny_clip_that_one_process_cannot_begin_is_a_line_in_each(tmp_path):
         results = [*map(finish, start(words, script=ROOT / TRAIN_CLIP))]
     assert [status for status, _, _ in results] == [2, 1]
     assert "is in use by another run" in results[0][2].splitlines()[-1]
-    assert (
-        results[1][2].splitlines()[-1].startswith("error: before the first step, another process of this run is gone")
-    )
+    assert results[1][2].splitlines()[-1].startswith("error: before the first step, another process of this run is gone")
 
 
 def test_of_two_processes_the_first_alone_prints(tmp_path):
@@ -244,9 +242,7 @@ def test_a_killed_process_ends_the_other_and_one_goes_on(tmp_path):
     assert time.monotonic() - killed < 30
     assert status == 1
     line = err.splitlines()[-1]
-    assert re.search(
-        "error: training stopped after step .* another process of this run is gone or cannot be reached", line
-    )
+    assert re.search("error: training stopped after step .* another process of this run is gone or cannot be reached", line)
     assert "last good checkpoint: " in line
     assert "to go on from it: torchrun --nproc_per_node 2 " in line
     assert curve(tmp_path / "two")[:STEPS] == pytest.approx(curve(tmp_path / "one"), rel=1e-4)
@@ -306,8 +302,7 @@ def test_the_command_to_go_on_with(monkeypatch):
         "training/image/train.py --resume_from auto"
     )
     assert (
-        resuming_command(str(ROOT / TRAIN), [], 4)
-        == "torchrun --nproc_per_node 4 training/image/train.py --resume_from auto"
+        resuming_command(str(ROOT / TRAIN), [], 4) == "torchrun --nproc_per_node 4 training/image/train.py --resume_from auto"
     )
 
 
@@ -319,9 +314,7 @@ def test_a_batch_that_cannot_be_shared(processes, batch_size):
         settings = TrainingSettings(batch_size=rows, gradient_accumulation_steps=2)
         return SimpleNamespace(settings=settings, rows=rows)
 
-    with pytest.raises(
-        ValueError, match=f"batch_size={batch_size} cannot be shared by {processes} processes .* must divide"
-    ):
+    with pytest.raises(ValueError, match=f"batch_size={batch_size} cannot be shared by {processes} processes .* must divide"):
         check_shares(accelerator, task(batch_size))
     check_shares(accelerator, task(2 * processes))
 

@@ -131,9 +131,7 @@ def test_a_key_that_is_added_to_the_loss_reaches_it(monkeypatch):
     """As docs/architecture.md says how to add a weighting."""
     config = tiny_config("diffusion.offset_noise=0.1", "diffusion.min_snr_gamma=5")
     seen = {}
-    monkeypatch.setattr(
-        diffusion_task, "loss", lambda *_, **given: seen.update(given) or torch.zeros((), requires_grad=True)
-    )
+    monkeypatch.setattr(diffusion_task, "loss", lambda *_, **given: seen.update(given) or torch.zeros((), requires_grad=True))
     tiny_trainer(config).step(1)
     of_config = {key: value for key, value in config.diffusion.items() if key != "schedule"}
     assert of_config.items() <= seen.items() and {"prediction", "min_snr_gamma", "offset_noise"} <= of_config.keys()

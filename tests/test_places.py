@@ -17,9 +17,7 @@ RUN = "output/image/digits/tiny/diffusion-10.safetensors"
         ("models/sd.v2", None, False, "sd.v2"),  # a folder's name has no ending
     ],
 )
-def test_samples_are_called_after_the_run_the_config_the_file_or_the_folder(
-    checkpoint, config_path, in_run, name, tmp_path
-):
+def test_samples_are_called_after_the_run_the_config_the_file_or_the_folder(checkpoint, config_path, in_run, name, tmp_path):
     (tmp_path / "models/sd.v2").mkdir(parents=True)
     folder = sample_folder("image/digits", tmp_path / checkpoint, config_path, in_run=in_run)
     assert folder.as_posix() == f"output/image/digits/sample/{name}"

@@ -121,9 +121,7 @@ def sd_words(name: str, *more: str) -> list:
 def test_prompts_of_the_yaml_beside_cached_embeddings(work_folder, capsys):
     words = sd_words("sd15_lora_tiny", "--use_lora_training")
     own = Path("own.yaml")
-    own.write_text(
-        f"base: {CONFIGS / 'sd15_lora_tiny.yaml'}\nlora: {{training: {{sample_prompts: [a (red:1.3) fox]}}}}\n"
-    )
+    own.write_text(f"base: {CONFIGS / 'sd15_lora_tiny.yaml'}\nlora: {{training: {{sample_prompts: [a (red:1.3) fox]}}}}\n")
     words[1] = own
     assert run_script(TRAIN, *words) == 0
     out = capsys.readouterr()

@@ -37,9 +37,7 @@ def prepare(config):
 
 
 def drawn_by(model, config):
-    return prepare_class_images(
-        model, config, build_sampling(config, model.schedule), content_hash(model.base_weights())
-    )
+    return prepare_class_images(model, config, build_sampling(config, model.schedule), content_hash(model.base_weights()))
 
 
 def test_missing_class_images_are_drawn_by_the_base(config_of, tmp_path, capsys):
@@ -116,9 +114,7 @@ def test_a_gap_is_filled_and_nothing_is_overwritten(config_of, tmp_path):
 def test_class_images_of_another_prompt_are_refused(config_of, tmp_path):
     prepare(config_of())
     truncate(tmp_path / "class/class_0000.png", 0.01)  # what cannot be read is skipped later
-    with pytest.raises(
-        ValueError, match=r"class_0001.png was drawn with prompt 'a photo of a dog', this run's is 'a cat'"
-    ):
+    with pytest.raises(ValueError, match=r"class_0001.png was drawn with prompt 'a photo of a dog', this run's is 'a cat'"):
         prepare(config_of("prior.prompt=a cat"))
     with pytest.raises(ValueError, match=r"class_0001.png was drawn with image_size '\d+', this run's is '32'"):
         prepare(config_of("data.image_size=32"))

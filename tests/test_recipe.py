@@ -23,10 +23,7 @@ def test_other_content_under_the_name_of_a_file_is_warned_about(sample, work_fol
     assert capsys.readouterr().err == ""
     write_lora(LoRAFile({ATTENTION: factors(generator)}), path, "native")
     assert run_script(SAMPLE, *again) == 0
-    assert (
-        capsys.readouterr().err
-        == "warning: --lora_path: other content than what drew the picture, so this is another one\n"
-    )
+    assert capsys.readouterr().err == "warning: --lora_path: other content than what drew the picture, so this is another one\n"
     assert files_in(work_folder / "b") == {"samples.png", "image-0.png", "image-0-2.png"}  # by the same command
 
 

@@ -175,9 +175,7 @@ def test_the_running_mean_is_centred_and_narrow_where_a_run_is_short(count, wind
     assert smoothed(np.array([1.0, 2.0]), np.array([3.0, 4.0]))[1].tolist() == [3.0, 4.0]
 
 
-@pytest.mark.parametrize(
-    ("folder", "name"), [("out/digits", "digits"), ("out/digits/lora", "digits, LoRA"), ("mine", "mine")]
-)
+@pytest.mark.parametrize(("folder", "name"), [("out/digits", "digits"), ("out/digits/lora", "digits, LoRA"), ("mine", "mine")])
 def test_a_run_goes_by_its_configs_name(folder, name, tmp_path):
     with Records(tmp_path / folder, 1, 2) as records:
         assert records.bar.desc.removesuffix(": ") == run_name(tmp_path / folder) == name

@@ -31,9 +31,7 @@ CPU = torch.device("cpu")
 
 
 def record(folder, first_step=1, config=None, data=None):
-    return RunRecord(
-        folder, config or tiny_config(), ["train.py", "--seed", "0"], data or tiny_images(), CPU, 1, first_step
-    )
+    return RunRecord(folder, config or tiny_config(), ["train.py", "--seed", "0"], data or tiny_images(), CPU, 1, first_step)
 
 
 def test_a_record_is_there_from_the_start_and_complete_at_the_end(tmp_path):

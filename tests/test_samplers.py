@@ -47,9 +47,7 @@ def start(n=64):
     return torch.randn(n, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-@pytest.mark.parametrize(
-    ("sampler", "order"), [(sample_ddim, 1), (sample_euler, 1), (sample_heun, 2), (sample_dpm_solver, 2)]
-)
+@pytest.mark.parametrize(("sampler", "order"), [(sample_ddim, 1), (sample_euler, 1), (sample_heun, 2), (sample_dpm_solver, 2)])
 def test_order_of_convergence(sampler, order):
     """Halving the step divides the error by 2^order. Times evenly spaced in log-SNR, where all three are regular.
 
@@ -82,9 +80,7 @@ def test_ancestral_reaches_the_distribution_that_its_recursion_predicts(variance
             var = (on_x0 * gain + on_xt) ** 2 * var
             if i < steps - 1:
                 var = var + (beta if variance == "beta" else beta * s_s**2 / s_t**2)
-        x = sample_ancestral(
-            GaussianDenoiser(), x_T, times, variance=variance, generator=torch.Generator().manual_seed(2)
-        )
+        x = sample_ancestral(GaussianDenoiser(), x_T, times, variance=variance, generator=torch.Generator().manual_seed(2))
         assert abs(x.mean() - mean) < 5 * var**0.5 / 200
         assert abs(x.var() / var - 1) < 0.05
         if tolerance:

@@ -120,9 +120,7 @@ def test_a_single_file_is_recognised_and_half_precision_becomes_whole(suffix, tm
         assert p.stride() == exact.stride(), name
         assert torch.equal(p, exact.half().float())
     xt, time, context = torch.randn(1, 4, 8, 8), torch.tensor([5.0]), loaded.text_encoder.encode(["a fox"])
-    torch.testing.assert_close(
-        loaded.network(xt, time, context), model.network(xt, time, context), rtol=0.05, atol=0.05
-    )
+    torch.testing.assert_close(loaded.network(xt, time, context), model.network(xt, time, context), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -142,9 +140,7 @@ def test_a_single_file_is_recognised_and_half_precision_becomes_whole(suffix, tm
         ("tuned", {PREDICTS: "flow"}, "eps", True),
     ],
 )
-def test_what_a_2x_file_predicts_is_in_its_header_or_assumed_by_its_name(
-    name, metadata, prediction, noted, tmp_path, capsys
-):
+def test_what_a_2x_file_predicts_is_in_its_header_or_assumed_by_its_name(name, metadata, prediction, noted, tmp_path, capsys):
     path = tmp_path / f"{name}.safetensors"
     save(to_original(random_sd("sd21_v_tiny").state_dict(), "open_clip"), path, metadata)
     assert load_model(path)[0].prediction == prediction
@@ -310,9 +306,7 @@ def test_other_models_and_damaged_files_are_refused(tmp_path):
     refused({label: torch.zeros(4), "conditioner.x": torch.zeros(4)}, "but Stable Diffusion XL")
     refused({}, "its UNet has no network.down_blocks.0.attentions", without=[to_k])
     norm = "first_stage_model.encoder.norm_out.weight"
-    refused(
-        {}, r"x.safetensors is sd15_tiny by .* damaged, .*: autoencoder.encoder.conv_norm_out.weight", without=[norm]
-    )
+    refused({}, r"x.safetensors is sd15_tiny by .* damaged, .*: autoencoder.encoder.conv_norm_out.weight", without=[norm])
     save(original, tmp_path / "whole.safetensors")
     content = (tmp_path / "whole.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
@@ -321,9 +315,7 @@ def test_other_models_and_damaged_files_are_refused(tmp_path):
     text = random_sd("sd21_base_tiny").state_dict()
     layer = "cond_stage_model.model.transformer.resblocks.0.ls_1.weight"
     save(to_original(text, "open_clip") | {layer: torch.zeros(4)}, tmp_path / "scaled.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"scaled.safetensors.* transformer.resblocks.0.ls_1.weight is of no layer"
-    ):
+    with pytest.raises(CheckpointError, match=r"scaled.safetensors.* transformer.resblocks.0.ls_1.weight is of no layer"):
         load_model(tmp_path / "scaled.safetensors")
     save({"weight": torch.zeros(2)}, tmp_path / "none.safetensors")
     with pytest.raises(ConfigError, match="carries no config"):

@@ -65,9 +65,7 @@ def test_a_weight_that_a_dtype_cannot_hold_is_named(name, work_folder, capsys):
     tensors["network.conv_in.weight"][0] = 1e5
     save_file(tensors, work_folder / "large.safetensors", header)
     assert command("sd convert large.safetensors half.safetensors --to original --dtype float16") == 2
-    assert (
-        "network.conv_in.weight has numbers of up to 9.98e+04, too large for --dtype float16" in capsys.readouterr().err
-    )
+    assert "network.conv_in.weight has numbers of up to 9.98e+04, too large for --dtype float16" in capsys.readouterr().err
     assert not (work_folder / "half.safetensors").exists()
 
 
@@ -126,9 +124,7 @@ def test_a_model_that_the_layouts_have_no_words_for_is_refused(tiny_run, work_fo
 def test_a_lora_is_folded_into_an_original_file(name, work_folder, capsys):
     exact = random_sd(name).state_dict()
     chosen = [
-        n
-        for n in exact
-        if n.endswith(("attn1.to_q.weight", "layers.1.attn.to_v.weight", "mid_block.resnets.0.conv1.weight"))
+        n for n in exact if n.endswith(("attn1.to_q.weight", "layers.1.attn.to_v.weight", "mid_block.resnets.0.conv1.weight"))
     ]
     modules = {n.removesuffix(".weight"): factors(tuple(exact[n].shape), seed=i) for i, n in enumerate(chosen)}
     modules = {n: f for n, f in modules.items() if not n.startswith("autoencoder.")}

@@ -125,8 +125,7 @@ def test_diffusers_draws_the_same_pictures_from_the_exports(run, adapted, kind):
     with torch.no_grad():
         context = adapted.text_encoder.encode(PROMPTS)
         theirs, null = (
-            pipeline.text_encoder(adapted.text_encoder.tokenize(prompts)).last_hidden_state
-            for prompts in (PROMPTS, ["", ""])
+            pipeline.text_encoder(adapted.text_encoder.tokenize(prompts)).last_hidden_state for prompts in (PROMPTS, ["", ""])
         )
         torch.testing.assert_close(theirs, context, rtol=1e-4, atol=1e-5)
         actual = adapted.network(xt, time, context)

@@ -78,9 +78,7 @@ def test_an_extracted_lora_predicts_what_a_tuned_folder_does(folder):
 def test_of_a_folder_that_holds_its_unet_twice_the_average_is_read_if_not_told(folder, capsys):
     average = random_sd("sd21_v_tiny").state_dict()[CONV_IN]
     weights = folder / f"unet/{WEIGHTS}.safetensors"
-    with pytest.raises(
-        CheckpointError, match=r"unet holds its weights once, and does not say that they are a moving average"
-    ):
+    with pytest.raises(CheckpointError, match=r"unet holds its weights once, and does not say that they are a moving average"):
         load_model(folder, ema=True)
     with pytest.raises(CheckpointError, match="unet holds no weights that are known to be no moving average"):
         load_model(folder, ema=False)

@@ -161,9 +161,7 @@ def test_a_long_header_is_refused_before_it_is_read(tmp_path):
 @pytest.mark.parametrize("name", ["README.safetensors", "README"])
 def test_what_does_not_begin_as_safetensors_do_is_said_to_be_none(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(
-        CheckpointError, match=re.escape(f"{name} is no safetensors file: it begins with {content[:9]!r}")
-    ):
+    with pytest.raises(CheckpointError, match=re.escape(f"{name} is no safetensors file: it begins with {content[:9]!r}")):
         load_model_file(tmp_path / name)
 
 
@@ -247,9 +245,7 @@ def test_a_pickle_that_claims_more_than_it_holds_is_refused(content, message, tm
     ],
 )
 def test_a_pattern_that_could_take_for_ever_is_refused(pattern):
-    with pytest.raises(
-        ValueError, match=r"is too long, or has too many|repeats a group|sets flags|is no regular expression"
-    ):
+    with pytest.raises(ValueError, match=r"is too long, or has too many|repeats a group|sets flags|is no regular expression"):
         module_pattern(pattern)
 
 
@@ -277,9 +273,7 @@ def test_a_pattern_is_an_ending_of_a_name(pattern, found):
     assert is_ending(pattern, "b.10.attn.to_q") is found
 
 
-@pytest.mark.parametrize(
-    "content", ["[" + "[]," * 10**6 + "[]]", "[[" + "0," * 2**22 + "0]]", "[" + "{}," * 10**6 + "{}]"]
-)
+@pytest.mark.parametrize("content", ["[" + "[]," * 10**6 + "[]]", "[[" + "0," * 2**22 + "0]]", "[" + "{}," * 10**6 + "{}]"])
 def test_lists_without_end_in_a_lora_are_not_read(content, tmp_path, no_hang):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"a\.json holds more than 4,194,304 numbers or 524,288 lists"):

@@ -219,9 +219,7 @@ def test_a_sample_that_cannot_be_learned_from_is_skipped_named_and_counted(membe
     for epoch in range(2):
         assert sorted(captions(islice(shards.pictures(), 4 * epoch, None), 4)) == ["0", "1", "2", "3"]
     err = capsys.readouterr().err
-    assert (
-        f"warning: 1.tar/a is skipped: {reason}" in err and "image/shards: 1 samples skipped, as in every epoch" in err
-    )
+    assert f"warning: 1.tar/a is skipped: {reason}" in err and "image/shards: 1 samples skipped, as in every epoch" in err
     alone = Shards([write_tar(tmp_path / "alone.tar", members)], 4)
     with pytest.raises(ShardError, match="none of 1 samples can be used"):
         next(alone.pictures())

@@ -13,9 +13,7 @@ from xdiffusion.evaluation.shares import independent, pairs_share_interval, shar
 @pytest.mark.parametrize("level", [0.95, 0.8])
 def test_a_share_of_trials_has_the_exact_binomial_interval(hits, trials, level):
     expected = scipy.stats.binomtest(hits, trials).proportion_ci(level, "exact")
-    assert share_interval((torch.arange(trials) < hits).float(), level=level) == pytest.approx(
-        tuple(expected), abs=1e-9
-    )
+    assert share_interval((torch.arange(trials) < hits).float(), level=level) == pytest.approx(tuple(expected), abs=1e-9)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.97, 1.0])

@@ -154,9 +154,7 @@ def words(ckpt_path, work_folder):
     """Writes NAME.safetensors, a LoRA with these learned words, and returns the name."""
 
     def write(name, tokens):
-        lora = LoRAFile(
-            {"network.mid_block.attentions.0.transformer_blocks.0.attn2.to_q": factors((32, 32))}, tokens=tokens
-        )
+        lora = LoRAFile({"network.mid_block.attentions.0.transformer_blocks.0.attn2.to_q": factors((32, 32))}, tokens=tokens)
         write_lora(lora, work_folder / f"{name}.safetensors", "native")
         return f"{name}.safetensors"
 

@@ -35,9 +35,9 @@ def test_tokens_are_open_clips():
 TEXTS = st.one_of(
     st.text(max_size=40),
     st.text(alphabet="aábcdefghtne ", max_size=LONGEST_WORD),
-    st.lists(
-        st.sampled_from(["a", "ab ", "the", "ing", "日本", "🙂", "é", "!", "<end_of_text>", "'s"]), max_size=60
-    ).map("".join),
+    st.lists(st.sampled_from(["a", "ab ", "the", "ing", "日本", "🙂", "é", "!", "<end_of_text>", "'s"]), max_size=60).map(
+        "".join
+    ),
 )
 
 
@@ -109,9 +109,7 @@ def test_clip_skip_leaves_out_the_last_layers(encoder):
 
 
 def test_padding_is_zero_or_the_end_token():
-    padded = CLIPTextEncoder(width=8, layers=1, context_length=6, pad_with_end_token=True).tokenize(
-        ["7", "a b c d e f"]
-    )
+    padded = CLIPTextEncoder(width=8, layers=1, context_length=6, pad_with_end_token=True).tokenize(["7", "a b c d e f"])
     zeros = CLIPTextEncoder(width=8, layers=1, context_length=6).tokenize(["7", "a b c d e f"])
     assert (padded[0, 2:] == END_TOKEN).all()
     assert zeros[0].tolist()[2:] == [END_TOKEN, 0, 0, 0]

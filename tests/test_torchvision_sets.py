@@ -75,9 +75,7 @@ def test_resizing_is_pils_antialiased_bilinear_filter(channels, size, new_size, 
     noise = torch.randint(0, 256, (6, channels, size, size), generator=generator, dtype=torch.uint8)
     ours = resize(noise, new_size).int()
     for image, resized in zip(noise, ours):
-        planes = [
-            Image.fromarray(plane.numpy()).resize((new_size, new_size), Image.Resampling.BILINEAR) for plane in image
-        ]
+        planes = [Image.fromarray(plane.numpy()).resize((new_size, new_size), Image.Resampling.BILINEAR) for plane in image]
         difference = (resized - torch.from_numpy(np.stack(planes).astype(np.int32))).abs()
         assert difference.max() <= 1
 
@@ -125,9 +123,7 @@ def test_damaged_files_are_named(content, tmp_path):
 def test_pictures_of_other_classes_are_refused(tmp_path):
     raw = write_mnist(tmp_path) / "MNIST/raw"
     write_idx(raw / "t10k-labels-idx1-ubyte", np.arange(40) % 13)
-    with pytest.raises(
-        DatasetUnavailable, match=r"image/mnist of --data_dir .* has labels 0 to 12; .* 10 classes are 0 to 9"
-    ):
+    with pytest.raises(DatasetUnavailable, match=r"image/mnist of --data_dir .* has labels 0 to 12; .* 10 classes are 0 to 9"):
         load_mnist(28, str(tmp_path))
 
 
@@ -153,9 +149,7 @@ def test_an_unreachable_network_fails_fast_and_says_what_to_do(load, before, tmp
     outside = socket.getdefaulttimeout()
     socket.setdefaulttimeout(before)
     try:
-        with pytest.raises(
-            DatasetUnavailable, match=r"cannot be downloaded .*no route to host.*--data_dir.*image/digits"
-        ):
+        with pytest.raises(DatasetUnavailable, match=r"cannot be downloaded .*no route to host.*--data_dir.*image/digits"):
             load(32)
         assert socket.getdefaulttimeout() == before
     finally:

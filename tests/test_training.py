@@ -98,9 +98,7 @@ def test_no_environment_variable_divides_the_gradients(monkeypatch):
 @pytest.mark.parametrize("lora", [False, True])
 def test_two_accumulated_parts_are_the_whole_batch(lora):
     """The same images, captions, times and noise, however the batch is cut."""
-    configs = [
-        tiny_config(f"training.gradient_accumulation_steps={parts}", "training.caption_dropout=0.5") for parts in (1, 4)
-    ]
+    configs = [tiny_config(f"training.gradient_accumulation_steps={parts}", "training.caption_dropout=0.5") for parts in (1, 4)]
     whole, cut = (tiny_trainer(config, lora=lora) for config in configs)
     before = flat(whole.trainable.values())
     for a, b in zip(run(whole, 2), run(cut, 2)):
@@ -341,8 +339,6 @@ def test_a_loras_settings_are_the_configs():
     make_trainable(by_config, config, lora=True)
     kwargs = {"use_rslora": True, "use_dora": True, "init": "pissa", "rank_pattern": {"attn1.to_q": 2}}
     apply_lora_to_model(by_hand.network, 3, 6.0, 0.25, ["to_q"], **kwargs)
-    adapters = [
-        {n: m.adapters for n, m in model.named_modules() if hasattr(m, "adapters")} for model in (by_config, by_hand)
-    ]
+    adapters = [{n: m.adapters for n, m in model.named_modules() if hasattr(m, "adapters")} for model in (by_config, by_hand)]
     assert adapters[0] == adapters[1]
     assert len(adapters[0]) == 8

@@ -109,9 +109,7 @@ def test_a_mask_may_be_white_paint_on_nothing(sample, work_folder):
     assert np.array_equal(pixels("grey/image-0.png"), pixels("paint/image-0.png"))
 
 
-@pytest.mark.parametrize(
-    "words", ["--mixed_precision bf16", "--offload", "--clip_skip 2", "--times karras", "--tile_size 12"]
-)
+@pytest.mark.parametrize("words", ["--mixed_precision bf16", "--offload", "--clip_skip 2", "--times karras", "--tile_size 12"])
 def test_flags_that_change_how_it_is_computed(sample, words, work_folder):
     assert sample("plain", "--prompt", "a fox", "--set", "sampling.steps=3") == 0
     assert sample("other", "--prompt", "a fox", "--set", "sampling.steps=3", *words.split()) == 0
@@ -178,9 +176,7 @@ def test_the_moving_average_is_a_flag(sample, work_folder, capsys):
     convert = ["convert", str(write_native("sd15_tiny", work_folder / "native.safetensors")), "one.safetensors"]
     sd.main([*convert, "--to", "original"])
     stored = dict(StoredTensors(work_folder / "one.safetensors"))
-    average = {
-        f"model_ema.{n.removeprefix('model.').replace('.', '')}": t * 1.1 for n, t in stored.items() if ".diff" in n
-    }
+    average = {f"model_ema.{n.removeprefix('model.').replace('.', '')}": t * 1.1 for n, t in stored.items() if ".diff" in n}
     save_file(stored | average, "both.safetensors")
     words = ["--prompt", "a fox", "--height", 16, "--width", 16, "--sampling_steps", 1, "--checkpoint"]
     for folder, flags in (("none", ["both"]), ("plain", ["both", "--no-ema"]), ("average", ["both", "--ema"])):

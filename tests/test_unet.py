@@ -86,9 +86,7 @@ def test_every_linear_layer_sees_rows(layout):
     views = []
     for name, module in unet.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(
-                lambda m, i, o, name=name: None if i[0].is_contiguous() else views.append(name)
-            )
+            module.register_forward_hook(lambda m, i, o, name=name: None if i[0].is_contiguous() else views.append(name))
     unet(*inputs())
     assert views == []
 

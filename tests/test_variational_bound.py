@@ -59,9 +59,7 @@ def test_the_bound_of_ddpm_written_out(generator):
         def mean(x0, xt=xt, before=before, beta=beta, level=level, alpha=alphas[n - 1]):
             return (before.sqrt() * beta * x0 + alpha.sqrt() * (1 - before) * xt.double()) / (1 - level)
 
-        expected += kl_divergence(Normal(mean(x), variance.sqrt()), Normal(mean(x0_hat), variance.sqrt())).sum(
-            (1, 2, 3)
-        )
+        expected += kl_divergence(Normal(mean(x), variance.sqrt()), Normal(mean(x0_hat), variance.sqrt())).sum((1, 2, 3))
     torch.testing.assert_close(found, expected / (16 * math.log(2)), rtol=1e-4, atol=1e-4)
 
 
@@ -81,9 +79,7 @@ def test_a_gaussian_with_its_optimal_denoiser(generator):
 
 def test_the_bound_is_above_the_entropy_and_near_it_where_steps_are_small(generator):
     table = torch.linspace(math.log(3e4), math.log(1e-4), 1000, dtype=torch.float64).sigmoid()
-    rows = bits_per_dim(
-        gaussian_denoiser(table), table, gaussian_images(64, generator), strata=1000, generator=generator
-    )
+    rows = bits_per_dim(gaussian_denoiser(table), table, gaussian_images(64, generator), strata=1000, generator=generator)
     entropy = 0.5 * math.log2(2 * math.pi * math.e * STD**2) - math.log2(2 / 255)
     assert entropy - 0.02 < float(rows.mean()) < entropy + 0.15
 
@@ -91,9 +87,7 @@ def test_the_bound_is_above_the_entropy_and_near_it_where_steps_are_small(genera
 def test_few_strata_estimate_the_same(generator):
     x0 = gaussian_images(4000, generator)
     denoise = gaussian_denoiser(ALPHA_BAR)
-    few, all_terms = (
-        bits_per_dim(denoise, ALPHA_BAR, x0, strata=strata, generator=generator).mean() for strata in (4, STEPS)
-    )
+    few, all_terms = (bits_per_dim(denoise, ALPHA_BAR, x0, strata=strata, generator=generator).mean() for strata in (4, STEPS))
     assert float(few) == pytest.approx(float(all_terms), rel=0.02)
 
 

@@ -14,9 +14,7 @@ from xdiffusion.training.diffusion_task import DiffusionTask
 from xdiffusion.training.loop import Trainer
 from xdiffusion.training.trainable import make_trainable
 
-SMALLEST = (
-    "data: {kind: image/digits, image_size: 16}\ndiffusion: {prediction: v}\n"  # a YAML with what no config can lack
-)
+SMALLEST = "data: {kind: image/digits, image_size: 16}\ndiffusion: {prediction: v}\n"  # a YAML with what no config can lack
 SIZE = 12
 SETTINGS = {
     "data": {"kind": "image/digits", "image_size": SIZE},

@@ -215,9 +215,7 @@ def _build_model(config: DictConfig, schedule: Schedule) -> DiffusionModel:
     parts = config.model
     shape = image_shape(config)
     text_encoder = build_text_encoder(config)
-    autoencoder = _construct(
-        AUTOENCODERS[parts.autoencoder.kind], parts.autoencoder, "model.autoencoder", channels=shape[0]
-    )
+    autoencoder = _construct(AUTOENCODERS[parts.autoencoder.kind], parts.autoencoder, "model.autoencoder", channels=shape[0])
     network = _construct(
         NETWORKS[parts.network.kind],
         parts.network,

@@ -39,9 +39,7 @@ SHOWN, SHOWN_SIDE = 24, 128  # of a report's pictures
 PAIRS = 256  # of (picture, noise, time) for the loss curve
 NO_CLASSES = "needs a judge, and the pictures have no classes"
 NO_FEATURES = "needs features: name a published CLIP with --clip MODEL/TAG"
-NO_HELD_OUT = (
-    "needs the pictures that the model was trained on, --training_data_dir, and others to compare with, --data_dir"
-)
+NO_HELD_OUT = "needs the pictures that the model was trained on, --training_data_dir, and others to compare with, --data_dir"
 REASONS = dict.fromkeys(("prompt_accuracy", "judge_accuracy"), NO_CLASSES) | {
     **dict.fromkeys(("clip_score", "frechet_distance"), NO_FEATURES),
     **dict.fromkeys(Overlap._fields, f"{NO_FEATURES}, and more than {NEIGHBOURS} samples and pictures"),

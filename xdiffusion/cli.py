@@ -33,9 +33,7 @@ AT_HOME = re.compile(r"^(--\w+=|)~/")  # a word of a command line
 TEXT_FLAGS = ("--prompt", "--negative_prompt", "--sample_prompt")  # whose words are no paths
 
 
-def run(
-    main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None, *, lasting: bool = False
-) -> int:
+def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None, *, lasting: bool = False) -> int:
     """Call main(argv) and return its exit status; a user's mistake (ValueError), and what the system refuses (OSError), becomes
     one line and status 2, a full memory one line and status 1.
 

@@ -71,9 +71,7 @@ class PublishedTowers(nn.Module):
         super().__init__()
         model_name, _, tag = name.partition("/")
         if open_clip.get_model_config(model_name) is None or not tag:
-            raise ValueError(
-                f"--clip {name!r} must be own, or MODEL/TAG of open_clip such as ViT-B-32-quickgelu/openai"
-            )
+            raise ValueError(f"--clip {name!r} must be own, or MODEL/TAG of open_clip such as ViT-B-32-quickgelu/openai")
         weights = download_open_clip_weights(model_name, tag, "--clip", "name another one, or leave it out")
         self.clip = open_clip.create_model(model_name)
         self.clip.load_state_dict(weights)

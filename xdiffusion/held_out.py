@@ -110,9 +110,7 @@ def logsnr_span(schedule: Schedule) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def encoded(
-    model: DiffusionModel, pictures: Pictures, index: Int[Tensor, " N"]
-) -> tuple[Float[Tensor, "N C H W"], list[str]]:
+def encoded(model: DiffusionModel, pictures: Pictures, index: Int[Tensor, " N"]) -> tuple[Float[Tensor, "N C H W"], list[str]]:
     """What the network denoises of the indexed pictures, on the CPU, and their captions; each picture is encoded once."""
     different, place = index.unique(return_inverse=True)
     x0, captions = [], []
@@ -137,9 +135,7 @@ def errors_of(
     rows = torch.tensor([different.index(caption) for caption in captions])
     blocks = zip(*(a.split(at_a_time(model, BLOCK)) for a in (x0, draws.eps, draws.t, rows)))
     errors = [
-        squared_error(
-            model.network, model.schedule, model.prediction, *(a.to(model.device) for a in (x, eps, t)), context[row]
-        )
+        squared_error(model.network, model.schedule, model.prediction, *(a.to(model.device) for a in (x, eps, t)), context[row])
         for x, eps, t, row in blocks
     ]
     errors = torch.cat(errors).cpu()

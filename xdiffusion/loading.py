@@ -104,9 +104,7 @@ def _sampled_as(config: DictConfig, config_path: str | Path) -> DictConfig:
     """A checkpoint's config with the section sampling: of a YAML on top; what this changes is told on stderr."""
     section = OmegaConf.masked_copy(load_yaml(config_path), ["sampling"])
     chosen = resolved(with_overrides(config, section, SCHEMA), str(config_path))
-    changed = [
-        f"{key}={theirs} ({ours} there)" for key, ours, theirs in config_differences(config, chosen, ["sampling"])
-    ]
+    changed = [f"{key}={theirs} ({ours} there)" for key, ours, theirs in config_differences(config, chosen, ["sampling"])]
     if changed:
         _to_stderr(f"{config_path} beats the checkpoint: {', '.join(changed)}")
     return chosen

@@ -49,15 +49,11 @@ def grid(
     return page
 
 
-def labelled_rows(
-    batches: Sequence[Float[Tensor, "B C H W"]], labels: Sequence[str], captions: Sequence[str]
-) -> Image.Image:
+def labelled_rows(batches: Sequence[Float[Tensor, "B C H W"]], labels: Sequence[str], captions: Sequence[str]) -> Image.Image:
     """One row of images per batch with its label at the left, and the captions of the columns below the last."""
     font = ImageFont.load_default(13)
     left = int(max(font.getlength(label) for label in labels)) + 2 * MARGIN
-    pages = [
-        grid(batch, captions if i == len(batches) - 1 else None, columns=len(batch)) for i, batch in enumerate(batches)
-    ]
+    pages = [grid(batch, captions if i == len(batches) - 1 else None, columns=len(batch)) for i, batch in enumerate(batches)]
     page = Image.new("RGB", (left + pages[0].width, sum(p.height for p in pages)), PAPER)
     draw = ImageDraw.Draw(page)
     y = 0

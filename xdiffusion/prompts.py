@@ -10,9 +10,7 @@ from xdiffusion.data.captions import PromptTable, is_text
 SLOT = "class"
 
 
-def expand_prompts(
-    given: Sequence[str], table: PromptTable | None, count: int | None, source: str = "--prompt"
-) -> list[str]:
+def expand_prompts(given: Sequence[str], table: PromptTable | None, count: int | None, source: str = "--prompt") -> list[str]:
     """The prompts of `count` images: {class} becomes every class in turn, and the list is repeated to length.
 
     Args:

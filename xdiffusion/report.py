@@ -191,9 +191,7 @@ def _samples(evaluation: Evaluation) -> str:
     shown = list(zip(evaluation.images, evaluation.prompts))[: columns * ROWS_OF_SAMPLES]
     below = (lambda prompt: "") if heads else (lambda prompt: f"<span>{_text(prompt)}</span>")
     pictures = [f"<div>{_picture(image, prompt)}{below(prompt)}</div>" for image, prompt in shown]
-    return (
-        f'<div class="samples" style="grid-template-columns: repeat({columns}, 1fr)">{"".join(heads + pictures)}</div>'
-    )
+    return f'<div class="samples" style="grid-template-columns: repeat({columns}, 1fr)">{"".join(heads + pictures)}</div>'
 
 
 def _suspects(evaluation: Evaluation) -> str:
@@ -267,9 +265,7 @@ def _axes(x, y, exponents: Sequence[int], snrs: Iterable[int]) -> str:
     for e in exponents:
         height = y(10.0**e)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 12}" y1="{height:.1f}" y2="{height:.1f}"/>')
-        parts.append(
-            f'<text x="{LEFT - 6}" y="{height + 4:.1f}" text-anchor="end">{10.0**e if e > -4 else f"1e{e}"}</text>'
-        )
+        parts.append(f'<text x="{LEFT - 6}" y="{height + 4:.1f}" text-anchor="end">{10.0**e if e > -4 else f"1e{e}"}</text>')
     for snr in snrs:
         at = f"{x(snr):.1f}"
         parts.append(f'<line class="grid" x1="{at}" x2="{at}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')

@@ -183,9 +183,7 @@ def check_set_fits(model: DiffusionModel, data: ImageSet, num_samples: int, full
             )
 
 
-def draw_samples(
-    model: DiffusionModel, data: ImageSet, sampling: Mapping[str, Any], num_samples: int, seed: int
-) -> Samples:
+def draw_samples(model: DiffusionModel, data: ImageSet, sampling: Mapping[str, Any], num_samples: int, seed: int) -> Samples:
     """Samples of every class in turn, in a wording drawn for each."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(num_samples) % data.prompts.num_classes
@@ -200,9 +198,7 @@ def draw_samples(
 # --- scores of the samples ---
 
 
-def image_scores(
-    samples: Samples, data: ImageSet, normal: ImageSet, judge: Judge, resamples: int, seed: int
-) -> dict[str, Any]:
+def image_scores(samples: Samples, data: ImageSet, normal: ImageSet, judge: Judge, resamples: int, seed: int) -> dict[str, Any]:
     """Prompt accuracy, background and Frechet distance, with intervals where resamples are asked for."""
     features = judge_features(judge, as_the_judge_sees(samples.images, data))
     held_out = judge_features(judge, normal.test.floats())

@@ -70,9 +70,7 @@ def accepts(annotation: ast.expr | None, value: Any) -> bool:
             return isinstance(value, (list, tuple)) and _items_fit(items, value)
         if annotation.value.id in _MAPPINGS:
             of_key, of_value = annotation.slice.elts
-            return isinstance(value, dict) and all(
-                accepts(of_key, k) and accepts(of_value, v) for k, v in value.items()
-            )
+            return isinstance(value, dict) and all(accepts(of_key, k) and accepts(of_value, v) for k, v in value.items())
     return True
 
 
@@ -109,8 +107,7 @@ def _function_parameters(node: ast.FunctionDef, module: ast.Module) -> dict[str,
 def _dataclass_fields(node: ast.ClassDef, module: ast.Module) -> dict[str, Parameter]:
     fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
     return {
-        f.target.id: _parameter(f.target.id, f.annotation, REQUIRED if f.value is None else f.value, module)
-        for f in fields
+        f.target.id: _parameter(f.target.id, f.annotation, REQUIRED if f.value is None else f.value, module) for f in fields
     }
 
 

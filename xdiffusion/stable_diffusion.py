@@ -110,9 +110,7 @@ def save_models_lora(models: Models, path: str | Path) -> Path:
     return save_lora_weights(models["model"], path, base_hash=base_hash, config=config, tokens=tokens)
 
 
-def load_lora_into_models(
-    models: Models, path: str | Path, scale: float = 1.0, *, allow_other_base: bool = False
-) -> Models:
+def load_lora_into_models(models: Models, path: str | Path, scale: float = 1.0, *, allow_other_base: bool = False) -> Models:
     """Put a LoRA of any format, with its learned words, in the place of the one that the models have; print what was matched.
 
     The models draw by the prediction and the schedule that it was trained with, where its file says them, else by the base's.
@@ -138,9 +136,7 @@ def load_lora_into_models(
     config = as_trained(models["base_config"], [lora_file(path)], notes.append)
     replaced = models["lora_words"]
     others = models["clip"].learned_ids.keys() - replaced
-    report = load_lora_weights(
-        model, path, scale=scale, adapter_name="incoming", base_hash=base_hash, replaced_words=replaced
-    )
+    report = load_lora_weights(model, path, scale=scale, adapter_name="incoming", base_hash=base_hash, replaced_words=replaced)
     models["lora_words"] = models["clip"].learned_ids.keys() - others
     incoming = {n: layer.factors("incoming") for n, layer in lora_layers(model) if "incoming" in layer.adapters}
     remove_lora(model, "incoming")

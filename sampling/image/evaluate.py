@@ -60,9 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="the images to compare with, such as image/digits_inverted for a LoRA (default: what it was trained on)",
     )
-    add(
-        "--data_dir", metavar="DIR", help="the folder of image/folder; of others an existing copy, not to be downloaded"
-    )
+    add("--data_dir", metavar="DIR", help="the folder of image/folder; of others an existing copy, not to be downloaded")
     add("--training_data_dir", metavar="DIR", help="the folder of captioned pictures that the model was trained on")
     add(
         "--num_samples",
@@ -179,9 +177,7 @@ def as_text(evaluation: Evaluation) -> str:
     return "\n".join([evaluation.about, *(f"{key:<{width}}  {value}" for key, value in lines.items())])
 
 
-def pictures_of(
-    config: DictConfig, args: argparse.Namespace
-) -> tuple[ImageSet | CaptionedImages, CaptionedImages | None]:
+def pictures_of(config: DictConfig, args: argparse.Namespace) -> tuple[ImageSet | CaptionedImages, CaptionedImages | None]:
     """The set to compare with, and where it has no classes the pictures that the model was trained on, if a flag names them
     or the run's own record knows them again.
 
@@ -197,9 +193,7 @@ def pictures_of(
 
     kind = config.data.kind
     if kind == "image/hugging_face" and not args.dataset_name:
-        raise ValueError(
-            f"--dataset_name {kind} must be given: it is downloaded, and only a file of the model names it"
-        )
+        raise ValueError(f"--dataset_name {kind} must be given: it is downloaded, and only a file of the model names it")
     if kind in ("image/folder", "image/shards", "image/hugging_face") and args.data_dir is None:
         config = override(config, ["data.data_dir=null"], "command line")
     if config.data.image_size % config.data.get("bucket_multiple", 1):  # all pictures are cut to the model's size
@@ -244,9 +238,7 @@ def clip_towers(name: str, text_encoder: CLIPTextEncoder | None, data: ImageSet 
     if text_encoder is None:
         return PublishedTowers(name)
     if not isinstance(data, ImageSet):
-        raise ValueError(
-            "--clip own has no vision tower for pictures without classes; name a published CLIP: MODEL/TAG"
-        )
+        raise ValueError("--clip own has no vision tower for pictures without classes; name a published CLIP: MODEL/TAG")
     return own_towers(text_encoder, invert(data) if data.inverted else data, OUTPUT_ROOT / "clip")
 
 

@@ -264,9 +264,7 @@ def loras_at(share: float, model: DiffusionModel, strengths: dict[str, float], *
         unmerge_lora_weights(model)  # the next picture is of another strength
 
 
-def draw(
-    model: DiffusionModel, prompts: Sequence[str], seed: int, sampling: dict, film: Film | None = None
-) -> torch.Tensor:
+def draw(model: DiffusionModel, prompts: Sequence[str], seed: int, sampling: dict, film: Film | None = None) -> torch.Tensor:
     """One image per prompt, with a bar of all steps, and a film of them if asked for."""
     from tqdm import tqdm
 
@@ -312,9 +310,7 @@ def write_grids(folder: Path, by_share: dict, scales: list[float], prompts: list
         print(f"{folder / file_name}{some}")
 
 
-def write_images(
-    folder: Path, images: torch.Tensor, prompts: list[str], args: argparse.Namespace, recipe: dict
-) -> None:
+def write_images(folder: Path, images: torch.Tensor, prompts: list[str], args: argparse.Namespace, recipe: dict) -> None:
     """Each image in a file of its own, with the words that draw it alone; an earlier one that others drew stays."""
     from xdiffusion.pictures import as_picture, save_png
     from xdiffusion.recipe import path_beside_others, without_flags

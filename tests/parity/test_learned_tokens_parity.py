@@ -66,10 +66,7 @@ def saved(base, tmp_path):
 def names_in_the_tokenizer(folder, form):
     """Leave the added words to one of the files by which versions of transformers name them."""
     tokenizer = folder / "tokenizer"
-    named = {
-        token["id"]: token["content"]
-        for token in json.loads((tokenizer / "tokenizer.json").read_text())["added_tokens"]
-    }
+    named = {token["id"]: token["content"] for token in json.loads((tokenizer / "tokenizer.json").read_text())["added_tokens"]}
     if form != "tokenizer.json":
         (tokenizer / "tokenizer.json").unlink()
     if form == "added_tokens.json":

@@ -38,9 +38,7 @@ def tiny_unet():
 
 def tiny_text_encoder():
     torch.manual_seed(1)
-    config = CLIPTextConfig(
-        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
-    )
+    config = CLIPTextConfig(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     return CLIPTextModel(config).eval()
 
 
@@ -192,9 +190,7 @@ def test_pefts_folder_in_transformers_4(tmp_path):
     write_lora(lora, tmp_path / "lora", "peft", TABLE)
     ours = nn.ModuleDict({"text_encoder": tiny_text_encoder()})
     load_lora_weights(ours, tmp_path / "lora")
-    theirs = PeftModel.from_pretrained(
-        TextEncoderOfTransformers4(), tmp_path / "lora/text_encoder", key_mapping=MAPPING
-    )
+    theirs = PeftModel.from_pretrained(TextEncoderOfTransformers4(), tmp_path / "lora/text_encoder", key_mapping=MAPPING)
     expected = outputs(tiny_unet(), ours["text_encoder"])
     torch.testing.assert_close(outputs(tiny_unet(), theirs.eval()), expected, rtol=1e-4, atol=1e-5)
 
@@ -202,9 +198,7 @@ def test_pefts_folder_in_transformers_4(tmp_path):
 def test_folders_of_peft_with_either_name_of_the_text_encoder_are_read(tmp_path):
     lora = random_lora(TABLE.part("text_encoder"), ATTENTION)
     write_lora(lora, tmp_path / "lora", "peft", TABLE)
-    weights, config = (
-        tmp_path / "lora/text_encoder" / name for name in ("adapter_model.safetensors", "adapter_config.json")
-    )
+    weights, config = (tmp_path / "lora/text_encoder" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
     tensors, header = load_safetensors(weights)
     of_version_4 = {key.replace(".encoder.", ".text_model.encoder."): tensor for key, tensor in tensors.items()}
     assert not of_version_4.keys() & tensors.keys()

@@ -40,9 +40,7 @@ MODULES = {
 def test_a_layer_with_it_computes_the_same(name, layer, tmp_path):
     torch.manual_seed(0)
     out_size, in_size, *kernel = shape = SD15[LAYERS[layer]]
-    theirs = (
-        nn.Conv2d(in_size, out_size, tuple(kernel), bias=False) if kernel else nn.Linear(in_size, out_size, bias=False)
-    )
+    theirs = nn.Conv2d(in_size, out_size, tuple(kernel), bias=False) if kernel else nn.Linear(in_size, out_size, bias=False)
     weight, x = theirs.weight.clone(), torch.randn(2, in_size, *kernel)
     kind, settings = MODULES[name]
     module = kind("layer", theirs, multiplier=1.0, alpha=1.5, **settings).eval()

@@ -132,10 +132,6 @@ def test_patterns_mean_the_same_layers():
     apply_lora_to_model(ours, 4, 2.0, target_modules="all", **patterns)
     targets = ["to_q", "to_k", "to_v", "out.0"]
     inject_adapter_in_model(LoraConfig(r=4, lora_alpha=2.0, target_modules=targets, **patterns), theirs)
-    found = {
-        n: (layer.adapters["default"].rank, layer.adapters["default"].lora_alpha) for n, layer in lora_layers(ours)
-    }
-    assert found == {
-        n: (theirs.get_submodule(n).r["default"], theirs.get_submodule(n).lora_alpha["default"]) for n in found
-    }
+    found = {n: (layer.adapters["default"].rank, layer.adapters["default"].lora_alpha) for n, layer in lora_layers(ours)}
+    assert found == {n: (theirs.get_submodule(n).r["default"], theirs.get_submodule(n).lora_alpha["default"]) for n in found}
     assert len(set(found.values())) > 3

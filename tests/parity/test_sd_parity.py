@@ -35,9 +35,7 @@ def peers(name):
     model = config["model"]
     unet = UNet2DConditionModel.from_config(unet_settings(model["network"], model["text_encoder"]["width"], 8))
     settings = text_encoder_settings(model["text_encoder"])
-    text = CLIPTextModel(
-        CLIPTextConfig(**{k: v for k, v in settings.items() if k not in ("architectures", "model_type")})
-    )
+    text = CLIPTextModel(CLIPTextConfig(**{k: v for k, v in settings.items() if k not in ("architectures", "model_type")}))
     return dict(
         zip(
             PARTS,

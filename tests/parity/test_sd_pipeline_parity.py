@@ -112,8 +112,7 @@ def their_images(models, pipeline_class, scheduler, **inputs):
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     embedded, negative = (
-        models.text(models.ours.text_encoder.tokenize(prompts)).last_hidden_state
-        for prompts in (PROMPTS, [NEGATIVE] * 2)
+        models.text(models.ours.text_encoder.tokenize(prompts)).last_hidden_state for prompts in (PROMPTS, [NEGATIVE] * 2)
     )
     return pipeline(
         prompt_embeds=embedded, negative_prompt_embeds=negative, num_inference_steps=STEPS, guidance_scale=CFG_SCALE,

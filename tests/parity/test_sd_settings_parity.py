@@ -37,9 +37,7 @@ def written(name, config, folder):
 def assert_drawn_as_by_diffusers(folder, spacing="leading"):
     """In two steps, with the scheduler of the folder as it is."""
     model, config = load_model(folder)
-    words = (
-        f"sampler.kind=ddim times.kind=timesteps times.spacing={spacing} times.last=first steps=2 prompt_syntax=plain"
-    )
+    words = f"sampler.kind=ddim times.kind=timesteps times.spacing={spacing} times.last=first steps=2 prompt_syntax=plain"
     config = override(config, [f"sampling.{word}" for word in words.split()], "test")
     ours = generate(model, [PROMPT], generators_for(0, 1), **build_sampling(config, model.schedule))
     pipeline = StableDiffusionPipeline.from_pretrained(folder)

@@ -35,9 +35,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--dataset_name", metavar="NAME", help="image/digits, image/mnist, image/fashion_mnist or image/cifar10")
     add("--data_dir", metavar="DIR", help="an existing copy of the data set; without it, it is downloaded")
-    add(
-        "--output_path", metavar="FILE", help="a .safetensors file; default: where training/image/train.py looks for it"
-    )
+    add("--output_path", metavar="FILE", help="a .safetensors file; default: where training/image/train.py looks for it")
     add("--batch_size", type=positive_int, metavar="N", help="pairs per step, a multiple of the number of classes")
     return parser.parse_args(argv)
 

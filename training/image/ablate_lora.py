@@ -61,9 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--num_training_steps", type=positive_int, metavar="N", help="of each run (default: the config's)")
     add("--num_samples", type=positive_int, default=300, metavar="N", help="samples that are scored (300)")
-    add(
-        "--seed", type=int, nargs="+", default=[0], metavar="N", help="of the runs; several: each combination again (0)"
-    )
+    add("--seed", type=int, nargs="+", default=[0], metavar="N", help="of the runs; several: each combination again (0)")
     add(
         "--set",
         action="append",
@@ -93,9 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from xdiffusion.training.trainable import make_trainable
 
     if not args.dataset_name.endswith(INVERTED):
-        raise ValueError(
-            f"--dataset_name {args.dataset_name}: the gap is measured on an inverted set, image/<name>{INVERTED}"
-        )
+        raise ValueError(f"--dataset_name {args.dataset_name}: the gap is measured on an inverted set, image/<name>{INVERTED}")
     config = load_config(args.config_path, args.set, True)
     steps = args.num_training_steps or config.training.num_training_steps
     weights = load_model_file(args.checkpoint).tensors
@@ -110,9 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = args.output_path / "results.jsonl"
     results = [json.loads(line) for line in record.read_text().splitlines()] if record.is_file() else []
     if any(result["budget"] != budget for result in results):
-        raise ValueError(
-            f"{record} holds runs on another base, config or budget; name another folder with --output_path"
-        )
+        raise ValueError(f"{record} holds runs on another base, config or budget; name another folder with --output_path")
     # ranks change slowest, so that a stopped command has something of every target
     combinations = itertools.product(args.ranks, args.targets, args.variants, args.seed)
     named = (dict(zip(("rank", "target", "variant", "seed"), values)) for values in combinations)
@@ -225,11 +219,7 @@ def write_spectra(folder: Path, results: Sequence[Mapping[str, Any]], weights: M
     """spectra.md, singular_values.png and subspaces.png of the plain LoRAs; all are means or medians over layers."""
     from xdiffusion.checkpoints.lora_formats import read_lora
 
-    loras = {
-        (r["target"], r["rank"], r["seed"]): read_lora(Path(r["file"])).modules
-        for r in results
-        if r["variant"] == "lora"
-    }
+    loras = {(r["target"], r["rank"], r["seed"]): read_lora(Path(r["file"])).modules for r in results if r["variant"] == "lora"}
     if loras:
         heads = ["targets", "rank", "seed", "layers", "delta / W", "first value's energy"]
         heads += ["W in delta / W", "in random / W", "in W's top / W", "amplification"]
@@ -250,10 +240,7 @@ def spectrum_row(modules: Mapping[str, Any], weights: Mapping[str, Any]) -> list
     return [
         f"{median(a.delta / a.weight for a in found):.2f}",
         f"{median(shares):.2f}",
-        *(
-            f"{median(getattr(a, which) / a.weight for a in found):.3f}"
-            for which in ("in_delta", "in_random", "in_top")
-        ),
+        *(f"{median(getattr(a, which) / a.weight for a in found):.3f}" for which in ("in_delta", "in_random", "in_top")),
         f"{median(a.factor for a in found):.1f}",
     ]
 

@@ -209,9 +209,7 @@ def trains_tiny_clip(config: DictConfig, args: argparse.Namespace) -> bool:
     return not args.load_model_weights_from_checkpoint and config.model.text_encoder.get("pretrained") == TINY
 
 
-def check_beginning(
-    process: PartialState, config: DictConfig, model: nn.Module, data: Any, class_images: Any | None
-) -> None:
+def check_beginning(process: PartialState, config: DictConfig, model: nn.Module, data: Any, class_images: Any | None) -> None:
     """See that all processes begin with the same settings, data and weights.
 
     Raises:

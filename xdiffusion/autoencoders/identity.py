@@ -20,9 +20,7 @@ class IdentityAutoencoder(nn.Module):
         super().__init__()
         self.latent_channels = channels
 
-    def encode(
-        self, images: Float[Tensor, "B C H W"], generator: torch.Generator | None = None
-    ) -> Float[Tensor, "B C H W"]:
+    def encode(self, images: Float[Tensor, "B C H W"], generator: torch.Generator | None = None) -> Float[Tensor, "B C H W"]:
         return images
 
     def posterior(self, images: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], None]:

@@ -76,9 +76,7 @@ class KLAutoencoder(nn.Module):
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
 
-    def encode(
-        self, images: Float[Tensor, "B C H W"], generator: torch.Generator | None = None
-    ) -> Float[Tensor, "B E h w"]:
+    def encode(self, images: Float[Tensor, "B C H W"], generator: torch.Generator | None = None) -> Float[Tensor, "B E h w"]:
         """The mean of the latents, or, with a generator, a draw from their distribution."""
         mean, std = self.posterior(images)
         if generator is None:
@@ -104,9 +102,7 @@ class KLAutoencoder(nn.Module):
         mean, logvar = moments.chunk(2, dim=1)
         return self.scale_factor * mean, self.scale_factor * (0.5 * logvar.clamp(*LOGVAR_RANGE)).exp()
 
-    def _piecewise(
-        self, code: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, unit: int, growth: int
-    ) -> Tensor:
+    def _piecewise(self, code: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, unit: int, growth: int) -> Tensor:
         pixels = x.shape[2] * x.shape[3] * growth**2
         pieces = x.split(max(1, PIXELS_AT_A_TIME // pixels))
         if tile is None or max(x.shape[-2:]) <= tile:

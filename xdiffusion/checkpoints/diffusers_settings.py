@@ -99,9 +99,7 @@ def network_from(unet: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: for a UNet that ours is not.
     """
     widths = list(unet.get("block_out_channels", (320, 640, 1280, 1280)))
-    attends = [
-        kind.startswith("CrossAttn") for kind in unet.get("down_block_types", [*["CrossAttn"] * 3, "DownBlock2D"])
-    ]
+    attends = [kind.startswith("CrossAttn") for kind in unet.get("down_block_types", [*["CrossAttn"] * 3, "DownBlock2D"])]
     depths = _per_level(unet.get("transformer_layers_per_block", 1), len(widths))
     heads = _per_level(unet.get("num_attention_heads") or unet.get("attention_head_dim", 8), len(widths))
     network = {
@@ -118,9 +116,7 @@ def network_from(unet: Mapping[str, Any]) -> dict[str, Any]:
     levels = {"attention_head_dim": heads, "transformer_layers_per_block": depths}
     for key, value in levels.items():
         if value != _per_level(described[key], len(widths)):
-            raise ValueError(
-                f"{key}={unet.get(key, value)!r:.80} at the widths {widths} is no UNet that can be built here"
-            )
+            raise ValueError(f"{key}={unet.get(key, value)!r:.80} at the widths {widths} is no UNet that can be built here")
     for key in ("down_block_types", "up_block_types"):
         _check_equal(unet, key, described[key])
     for key, needed in _OF_EVERY_UNET.items():

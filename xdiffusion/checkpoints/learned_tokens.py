@@ -45,9 +45,7 @@ def read_learned_tokens(path: Path, name: str | None = None) -> dict[str, Tensor
     Raises:
         CheckpointError: if it is missing, damaged, holds no learned tokens, or several where a name is given.
     """
-    path = weights_file(
-        next((f for name in _OF_A_FOLDER if (f := path / name).is_file()), path), "file of learned words"
-    )
+    path = weights_file(next((f for name in _OF_A_FOLDER if (f := path / name).is_file()), path), "file of learned words")
     content = load_pickled(path) if path.suffix in PICKLED else load_safetensors(path)[0]
     tokens = [(words, _rows(tensor, words[0], path)) for words, tensor in _tensors_by_words(content, path)]
     if name is not None:
@@ -74,9 +72,7 @@ def _tensors_by_words(content: Any, path: Path) -> list[tuple[list[str], Tensor]
         words = list(dict.fromkeys([path.stem, inner]))
         tokens = [(words if t == "*" else [str(t)], rows) for t, rows in content["string_to_param"].items()]
     elif "clip_g" in content:
-        raise CheckpointError(
-            f"{path} holds tokens of Stable Diffusion XL, whose text encoders this model does not have"
-        )
+        raise CheckpointError(f"{path} holds tokens of Stable Diffusion XL, whose text encoders this model does not have")
     elif len(content) == 1 and _NAMELESS & set(content):
         tokens = [([path.stem], rows) for rows in content.values()]
     else:

@@ -89,9 +89,7 @@ class Unpickler:
             pickle.BININT1: lambda: self.stack.append(self._number("<B")),
             pickle.BININT2: lambda: self.stack.append(self._number("<H")),
             pickle.BINFLOAT: lambda: self.stack.append(self._number(">d")),
-            pickle.LONG1: lambda: self.stack.append(
-                int.from_bytes(self._read(self._number("<B")), "little", signed=True)
-            ),
+            pickle.LONG1: lambda: self.stack.append(int.from_bytes(self._read(self._number("<B")), "little", signed=True)),
             pickle.BINUNICODE: lambda: self.stack.append(self._text(self._number("<I"))),
             pickle.SHORT_BINSTRING: lambda: self.stack.append(self._text(self._number("<B"))),
             pickle.BINPUT: lambda: self._remember(self._number("<B")),

@@ -277,9 +277,7 @@ def _open_folder(folder: Path) -> BaseModel:
     if not parts and any(folder.glob("diffusion_pytorch_model*")):
         parts = [folder]
     if not parts:
-        raise CheckpointError(
-            f"{folder} holds no unet/, and no diffusion_pytorch_model.* as the folder of a UNet alone does"
-        )
+        raise CheckpointError(f"{folder} holds no unet/, and no diffusion_pytorch_model.* as the folder of a UNet alone does")
     files, pickled = [], []
     for path in map(weight_file, parts):
         if ".bin" in path.suffixes:

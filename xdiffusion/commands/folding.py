@@ -107,8 +107,6 @@ def write_with_words(
     print(write())
     if words:
         path = save_tokens_beside(output, words)
-        print(
-            f"{path}: {len(words)} learned words, {', '.join(words)}; sample.py takes them as --learned_tokens {path}"
-        )
+        print(f"{path}: {len(words)} learned words, {', '.join(words)}; sample.py takes them as --learned_tokens {path}")
     for line in renamed:
         print(f"{path}: {line}", file=sys.stderr)

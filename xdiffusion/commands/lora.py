@@ -50,9 +50,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_inspect(command(_inspect, "tell what a LoRA file holds, and how strong it is"))
     _add_convert(command(_convert, "write a LoRA in another format, with the same updates"))
     _add_merge(command(_merge, "add LoRAs with weights into one, and tell each layer's error"))
-    _add_apply(
-        command(_apply, "fold a LoRA into a checkpoint of this project; the result is a model that sample.py takes")
-    )
+    _add_apply(command(_apply, "fold a LoRA into a checkpoint of this project; the result is a model that sample.py takes"))
     _add_extract(command(_extract, "distil the difference of two models of one architecture into a LoRA"))
     _add_resize(command(_resize, "cut a LoRA to a smaller rank, by SVD of its updates"))
     return parser.parse_args(argv)

@@ -38,9 +38,7 @@ MODES = ("lpl", "upl", "ljl", "upl-ckpt-v2")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        __doc__, prog="lora_add", usage="lora_add [options] [PATH_1 PATH_2 OUTPUT [ALPHA [ALPHA_2] [MODE]]]"
-    )
+    parser = Parser(__doc__, prog="lora_add", usage="lora_add [options] [PATH_1 PATH_2 OUTPUT [ALPHA [ALPHA_2] [MODE]]]")
     add = parser.add_argument
     add("words", nargs="*", help=argparse.SUPPRESS)
     add("--path_1", metavar="PATH", help="the model (upl) or the first LoRA")

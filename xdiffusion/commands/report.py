@@ -71,10 +71,7 @@ def text(facts: Mapping[str, Any]) -> str:
         *(("metadata", f"{key} = {_shortened(value)}") for key, value in sorted(facts["metadata"].items())[:SHOWN]),
         ("", f"{len(facts['metadata']) - SHOWN} entries more; --json prints all" if hidden else ""),
     ]
-    rows = [
-        (name, b["modules"], ", ".join(map(str, b["ranks"])), f"{b['delta']:.4g}")
-        for name, b in facts["blocks"].items()
-    ]
+    rows = [(name, b["modules"], ", ".join(map(str, b["ranks"])), f"{b['delta']:.4g}") for name, b in facts["blocks"].items()]
     described = "\n".join(f"{name:<10} {value}" for name, value in lines if value != "")
     return f"{described}\n\n{text_table(('block', 'modules', 'rank', '|delta|'), rows)}"
 

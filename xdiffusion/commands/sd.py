@@ -66,9 +66,7 @@ def _convert(args: argparse.Namespace) -> None:
                 tensors[name] = tensor.to(getattr(torch, args.dtype))
                 if tensor.is_floating_point() and tensors[name].isinf().any() and not tensor.isinf().any():
                     largest = f"{name} has numbers of up to {tensor.abs().max():.3g}"
-                    raise ValueError(
-                        f"{file.path}: {largest}, too large for --dtype {args.dtype}; take bfloat16 or float32"
-                    )
+                    raise ValueError(f"{file.path}: {largest}, too large for --dtype {args.dtype}; take bfloat16 or float32")
 
     def write() -> str:
         write_model(file, config, Path(args.output), args.to)

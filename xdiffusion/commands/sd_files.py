@@ -101,8 +101,6 @@ def _check_read_back(config: DictConfig, found: StableDiffusionFile, layout: str
     read_back = stable_diffusion_config(found, str(output))
     for key, ours, theirs in config_differences(config, read_back, (*ARCHITECTURE, *PROCESS)):
         if key != SHARED_SPACE:
-            raise CheckpointError(
-                f"{key}={ours}: {layout} has no word for it, and {output} would be read with {theirs}"
-            )
+            raise CheckpointError(f"{key}={ours}: {layout} has no word for it, and {output} would be read with {theirs}")
     for key, ours, theirs in config_differences(config, read_back, ("data.image_size",)):
         print(f"{key}={ours} is not in {output}: whoever reads it will draw {theirs} if not told", file=sys.stderr)

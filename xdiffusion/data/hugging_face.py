@@ -39,9 +39,7 @@ def load_hugging_face(
         ValueError: if `datasets` is missing, or the data set, its split or its columns are, or a column is of another kind.
     """
     if dataset_name is None and data_dir is None:
-        raise ValueError(
-            "image/hugging_face needs data.dataset_name, a set of the hub, or --data_dir, a folder that is saved"
-        )
+        raise ValueError("image/hugging_face needs data.dataset_name, a set of the hub, or --data_dir, a folder that is saved")
     rows = _rows(dataset_name, split, data_dir)
     wanted = [image_column] if captions else [image_column, caption_column]
     if missing := [column for column in wanted if column not in rows.column_names]:
@@ -88,13 +86,9 @@ def _pictures(rows: Any, image_column: str, caption_column: str | None) -> list[
     try:
         stored = alone.cast_column(image_column, datasets.Image(decode=False))
     except Exception as error:  # arrow's own
-        raise ValueError(
-            f"column {image_column!r} holds no pictures but {rows.features[image_column]}"[:300]
-        ) from error
+        raise ValueError(f"column {image_column!r} holds no pictures but {rows.features[image_column]}"[:300]) from error
     texts = rows[caption_column] if caption_column else [None] * len(rows)
-    return [
-        Picture(f"row {i}", _text(text), partial(_open_cell, stored, i, image_column)) for i, text in enumerate(texts)
-    ]
+    return [Picture(f"row {i}", _text(text), partial(_open_cell, stored, i, image_column)) for i, text in enumerate(texts)]
 
 
 def _text(value: Any) -> str | None:

@@ -129,9 +129,7 @@ def check_enlargement(width: int, height: int, size: Size) -> None:
         DamagedImage: if it would be more than MAX_ENLARGEMENT times as large.
     """
     if enlargement(width, height, size) > MAX_ENLARGEMENT:
-        raise DamagedImage(
-            f"{width}x{height} would be enlarged more than {MAX_ENLARGEMENT} times to cover {size[1]}x{size[0]}"
-        )
+        raise DamagedImage(f"{width}x{height} would be enlarged more than {MAX_ENLARGEMENT} times to cover {size[1]}x{size[0]}")
 
 
 def open_file(path: Path) -> io.BufferedIOBase:
@@ -251,9 +249,7 @@ def _in_8_bits(image: Image.Image, white: int, negative: bool, transparent: int 
     low, high = values.min(), values.max()  # NaN if there is one
     if not (low >= 0 and high <= white):
         kind = "float" if image.mode == "F" else "16 bits"
-        raise DamagedImage(
-            f"its values are from {low:g} to {high:g}, those of {kind} from 0 to {white}; convert it to 8 bits"
-        )
+        raise DamagedImage(f"its values are from {low:g} to {high:g}, those of {kind} from 0 to {white}; convert it to 8 bits")
     seen = None if transparent is None else Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
     if negative:
         values = white - values

@@ -176,9 +176,7 @@ def _words(file: Path) -> str:
     return re.sub(r"[\s-]*\(?\d+\)?$", "", words) or words
 
 
-def _read_metadata(
-    path: Path, folder: Path, present: Mapping[str, str], entered: Set[Path]
-) -> tuple[dict[str, str], int]:
+def _read_metadata(path: Path, folder: Path, present: Mapping[str, str], entered: Set[Path]) -> tuple[dict[str, str], int]:
     """file_name -> text, by paths below the folder, and how many more are named that are not there.
 
     Args:

@@ -69,9 +69,7 @@ def _load(name: str, torchvision_name: str, image_size: int, data_dir: str | Non
         reason = textwrap.shorten(said, 200, placeholder=" ...") or "damaged files"
         if data_dir is None:
             _remove_empty(root)
-        where = (
-            f"cannot be read from --data_dir {root}, in {root / PLACES[name]}" if data_dir else "cannot be downloaded"
-        )
+        where = f"cannot be read from --data_dir {root}, in {root / PLACES[name]}" if data_dir else "cannot be downloaded"
         raise DatasetUnavailable(
             f"{name} {where} ({reason}). Point --data_dir at a folder that "
             f"torchvision.datasets.{torchvision_name}(root=FOLDER) reads, or use --dataset_name image/digits, "

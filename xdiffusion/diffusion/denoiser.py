@@ -73,9 +73,7 @@ class GuidedDenoiser:
         self.guides = cfg_scale != 1
         self.context = torch.cat([null_context.expand_as(context), context]) if self.guides else context
 
-    def __call__(
-        self, xt: Float[Tensor, "B C H W"], t: Float[Tensor, ""] | Float[Tensor, " B"]
-    ) -> Float[Tensor, "B C H W"]:
+    def __call__(self, xt: Float[Tensor, "B C H W"], t: Float[Tensor, ""] | Float[Tensor, " B"]) -> Float[Tensor, "B C H W"]:
         if self.guides:
             both_t = torch.cat([t, t]) if t.dim() else t
             uncond, cond = self.denoiser(torch.cat([xt, xt]), both_t, self.context).chunk(2)

@@ -82,9 +82,7 @@ def draw_times(schedule: Schedule, batch: int, generator: torch.Generator) -> Fl
     return schedule.training_time((offset + strata) % 1)
 
 
-def draw_noise(
-    shape: tuple[int, ...], generator: torch.Generator, offset_noise: float = 0.0
-) -> Float[Tensor, "B C H W"]:
+def draw_noise(shape: tuple[int, ...], generator: torch.Generator, offset_noise: float = 0.0) -> Float[Tensor, "B C H W"]:
     """Standard normal noise in float32 on the generator's device, plus offset_noise times one number per channel."""
     eps = torch.randn(shape, generator=generator, device=generator.device)
     if offset_noise:

@@ -48,9 +48,7 @@ class CosineSchedule:
 
     def __init__(self, logsnr_min: float = -15.0, logsnr_max: float = 15.0):
         if not LEAST_LOGSNR <= logsnr_min < logsnr_max:
-            raise ValueError(
-                f"logsnr_min={logsnr_min} must be below logsnr_max={logsnr_max} and at least {LEAST_LOGSNR:g}"
-            )
+            raise ValueError(f"logsnr_min={logsnr_min} must be below logsnr_max={logsnr_max} and at least {LEAST_LOGSNR:g}")
         self.phi_0, self.phi_1 = (_angle(logsnr) for logsnr in (logsnr_max, logsnr_min))
 
     def _phi(self, t: Tensor) -> Tensor:

@@ -23,9 +23,7 @@ from xdiffusion.evaluation.bootstrap import Groups
 HALVINGS = 50
 
 
-def share_interval(
-    hits: Float[Tensor, " N"], groups: Groups | None = None, *, level: float = 0.95
-) -> tuple[float, float]:
+def share_interval(hits: Float[Tensor, " N"], groups: Groups | None = None, *, level: float = 0.95) -> tuple[float, float]:
     """The interval of the mean of rows that are 0 or 1; without groups they are independent."""
     trials = len(hits) if groups is None else round(independent(hits, groups))
     count, tail = int(hits.sum()), (1 - level) / 2

@@ -51,9 +51,7 @@ class Attention(nn.Module):
         self.norm_k = nn.LayerNorm(dim // num_heads, bias=False) if qk_norm else None
         self._cache: _ContextCache | None = None
 
-    def forward(
-        self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B L E"] | None = None
-    ) -> Float[Tensor, "B N D"]:
+    def forward(self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B L E"] | None = None) -> Float[Tensor, "B N D"]:
         query = self._heads(self.norm_q, self.to_q(x))
         key, value = self._keys_values(x) if context is None else self._context_keys_values(context)
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)

@@ -46,9 +46,7 @@ class ResBlock(nn.Module):
         self.conv2 = Conv3x3(out_channels, out_channels)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(
-        self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B D"] | None = None
-    ) -> Float[Tensor, "B E H W"]:
+    def forward(self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B D"] | None = None) -> Float[Tensor, "B E H W"]:
         h = self.conv1(F.silu(self.norm1(x)))
         if time is None:
             h = self.norm2(h)

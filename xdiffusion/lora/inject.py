@@ -264,9 +264,7 @@ def check_layer(name: str, layer: nn.Module) -> None:
             "make that permanent first, as by torch.nn.utils.parametrize.remove_parametrizations"
         )
     if is_lazy(layer.weight):
-        raise LoRAError(
-            f"{name} has no weight yet: call the model once, so that {type(layer).__name__} knows its inputs"
-        )
+        raise LoRAError(f"{name} has no weight yet: call the model once, so that {type(layer).__name__} knows its inputs")
 
 
 def has_own_forward(layer: nn.Module) -> bool:
@@ -295,9 +293,7 @@ def _by_pattern(names: Sequence[str], default: float, values: Mapping[str, float
         raise LoRAError(f"{argument}: {error}") from error
     for pattern, found in matching.items():
         if not found:
-            raise LoRAError(
-                f"{argument}: {pattern!r} matches none of the targeted layers, named like {', '.join(names[:3])}"
-            )
+            raise LoRAError(f"{argument}: {pattern!r} matches none of the targeted layers, named like {', '.join(names[:3])}")
     first = {n: next((pattern for pattern, found in matching.items() if n in found), None) for n in names}
     return {n: default if pattern is None else values[pattern] for n, pattern in first.items()}
 

@@ -88,9 +88,7 @@ class LoRALayer(nn.Module):
     def unwrap(self) -> nn.Module:
         """The plain layer again, with the very parameters, hooks and settings of this one."""
         plain = self.base_class.__new__(self.base_class)
-        plain.__dict__ = {
-            k: v for k, v in self.__dict__.items() if k not in ("adapters", "keeps_weight", "kept_weight")
-        }
+        plain.__dict__ = {k: v for k, v in self.__dict__.items() if k not in ("adapters", "keeps_weight", "kept_weight")}
         plain._parameters = self._parameters.copy()
         plain._modules = {k: v for k, v in self._modules.items() if not k.startswith("lora_")}
         return plain

@@ -127,9 +127,7 @@ def merge_factors(
     return _factors(lora_B, lora_A, shape)
 
 
-def extract_factors(
-    delta: Tensor, *, rank: int | None = None, energy: float | None = None
-) -> tuple[LoRAFactors, float]:
+def extract_factors(delta: Tensor, *, rank: int | None = None, energy: float | None = None) -> tuple[LoRAFactors, float]:
     """The LoRA nearest to a full update W_tuned - W_base, and the share of the energy that it discards.
 
     Args:

@@ -106,9 +106,7 @@ class UNet(nn.Module):
             resnets = [resnet(width_in, level_width) for width_in in [width] + [level_width] * (num_res_blocks - 1)]
             width = level_width
             attentions = [transformer(level_width, depth) for _ in resnets if depth]
-            self.down_blocks.append(
-                Level(resnets, attentions, downsample=None if last else Downsample(width, resample))
-            )
+            self.down_blocks.append(Level(resnets, attentions, downsample=None if last else Downsample(width, resample)))
             skip_widths += [level_width] * (num_res_blocks + (not last))
 
         self.mid_block = Level(
@@ -188,9 +186,7 @@ def _layout(weight: Tensor) -> torch.memory_format:
 
 def _check_widths(channels, transformer_depth, head_dim, num_heads, norm_groups) -> None:
     if not channels or len(channels) != len(transformer_depth):
-        raise ValueError(
-            f"channels={list(channels)} and transformer_depth={list(transformer_depth)} must be of one length"
-        )
+        raise ValueError(f"channels={list(channels)} and transformer_depth={list(transformer_depth)} must be of one length")
     if (head_dim is None) == (num_heads is None):
         raise ValueError(f"give either head_dim or num_heads, not head_dim={head_dim} and num_heads={num_heads}")
     heads = {"head_dim": head_dim} if num_heads is None else {"num_heads": num_heads}
@@ -203,8 +199,6 @@ def _check_widths(channels, transformer_depth, head_dim, num_heads, norm_groups)
         raise ValueError(f"transformer_depth={list(transformer_depth)} must be at least 0")
     for width in channels:
         if width % (head_dim or num_heads):
-            raise ValueError(
-                f"{'head_dim' if head_dim else 'num_heads'}={head_dim or num_heads} does not divide {width}"
-            )
+            raise ValueError(f"{'head_dim' if head_dim else 'num_heads'}={head_dim or num_heads} does not divide {width}")
         if width % norm_groups:
             raise ValueError(f"norm_groups={norm_groups} does not divide the level width {width}")

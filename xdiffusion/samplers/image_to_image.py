@@ -103,9 +103,7 @@ class StartImage:
             raise ValueError(f"{min(wrong)} start images or masks, not 1 nor {count}, the number of prompts")
         return replace(self, **{name: rows.expand(count, -1, -1, -1)[block] for name, rows in given.items()})
 
-    def with_kept_pixels(
-        self, drawn: Float[Tensor, "B C H W"], latent_shape: tuple[int, int, int]
-    ) -> Float[Tensor, "B C H W"]:
+    def with_kept_pixels(self, drawn: Float[Tensor, "B C H W"], latent_shape: tuple[int, int, int]) -> Float[Tensor, "B C H W"]:
         """Drawn images on this one: as they are where the latents are drawn anew, over to its own pixels within the width of
         two latents, where the decoder has made both alike, and its own from there on."""
         mask, reach = self.latent_mask(latent_shape), drawn.shape[-1] // latent_shape[-1]

@@ -101,9 +101,7 @@ def timestep_times(
     """
     num_timesteps = getattr(schedule, "num_timesteps", None)
     if num_timesteps is None:
-        raise ValueError(
-            "kind=timesteps is for tables of timesteps (diffusion.schedule.kind=betas); another is uniform"
-        )
+        raise ValueError("kind=timesteps is for tables of timesteps (diffusion.schedule.kind=betas); another is uniform")
     if last not in ("clean", "first"):
         raise ValueError(f"last={last!r} is unknown; allowed: clean, first")
     _checked(steps)

@@ -27,9 +27,7 @@ def open_clip_text_encoder(model_name: str) -> CLIPTextEncoder:
 
     config = open_clip.get_model_config(model_name)
     if config is None:
-        raise ValueError(
-            f"model_name={model_name!r} is none of open_clip's models (open_clip.list_models() lists them)"
-        )
+        raise ValueError(f"model_name={model_name!r} is none of open_clip's models (open_clip.list_models() lists them)")
     text = config["text_cfg"]
     if "hf_model_name" in text or "width" not in text:
         raise ValueError(f"model_name={model_name!r} has a text tower that is not CLIP's own transformer")
@@ -43,9 +41,7 @@ def open_clip_text_encoder(model_name: str) -> CLIPTextEncoder:
     )
 
 
-def download_open_clip_weights(
-    model_name: str, tag: str, asked_by: str, otherwise: str
-) -> dict[str, Float[Tensor, "..."]]:
+def download_open_clip_weights(model_name: str, tag: str, asked_by: str, otherwise: str) -> dict[str, Float[Tensor, "..."]]:
     """The state dict of a published open_clip model, from its cache or the network.
 
     Args:

@@ -48,9 +48,7 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
         elif text in _CLOSES or given:
             bracket, start = opened.pop() if opened else ("", 0)
             if bracket != _CLOSES[text[-1]]:
-                raise ValueError(
-                    f"prompt {prompt!r:.100}: {text!r} closes nothing; write \\{text[-1]} for the character"
-                )
+                raise ValueError(f"prompt {prompt!r:.100}: {text!r} closes nothing; write \\{text[-1]} for the character")
             if given and bracket == "[":
                 raise _changing(repr(text), prompt)
             factor = EMPHASIS if bracket == "(" else 1 / EMPHASIS

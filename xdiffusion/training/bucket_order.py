@@ -30,8 +30,7 @@ class BucketOrder:
         self.buckets = list(buckets)
         sizes = [len(bucket) for bucket in self.buckets]
         self.orders = [
-            DataOrder(size, batch_size, int(generator_at(seed, "bucket", k).initial_seed()))
-            for k, size in enumerate(sizes)
+            DataOrder(size, batch_size, int(generator_at(seed, "bucket", k).initial_seed())) for k, size in enumerate(sizes)
         ]
         turns = torch.tensor([size // math.gcd(*sizes) for size in sizes])
         self.cycle = int(turns.sum())

@@ -52,16 +52,10 @@ def check_together(config: DictConfig, *, lora: bool) -> None:
     if captions and not any(caption.strip() for caption in captions):
         raise ValueError(f"data.captions={list(captions)} are empty: null takes those of the pictures")
     if "prior" in config and config.prior.prompt in captions:
-        raise ValueError(
-            f"prior.prompt={config.prior.prompt!r} is in data.captions: class images have a prompt of their own"
-        )
+        raise ValueError(f"prior.prompt={config.prior.prompt!r} is in data.captions: class images have a prompt of their own")
     if "prior" in config and data.kind == "image/folder" and data.data_dir:
-        check_outside(
-            Path(config.prior.data_dir), Path(data.data_dir), "prior.data_dir, whose pictures are of the class,"
-        )
-        check_outside(
-            Path(data.data_dir), Path(config.prior.data_dir), "--data_dir, whose pictures are of the subject,"
-        )
+        check_outside(Path(config.prior.data_dir), Path(data.data_dir), "prior.data_dir, whose pictures are of the class,")
+        check_outside(Path(data.data_dir), Path(config.prior.data_dir), "--data_dir, whose pictures are of the subject,")
     if "textual_inversion" in config and captions:
         _check_named(config.textual_inversion.token, captions, "data.captions")
     if gamma is not None and config.diffusion.schedule.get("zero_terminal_snr"):
@@ -79,9 +73,7 @@ def check_outside(inner: Path, outer: Path, what: str) -> None:
         ValueError: if it is that folder, or lies in it.
     """
     if inner.resolve().is_relative_to(outer.resolve()):
-        raise ValueError(
-            f"{inner} lies in {outer}: {what} would be learned with the pictures there; name a folder outside"
-        )
+        raise ValueError(f"{inner} lies in {outer}: {what} would be learned with the pictures there; name a folder outside")
 
 
 def check_captions(data: Data, config: DictConfig, context_length: int) -> None:

@@ -111,9 +111,7 @@ class ContrastiveTask(Task[Pairs]):
         self.contrast = ClipLoss()
         self.by_class = [torch.nonzero(data.train.labels == k).flatten() for k in range(classes)]
         if empty := [data.prompts.captions[k][0] for k in range(classes) if not len(self.by_class[k])]:
-            raise ValueError(
-                f"{data.name} has no training image of {', '.join(empty)}: the tiny CLIP needs one of each class"
-            )
+            raise ValueError(f"{data.name} has no training image of {', '.join(empty)}: the tiny CLIP needs one of each class")
 
     def prepare(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -121,9 +119,7 @@ class ContrastiveTask(Task[Pairs]):
 
     def indices(self, place: Place) -> Int[Tensor, " B"]:
         generator = generator_at(self.settings.seed, after_rollbacks("pairs", place.rollbacks), place.step)
-        columns = [
-            of_class[torch.randint(len(of_class), (self.rows,), generator=generator)] for of_class in self.by_class
-        ]
+        columns = [of_class[torch.randint(len(of_class), (self.rows,), generator=generator)] for of_class in self.by_class]
         return torch.stack(columns, dim=1).flatten()
 
     def batch(self, place: Place) -> Pairs:

@@ -41,9 +41,7 @@ class DiffusionTask(Task[Part]):
 
     model: DiffusionModel
 
-    def __init__(
-        self, model: DiffusionModel, data: Data, config: DictConfig, *, class_images: CaptionedImages | None = None
-    ):
+    def __init__(self, model: DiffusionModel, data: Data, config: DictConfig, *, class_images: CaptionedImages | None = None):
         self.model, self.network, self.data, self.config = model, model.network, data, config
         self.class_images = class_images
         self.settings = settings_of(config, "training")

@@ -87,9 +87,7 @@ class PackedWeights:
     def unpacked_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """The `state_dict` of an AdamW that updates `groups`, as it would be if it updated the parameters."""
         moments = {
-            i: {
-                name: value if name == "step" else self._part(value, i) for name, value in state["state"][owner].items()
-            }
+            i: {name: value if name == "step" else self._part(value, i) for name, value in state["state"][owner].items()}
             for i, (owner, _) in enumerate(self._places)
             if owner in state["state"]
         }

@@ -60,15 +60,11 @@ def prepare_class_images(
     for parameter in trained:  # autocast keeps a copy in half precision of those that want a gradient
         parameter.requires_grad_(False)
     block = at_a_time(model, most=BLOCK)  # a card that trains has room for as much
-    for start in tqdm(
-        range(0, len(missing), block), "class images", unit=f"{block} pictures", leave=False, disable=None
-    ):
+    for start in tqdm(range(0, len(missing), block), "class images", unit=f"{block} pictures", leave=False, disable=None):
         numbers = missing[start : start + block]
         generators = [generators_for(config.training.seed + number, 1)[0] for number in numbers]
         precision = HALF.get(config.training.mixed_precision)
-        images = generate(
-            model, [settings.prompt] * len(numbers), generators, autocast=precision, **of_captions(sampling)
-        )
+        images = generate(model, [settings.prompt] * len(numbers), generators, autocast=precision, **of_captions(sampling))
         for number, image in zip(numbers, images):
             write = partial(save_png, as_picture(image), metadata=drawn)
             write_atomically(_path(folder, number), write)  # the next run counts what stands there

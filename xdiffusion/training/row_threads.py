@@ -50,9 +50,7 @@ class RowThreads:
             list(self.pool.map(lambda i: self.add_up(leaves, gradients, i), range(self.shares)))
         return torch.stack(losses).sum()
 
-    def differentiate(
-        self, share: int, loss: Tensor, leaves: Sequence[Tensor]
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def differentiate(self, share: int, loss: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """A share's loss, and its gradient; the first one's is added to the leaves' as it comes."""
         if share == 0:
             loss.backward(inputs=leaves)

@@ -46,9 +46,7 @@ def run_folder(config: DictConfig, config_path: str, output_path: str | None, *,
     return ensure_writable(folder)
 
 
-def begin(
-    trainer: Trainer, checkpoints: RunCheckpoints, config: DictConfig, command: list[str], first_step: int
-) -> RunRecord:
+def begin(trainer: Trainer, checkpoints: RunCheckpoints, config: DictConfig, command: list[str], first_step: int) -> RunRecord:
     """Prepare the folder of a run that is about to take its first step: clean up, config.yaml, run.json.
 
     The first process alone writes; the record of another one is kept nowhere. The trainer draws the noise of run.json.

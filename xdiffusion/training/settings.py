@@ -128,9 +128,7 @@ class CheckpointSettings:
         """Raise ValueError for values that no run can have."""
         check_ranges("checkpoints", self, ("keep_last", "keep_every"), at_least=1)
         if self.keep_every is not None and self.keep_last is None:
-            raise ValueError(
-                f"checkpoints.keep_every={self.keep_every} needs checkpoints.keep_last: without it all are kept"
-            )
+            raise ValueError(f"checkpoints.keep_every={self.keep_every} needs checkpoints.keep_last: without it all are kept")
 
 
 @dataclass(frozen=True)
@@ -216,9 +214,7 @@ def check_settings(config: DictConfig) -> None:
         settings_of(config, section)
     rate = OmegaConf.select(config, "text_encoder_lora.learning_rate")
     if rate is not None and not 0 < rate < math.inf:
-        raise ValueError(
-            f"text_encoder_lora.learning_rate={rate} must be above 0 and finite, or null: optimizer.learning_rate"
-        )
+        raise ValueError(f"text_encoder_lora.learning_rate={rate} must be above 0 and finite, or null: optimizer.learning_rate")
     check_library(config.optimizer.kind)
 
 

@@ -218,9 +218,7 @@ class RunCheckpoints:
 
     def _present(self) -> list[int]:
         """The steps that have a state or weights, without those whose state is set aside."""
-        weights = {
-            s for s in self._numbers(".safetensors") if self.path(s).is_file() and not aside_path(self.path(s)).exists()
-        }
+        weights = {s for s in self._numbers(".safetensors") if self.path(s).is_file() and not aside_path(self.path(s)).exists()}
         return sorted(weights.union(self._states()))
 
     def _numbers(self, ending: str) -> set[int]:

@@ -52,9 +52,7 @@ def assemble(
         check_parts(tensors, name, path)
         lora_A, lora_B = _same_dimensions(tensors["lora_A"], tensors["lora_B"], name, path, repairs)
         rank = lora_A.shape[0]
-        alpha, use_rslora = (
-            alpha_of(name, rank) if alpha_of else (_stored_alpha(tensors, rank, name, path, repairs), False)
-        )
+        alpha, use_rslora = alpha_of(name, rank) if alpha_of else (_stored_alpha(tensors, rank, name, path, repairs), False)
         if not math.isfinite(alpha):
             raise CheckpointError(f"{path}: alpha {alpha} of {name} is no finite number")
         magnitude = _magnitude(tensors.get("magnitude"), lora_B.shape[0], name, path, of_peft)
@@ -165,9 +163,7 @@ def rounded(factors: LoRAFactors, dtype: torch.dtype, name: str) -> LoRAFactors:
     return result
 
 
-def _same_dimensions(
-    lora_A: Tensor, lora_B: Tensor, name: str, path: Path, repairs: list[str]
-) -> tuple[Tensor, Tensor]:
+def _same_dimensions(lora_A: Tensor, lora_B: Tensor, name: str, path: Path, repairs: list[str]) -> tuple[Tensor, Tensor]:
     """A (rank, in, *kernel) and B (out, rank, *ones); B's ones are added or left out as A needs them."""
     shapes = f"A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}"
     if not 2 <= lora_A.dim() <= 4 or lora_B.dim() < 2 or lora_B.shape[2:].numel() != 1:

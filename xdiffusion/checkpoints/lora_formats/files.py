@@ -38,11 +38,7 @@ def read_lora(path: Path, names: LayerTable | None = None) -> LoRAFile:
         lora = peft.read_folder(path)
     else:
         content, metadata = _content(path)
-        lora = (
-            _read_list(content, path, names)
-            if isinstance(content, list)
-            else _read_keys(content, metadata, path, names)
-        )
+        lora = _read_list(content, path, names) if isinstance(content, list) else _read_keys(content, metadata, path, names)
     if not FORMATS[lora.format].has_tokens:
         lora = replace(lora, tokens={**lora.tokens, **_tokens_beside(path)})
     for token, vector in lora.tokens.items():
@@ -146,9 +142,7 @@ def _modules(loose: Loose, metadata: dict[str, str], path: Path, names: LayerTab
     if loose.dialect == "cloneofsimo":
         return positions.read_cloneofsimo(loose, path, names)
     if loose.dialect == "peft":
-        raise CheckpointError(
-            f"{path} has peft's keys: its alphas are in {peft.CONFIG}; give the folder that holds both"
-        )
+        raise CheckpointError(f"{path} has peft's keys: its alphas are in {peft.CONFIG}; give the folder that holds both")
     return diffusers.read(loose, metadata, path)
 
 

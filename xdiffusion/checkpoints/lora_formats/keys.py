@@ -14,9 +14,7 @@ from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_formats import lycoris
 from xdiffusion.checkpoints.lora_formats.factors import Parts
 
-_PEFT_PART = (
-    r"\.(?P<part>lora_[AB]|lora_magnitude_vector|alpha)(?:\.(?!(?:weight|bias)$)(?P<adapter>\w+))?(?:\.weight)?"
-)
+_PEFT_PART = r"\.(?P<part>lora_[AB]|lora_magnitude_vector|alpha)(?:\.(?!(?:weight|bias)$)(?P<adapter>\w+))?(?:\.weight)?"
 # dialect -> a key of it; the first that matches counts
 _KEYS = {
     "cloneofsimo": r"(?P<module>\w+:[0-9]+):(?P<part>down|up)",

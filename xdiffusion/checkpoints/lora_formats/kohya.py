@@ -106,9 +106,7 @@ def write(lora: LoRAFile, path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for name, factors in lora.modules.items():
         if component_of(name) is None:
-            raise CheckpointError(
-                f"kohya's format has no name for {name}: it knows a UNet's and a text encoder's layers"
-            )
+            raise CheckpointError(f"kohya's format has no name for {name}: it knows a UNet's and a text encoder's layers")
         factors = factors if factors.scaling else folded(factors)  # readers take alpha 0 for alpha = rank
         flat = _flat(name)
         tensors[f"{flat}.lora_down.weight"] = factors.lora_A.contiguous()

@@ -26,9 +26,7 @@ class LayerTable(dict[str, Shape]):
         """The linear and convolution layers, of known shape, of a model (ours, diffusers', transformers', any other)."""
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
         layers = {plain_name(model, name): m for name, m in model.named_modules() if isinstance(m, kinds)}
-        shapes = {
-            name: tuple(layer.weight.shape) for name, layer in layers.items() if name and not is_lazy(layer.weight)
-        }
+        shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items() if name and not is_lazy(layer.weight)}
         return cls((exchange_name(name), shape) for name, shape in shapes.items())
 
     def part(self, component: str) -> LayerTable:
@@ -119,9 +117,7 @@ def _resnet_layers(name: str, width_in: int, width: int, time_dim: int) -> Itera
         yield f"{name}.conv_shortcut", (width, width_in, 1, 1)
 
 
-def _transformer_layers(
-    name: str, width: int, context_dim: int, linear_projection: bool
-) -> Iterator[tuple[str, Shape]]:
+def _transformer_layers(name: str, width: int, context_dim: int, linear_projection: bool) -> Iterator[tuple[str, Shape]]:
     projection = (width, width) if linear_projection else (width, width, 1, 1)
     yield f"{name}.proj_in", projection
     block = f"{name}.transformer_blocks.0"

@@ -70,9 +70,7 @@ def as_lora(parts: Mapping[str, Tensor], shapes: Collection[Shape], name: str, p
     if shape is None:
         given = ", ".join(f"{part} {tuple(parts[part].shape)}" for part in sorted(made_of))
         wanted = " or ".join(str(shape) for shape in shapes)
-        raise CheckpointError(
-            f"{path}: {name} has weight {wanted}, which the {method} of the file does not fit: {given}"
-        )
+        raise CheckpointError(f"{path}: {name} has weight {wanted}, which the {method} of the file does not fit: {given}")
     lora_B, lora_A = _product(method, [_pair(matrix) for matrix in matrices])
     rank = lora_A.shape[0]
     lora = {

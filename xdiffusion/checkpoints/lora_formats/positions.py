@@ -71,9 +71,7 @@ def read_cloneofsimo(loose: Loose, path: Path, names: LayerTable | None) -> dict
     modules: dict[str, LoRAFactors] = {}
     for component, parts in counted.items():
         if sorted(parts) != list(range(len(parts))) or component not in COMPONENTS:
-            raise CheckpointError(
-                f"{path}: the {len(parts)} layers of {component!r} are not counted from 0 without gap"
-            )
+            raise CheckpointError(f"{path}: the {len(parts)} layers of {component!r} are not counted from 0 without gap")
         factors = assemble({f"{component}:{i}": parts[i] for i in range(len(parts))}, path, loose.repairs)
         pairs = list(factors.values())
         later = not _fits(pairs, _old_orders(component, names))  # made with a diffusers that came after
@@ -142,9 +140,7 @@ def write_cloneofsimo_pt(lora: LoRAFile, path: Path, names: LayerTable | None) -
         CheckpointError: for a model other than Stable Diffusion, whose list would be read as a positional one.
     """
     if not _is_sd(names or _sd_table_for(lora)):
-        raise CheckpointError(
-            "cloneofsimo's list is for Stable Diffusion 1.x and 2.x; the list of a model is `positional`"
-        )
+        raise CheckpointError("cloneofsimo's list is for Stable Diffusion 1.x and 2.x; the list of a model is `positional`")
     parts, text_path = _in_old_order(lora, names, smallest_unet=_WALKED), _sibling(path, "text_encoder")
     if "text_encoder" in parts:
         _save_list(parts["text_encoder"][1], text_path)
@@ -208,9 +204,7 @@ def _own_orders(table: LayerTable) -> Iterator[dict[str, Shape]]:
     choices = [[r"(?!)", *(pattern for _, pattern in SETS[component])] for component in COMPONENTS]
     for patterns in product(*choices):
         chosen = dict(zip(COMPONENTS, patterns))
-        yield {
-            name: shape for name, shape in table.items() if re.fullmatch(chosen.get(component_of(name), "(?!)"), name)
-        }
+        yield {name: shape for name, shape in table.items() if re.fullmatch(chosen.get(component_of(name), "(?!)"), name)}
     yield table
 
 
@@ -252,9 +246,7 @@ def _sd_table_for(lora: LoRAFile) -> LayerTable:
     )
 
 
-def _in_old_order(
-    lora: LoRAFile, names: LayerTable | None, smallest_unet: int = 0
-) -> dict[str, tuple[tuple[str, ...], Pairs]]:
+def _in_old_order(lora: LoRAFile, names: LayerTable | None, smallest_unet: int = 0) -> dict[str, tuple[tuple[str, ...], Pairs]]:
     """component -> (ancestor classes, pairs) of the smallest set that has the component's modules.
 
     smallest_unet: the place in SETS of the first set that a UNet may have.
@@ -262,9 +254,7 @@ def _in_old_order(
     table = names or _sd_table_for(lora)
     stray = _stray(lora, table)
     if stray:
-        raise CheckpointError(
-            f"cloneofsimo's formats have no place for {stray}: they count a UNet's and text encoder's"
-        )
+        raise CheckpointError(f"cloneofsimo's formats have no place for {stray}: they count a UNet's and text encoder's")
     result = {}
     for component in COMPONENTS:
         wanted = {name for name in lora.modules if component_of(name) == component}
