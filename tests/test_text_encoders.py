@@ -185,6 +185,11 @@ def test_only_learned_rows_get_a_gradient_where_the_rest_is_frozen(learner):
     assert learner.token_embedding.weight.grad is None
 
 
+def test_of_two_words_that_begin_alike_the_longer_one_is_found(learner):
+    learner.add_tokens({"red": torch.ones(8), "red fox": torch.zeros(8)})
+    assert [learner.learned_words_in(text) for text in ("a red fox", "a red foxglove")] == [{"red fox"}, {"red"}]
+
+
 @pytest.mark.parametrize("trains", [True, False])
 def test_words_are_trained_where_the_vocabulary_is(trains, learner):
     """A frozen encoder stays frozen with the words of a LoRA that is loaded."""
