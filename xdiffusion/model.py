@@ -232,12 +232,8 @@ def generate(
         of = contexts[chunks[block.start]]
         context, null_context = torch.stack([of[p] for p in prompts[block]]), of.get(settings.negative_prompt)
         guided = GuidedDenoiser(denoiser, context, null_context, settings.cfg_scale, settings.clip_x0)
-        sigma = model.schedule.alpha_sigma(times[0])[1] if settings.start_noise == "sigma" else 1.0
-        if start_image is None:
-            x_T = sigma * initial_noise(model.latent_shape, generators[block]).to(model.device)
-        else:
-            rows = start_image.rows(block, len(prompts))
-            guided, x_T = _started(model, rows, guided, generators[block], times, sigma)
+        rows = None if start_image is None else start_image.rows(block, len(prompts))
+        guided, x_T = _started(model, rows, guided, generators[block], times, settings.start_noise)
         if on_start is not None:
             on_start(x_T)
         with model.at_work(model.network), computed_once(model.network), in_half():
@@ -293,13 +289,16 @@ def _blocks(chunks: Sequence[int], batch_size: int) -> Iterator[slice]:
 
 def _started(
     model: DiffusionModel,
-    start_image: StartImage,
+    start_image: StartImage | None,
     guided: GuidedDenoiser,
     generators: Sequence[torch.Generator],
     times: Float[Tensor, " n"],
-    sigma: float | Float[Tensor, ""],
+    start_noise: str,
 ) -> tuple[GuidedDenoiser | MaskedDenoiser, Float[Tensor, "B C H W"]]:
-    """The denoiser that knows what a mask keeps, and xt at the first time; `sigma` is that of images without a start image."""
+    """The denoiser that knows what a mask keeps, and xt at the first time."""
+    sigma = model.schedule.alpha_sigma(times[0])[1] if start_noise == "sigma" else 1.0
+    if start_image is None:
+        return guided, sigma * initial_noise(model.latent_shape, generators).to(model.device)
     with model.at_work(model.autoencoder):  # what the encoder draws comes before the noise, as in diffusers
         pairs = zip(start_image.images.to(model.device), generators)
         x0 = torch.cat([model.autoencoder.encode(image[None], generator) for image, generator in pairs]).float()
