@@ -109,7 +109,11 @@ def full_gpu(argv):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\n  GPU 0 has")
 
 
-@pytest.mark.parametrize("main", [full_cpu, full_gpu])
+def full_before_torch_has_any(argv):
+    raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported, allocate less")
+
+
+@pytest.mark.parametrize("main", [full_cpu, full_gpu, full_before_torch_has_any])
 def test_a_full_memory_is_one_line_that_says_where_to_read_on(main, capsys):
     assert cli.run(main) == 1
     line = capsys.readouterr().err

@@ -228,6 +228,7 @@ def out_of_memory() -> RuntimeError:
     [
         (ValueError("image/folder: none of the pictures is whole"), 1, "none of the pictures is whole"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "CUDA out of memory"),
+        (RuntimeError("CUDA error: out of memory"), 1, "CUDA error: out of memory"),
         (MemoryError(), 1, "MemoryError"),
         (out_of_memory(), 1, "can't allocate memory: you tried to allocate "),
         (KeyError("a mistake"), None, "a mistake"),
@@ -248,6 +249,7 @@ def test_whatever_ends_a_run_the_last_good_checkpoint_is_named(error, status, sa
         assert run_script(TRAIN, *COMMON, "--output_path", tmp_path) == status
     line = next(line for line in capfd.readouterr().err.splitlines() if line.startswith("error: "))
     assert said in line and f"last good checkpoint: {tmp_path}/diffusion-2.safetensors; to go on" in line
+    assert ("what takes less is in docs/lessons/04-stable-diffusion.md, Troubleshooting" in line) == ("emory" in said)
     assert read_run(tmp_path)["segments"][-1]["status"] == "failed"
 
 

@@ -22,12 +22,11 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, NoReturn
 
+from xdiffusion.memory import TAKES_LESS, is_full_memory
 from xdiffusion.streams import CONTROLS, lasting_output, plain_terminal
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 USAGE_ERROR = 2
-NO_MEMORY = "can't allocate memory"  # in a plain RuntimeError, of torch on a CPU
-LESS_MEMORY = "what takes less is in docs/lessons/04-stable-diffusion.md, Troubleshooting"
 LONGEST_ERROR = 4000  # letters
 AT_HOME = re.compile(r"^(--\w+=|)~/")  # a word of a command line
 TEXT_FLAGS = ("--prompt", "--negative_prompt", "--sample_prompt")  # whose words are no paths
@@ -57,20 +56,15 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
         print(CONTROLS.sub("?", f"error: {shorten(text, LONGEST_ERROR, placeholder=' ...')}"), file=sys.stderr)
         return USAGE_ERROR
     except (RuntimeError, MemoryError) as error:
-        if os.environ.get("XDIFFUSION_TRACEBACK") or not _is_full_memory(error):
+        if os.environ.get("XDIFFUSION_TRACEBACK") or not is_full_memory(error):
             raise
         text = " ".join(str(error).split()) or "the memory is full"
-        print(f"error: {shorten(text, LONGEST_ERROR, placeholder=' ...')}; {LESS_MEMORY}", file=sys.stderr)
+        print(f"error: {shorten(text, LONGEST_ERROR, placeholder=' ...')}; {TAKES_LESS}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, _Terminated) as stop:  # a training takes both itself from its first step on
         number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
         print(f"stopped by {number.name}", file=sys.stderr)
         return 128 + number
-
-
-def _is_full_memory(error: Exception) -> bool:
-    """Of the machine or its GPU; torch, whose class the latter's is, is not imported to tell."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or NO_MEMORY in str(error)
 
 
 class _Terminated(BaseException):

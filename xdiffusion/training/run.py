@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.writing import ensure_writable, remove_leftovers, write_text
+from xdiffusion.memory import TAKES_LESS, is_full_memory
 from xdiffusion.model import ImagesNotFinite
 from xdiffusion.places import OUTPUT_ROOT
 from xdiffusion.training.divergence import TrainingDiverged, write_report
@@ -26,9 +26,8 @@ from xdiffusion.training.records import Records, begin_with_metrics_of
 from xdiffusion.training.run_record import RunRecord
 from xdiffusion.training.state import RunCheckpoints
 
-# what may befall a run that is not at fault: diverging, other processes, disks, data, memory
-FAULTS = (TrainingDiverged, LostProcess, OSError, ValueError, MemoryError, torch.OutOfMemoryError)
-NO_MEMORY = "can't allocate memory"  # in a plain RuntimeError, of torch on a CPU
+# what may befall a run that is not at fault, beside a full memory: diverging, other processes, disks, data
+FAULTS = (TrainingDiverged, LostProcess, OSError, ValueError)
 Draw = Callable[[Path | None, str], Image.Image]  # (where to write it, title) -> a picture of what the model can
 
 
@@ -175,7 +174,7 @@ def train(
                 with suppress(CheckpointError):  # a full disk holds no record either
                     record.finish("diverged" if isinstance(error, TrainingDiverged) else "failed")
                 print(_why_it_stopped(error, record.last_step, checkpoints, go_on), file=sys.stderr)
-                is_fault = isinstance(error, FAULTS) or NO_MEMORY in str(error)
+                is_fault = isinstance(error, FAULTS) or is_full_memory(error)
                 if not is_fault or os.environ.get("XDIFFUSION_TRACEBACK"):
                     raise  # a mistake in the code, whose place is to be seen
                 return 1
@@ -191,6 +190,7 @@ def _why_it_stopped(error: Exception, last_step: int, checkpoints: RunCheckpoint
     newest = checkpoints.newest()
     last_good = f"{newest}; to go on from it: {go_on}" if newest else "none"
     reason = " ".join(str(error).split()) or type(error).__name__
+    reason += f"; {TAKES_LESS}" if is_full_memory(error) else ""
     return f"error: training stopped after step {last_step}, {reason}; last good checkpoint: {last_good}"
 
 
