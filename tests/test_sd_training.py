@@ -106,6 +106,14 @@ def test_no_lora_is_on_the_text_projection_which_no_picture_depends_on(targets, 
         assert len(read_lora(export).modules) == len(lora_layers(model))
 
 
+def test_a_lora_of_the_text_projection_alone_is_refused():
+    path = CONFIGS / "sd15_lora_textencoder_tiny.yaml"
+    config = load_config(path, [*SMALLER, "text_encoder_lora.target_modules=[text_projection]"], True)
+    said = r"text_encoder_lora.target_modules=\['text_projection'\] names the text projection alone"
+    with pytest.raises(ValueError, match=said):
+        make_trainable(tiny_sd_model(config), config, lora=True)
+
+
 @pytest.mark.parametrize("kind", ["diffusers", "kohya"])
 def test_diffusers_draws_the_same_pictures_from_the_exports(run, adapted, kind):
     import diffusers

@@ -25,7 +25,8 @@ def make_trainable(model: DiffusionModel, config: DictConfig, *, lora: bool) -> 
     factors are then those of the weights that the run has.
 
     Raises:
-        ValueError: for settings that the model cannot have, or half_frozen_weights where the network is trained.
+        ValueError: for settings that the model cannot have, a LoRA of that projection alone, or half_frozen_weights where the
+            network is trained.
     """
     model.requires_grad_(False)
     if config.training.half_frozen_weights:
@@ -40,8 +41,11 @@ def make_trainable(model: DiffusionModel, config: DictConfig, *, lora: bool) -> 
             if section in config:
                 given = OmegaConf.to_container(config[section])
                 not_its_own = ("training", "optimizer", "cache", "learning_rate")
-                targets = target_names(part, given["target_modules"])
-                given["target_modules"] = [name for name in targets if name != "text_projection"]
+                targets = [n for n in target_names(part, given["target_modules"]) if n != "text_projection"]
+                if not targets:
+                    said = f"{section}.target_modules={given['target_modules']!r}"
+                    raise ValueError(f"{said} names the text projection alone, on which no picture depends")
+                given["target_modules"] = targets
                 apply_lora_to_model(part, **{k: v for k, v in given.items() if k not in not_its_own})
     elif "textual_inversion" not in config:
         model.network.requires_grad_(True)
