@@ -47,10 +47,8 @@ def test_sizes_that_do_not_go_together_are_refused(size, multiple, aspect):
 
 def test_a_picture_goes_to_the_bucket_that_crops_it_least():
     sizes = bucket_sizes(512, 64, 2.0)
-    between = [
-        (1138, 1000),
-        (1000, 1138),
-    ]  # the square and the next: nearer to it by their difference, not by their quotient
+    # between the square and the next one: nearer to it by their difference, not by their quotient
+    between = [(1138, 1000), (1000, 1138)]
     for width, height in [(100, 100), (640, 480), (480, 640), (1920, 1080), (3000, 100), (513, 512), *between]:
         chosen = nearest_bucket(width, height, sizes)
 
