@@ -206,9 +206,11 @@ def write_report(folder: Path, results: Sequence[Mapping[str, Any]]) -> None:
 
 def write_table(path: Path, heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Write a markdown table and print it."""
+    from xdiffusion.checkpoints.writing import write_text
+
     lines = [heads, ["---"] * len(heads), *rows]
     text = "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
-    path.write_text(text)
+    write_text(path, text)
     print(f"\n{path}\n{text}")
 
 
