@@ -37,7 +37,7 @@ from xdiffusion.checkpoints.diffusers import unet_name_to_diffusers
 from xdiffusion.checkpoints.hashes import content_hash
 from xdiffusion.checkpoints.lora_formats import read_lora
 from xdiffusion.checkpoints.reading import load_safetensors
-from xdiffusion.checkpoints.writing import save_safetensors, write_atomically
+from xdiffusion.checkpoints.writing import save_safetensors, write_text
 from xdiffusion.cli import REPOSITORY, Parser, call_script, positive_int, run
 from xdiffusion.config_files import assignment
 from xdiffusion.data.image_set import ImageSet, invert
@@ -260,7 +260,7 @@ def cached(folder: Path, budget: dict[str, Any], make: Callable[[], Row]) -> Row
             raise ValueError(f"{path} is of another budget; name another folder with --output_path")
         return row
     row = make() | {"budget": budget}
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(row, indent=1) + "\n"))
+    write_text(path, json.dumps(row, indent=1) + "\n")
     return row
 
 
@@ -337,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     copies = [setting_of(MNIST, data_dir, args) for data_dir in (*args.data_dir, *[None] * args.mnist)]
     rows = rows_of(digits, args.seeds) + [row for copy in copies for row in rows_of(copy, args.mnist_seeds or args.seeds)]
     text = document(rows, args)
-    write_atomically(args.markdown, lambda temporary: temporary.write_text(text))
+    write_text(args.markdown, text)
     print(args.markdown)
     return 0
 
