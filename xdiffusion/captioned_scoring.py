@@ -28,7 +28,7 @@ from xdiffusion.evaluation.gap import fixed_draws
 from xdiffusion.evaluation.loss_curve import LossCurve
 from xdiffusion.evaluation.memorisation import Nearest, nearest
 from xdiffusion.evaluation.overlap import NEIGHBOURS, Overlap
-from xdiffusion.evaluation.scores import frechet_scores, mean_scores, memorisation_scores, overlap_scores
+from xdiffusion.evaluation.scores import Features, frechet_scores, mean_scores, memorisation_scores, overlap_scores
 from xdiffusion.held_out import loss_curves
 from xdiffusion.lora.adapters import lora_disabled
 from xdiffusion.model import DiffusionModel, generate, generators_for, of_captions
@@ -175,9 +175,9 @@ def clip_scores(samples: Seen, real: Seen, known: Seen | None, resamples: int, s
     Each where there are enough pictures for it.
     """
     scores = {"clip_score_real": float(real.fit.mean())} | mean_scores({"clip_score": samples.fit}, resamples, seed)
-    features = [None if s is None or len(s.features) < 2 else s.features for s in (samples, real, known)]
-    if features[1] is not None:
-        scores |= frechet_scores(*features, resamples, seed) | overlap_scores(*features, resamples, seed)
+    features = Features(*(None if s is None or len(s.features) < 2 else s.features for s in (samples, real, known)))
+    if features.held_out is not None:
+        scores |= frechet_scores(features, resamples, seed) | overlap_scores(features, resamples, seed)
     return scores
 
 

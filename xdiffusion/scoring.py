@@ -28,7 +28,7 @@ from xdiffusion.evaluation.judge import Judge, accuracy, judge_features, train_j
 from xdiffusion.evaluation.loss_curve import LossCurve
 from xdiffusion.evaluation.memorisation import Nearest, nearest
 from xdiffusion.evaluation.overlap import NEIGHBOURS
-from xdiffusion.evaluation.scores import frechet_scores, mean_scores, memorisation_scores, overlap_scores
+from xdiffusion.evaluation.scores import Features, frechet_scores, mean_scores, memorisation_scores, overlap_scores
 from xdiffusion.held_out import CURVE_PAIRS, WithoutLoRA, bound_scores, gap_scores, held_out_of, loss_curves
 from xdiffusion.lora.adapters import lora_disabled
 from xdiffusion.model import DiffusionModel, generate, generators_for
@@ -208,7 +208,7 @@ def image_scores(samples: Samples, data: ImageSet, normal: ImageSet, judge: Judg
         rows["background"] = background_brightness(samples.images, mask)
     scores = {"background": None} | mean_scores(rows, resamples, seed)
     known = judge_features(judge, normal.train.floats(samples.real))
-    scores |= frechet_scores(features, held_out, known, resamples, seed, normal.test.groups)
+    scores |= frechet_scores(Features(features, held_out, known, normal.test.groups), resamples, seed)
     return scores | ({"resamples": resamples} if resamples else {})
 
 
@@ -225,7 +225,7 @@ def full_scores(
     train = (to_unit_range(block) for block in normal.train.images.split(NEAREST_BLOCK))
     found = nearest(torch.cat([seen, test]), train)
     neighbours, drawn = found.rows(0, count), {"resamples": depth.resamples, "seed": seed}
-    scores = overlap_scores(features, real, known, groups=groups, **drawn)
+    scores = overlap_scores(Features(features, real, known, groups), **drawn)
     scores |= memorisation_scores(neighbours, found.rows(count), groups=groups, **drawn)
     if depth.clip is not None:
         scores |= mean_scores({"clip_score": clip_rows(depth.clip, seen, samples.prompts)}, **drawn)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,6 +18,19 @@ SHARES = ("prompt_accuracy", "precision", "recall", "coverage", "copies")  # mea
 OF_HELD_OUT = ("recall", "coverage")  # whose rows are of held-out images, not of samples
 
 
+class Features(NamedTuple):
+    """Rows of features that are compared.
+
+    known: of training images, for the floor and the `_real` scores.
+    groups: of held-out images.
+    """
+
+    samples: Float[Tensor, "N D"]
+    held_out: Float[Tensor, "M D"]
+    known: Float[Tensor, "K D"] | None
+    groups: Groups | None = None
+
+
 def mean_scores(rows: Mapping[str, Tensor], resamples: int, seed: int, groups: Groups | None = None) -> dict[str, Any]:
     """The mean of each score's rows (N,); groups: of held-out images."""
     scores: dict[str, Any] = {name: float(r.mean()) for name, r in rows.items()}
@@ -29,15 +42,9 @@ def mean_scores(rows: Mapping[str, Tensor], resamples: int, seed: int, groups: G
     return scores
 
 
-def frechet_scores(
-    samples: Float[Tensor, "N D"],
-    held_out: Float[Tensor, "M D"],
-    known: Float[Tensor, "K D"] | None,
-    resamples: int,
-    seed: int,
-    groups: Groups | None = None,
-) -> dict[str, Any]:
-    """The Frechet distance of features; its floor is that of `known` training images. groups: of held-out images."""
+def frechet_scores(features: Features, resamples: int, seed: int) -> dict[str, Any]:
+    """The Frechet distance to held-out images; its floor is that of training images."""
+    samples, held_out, known, groups = features
     scores: dict[str, Any] = {"frechet_distance": frechet_distance(samples, held_out)}
     if known is not None:
         scores["frechet_floor"] = frechet_distance(known, held_out)
@@ -47,19 +54,13 @@ def frechet_scores(
     return scores
 
 
-def overlap_scores(
-    samples: Float[Tensor, "N D"],
-    held_out: Float[Tensor, "M D"],
-    known: Float[Tensor, "K D"] | None,
-    resamples: int,
-    seed: int,
-    groups: Groups | None = None,
-) -> dict[str, Any]:
-    """Precision, recall, density and coverage of features, where there are enough of them.
+def overlap_scores(features: Features, resamples: int, seed: int) -> dict[str, Any]:
+    """Precision, recall, density and coverage, where there are enough of both.
 
     The neighbourhoods are held fixed in the intervals, which are of the chance of the points in them: one that a bootstrap
     draws twice would shrink them.
     """
+    samples, held_out, known, groups = features
     if min(len(samples), len(held_out)) <= NEIGHBOURS:
         return {}
     scores = mean_scores(overlap(held_out, samples)._asdict(), resamples, seed, groups)
