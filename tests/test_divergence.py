@@ -103,13 +103,48 @@ def test_a_checkpoint_from_which_a_run_diverges_again_is_not_good(tmp_path, monk
 
     def part(self, step, *arguments):
         loss = backward(self, step, *arguments)
-        return loss * torch.nan if step == 5 and self.rollbacks < 2 else loss
+        return loss * torch.nan if step == 6 and self.rollbacks < 2 else loss
 
     monkeypatch.setattr(Trainer, "_backward_part", part)
-    assert run_script(TRAIN, *COMMON, "--set", "training.rollbacks=2", "--output_path", tmp_path) == 0
+    words = [*COMMON, "--num_training_steps", 6, "--set", "training.rollbacks=2", "--output_path", tmp_path]
+    assert run_script(TRAIN, *words) == 0
     (segment,) = read_run(tmp_path)["segments"]
-    assert segment["rollbacks"] == [{"diverged": 5, "to": 4}, {"diverged": 5, "to": 2}]
-    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    assert segment["rollbacks"] == [{"diverged": 6, "to": 4}, {"diverged": 6, "to": 2}]
+    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 7))
+
+
+@pytest.fixture
+def exploding_update(monkeypatch):
+    """The update of step 4 leaves weights of a finite size that no loss is finite with, unless the noise is another one."""
+    step_of = Trainer.step
+
+    def step(self, number):
+        metrics = step_of(self, number)
+        if number == 4 and not self.rollbacks:
+            for weights in self.packed.updated:
+                weights.data.fill_(1e30)
+        return metrics
+
+    monkeypatch.setattr(Trainer, "step", step)
+
+
+def test_weights_whose_next_loss_is_not_finite_are_no_good_checkpoint(tmp_path, exploding_update, capfd):
+    """Nor does the rotation delete the one before them until that loss is known."""
+    words = [*COMMON, "--output_path", tmp_path, "--set", "checkpoints.keep_last=1"]
+    assert run_script(TRAIN, *words, "--set", "training.rollbacks=1") == 0
+    assert f"{tmp_path}/diffusion-4.safetensors is not good" in capfd.readouterr().err
+    (segment,) = read_run(tmp_path)["segments"]
+    assert segment["rollbacks"] == [{"diverged": 5, "to": 2}]
+    left = {path.name for path in tmp_path.glob("diffusion-*")}
+    assert left == {f"diffusion-{STEPS}.safetensors", f"diffusion-{STEPS}.state.pt"}
+
+
+def test_a_resume_after_a_divergence_begins_before_the_weights_that_gave_the_loss(tmp_path, exploding_update, capfd):
+    words = [*COMMON, "--output_path", tmp_path, "--set", "checkpoints.keep_last=1", "--resume_from", "auto"]
+    assert run_script(TRAIN, *words) == 1
+    assert f"last good checkpoint: {tmp_path}/diffusion-2.safetensors; to go on" in capfd.readouterr().err
+    assert run_script(TRAIN, *words) == 0
+    assert "going on with step 3" in capfd.readouterr().out
 
 
 def test_resuming_a_diverged_run_draws_other_noise(tmp_path, bad_noise, capfd):

@@ -106,10 +106,11 @@ def gone(*_, **__):
 
 
 def test_a_process_lost_while_the_run_goes_back(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(
-        ImageSet, "batch", lambda *_: SimpleNamespace(images=torch.full((4, 1, 12, 12), torch.nan), captions=[""] * 4)
-    )
-    monkeypatch.setattr(Accelerator, "wait_for_everyone", gone)
+    def batch(*_):
+        monkeypatch.setattr(Accelerator, "wait_for_everyone", gone)
+        return SimpleNamespace(images=torch.full((4, 1, 12, 12), torch.nan), captions=[""] * 4)
+
+    monkeypatch.setattr(ImageSet, "batch", batch)
     assert run_script(TRAIN, *COMMON, "--set", "training.rollbacks=1", "--output_path", tmp_path) == 1
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.startswith("error: training stopped after step 0, another process of this run is gone")

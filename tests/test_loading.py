@@ -184,6 +184,18 @@ def test_tensors_are_taken_over_as_they_lie_in_the_file_where_dtype_and_layout_a
         assert (tensor.data_ptr() == mapped[name]) == tensor.is_contiguous() or tensor.ndim == 4
 
 
+@pytest.mark.parametrize("mapped", [True, False])
+def test_copies_stay_whatever_becomes_of_the_file(mapped, saved, config):
+    """`cp other.safetensors base.safetensors` writes into the file that a run may have mapped."""
+    model, path = saved
+    loaded = build_model(config(), without_weights=True)
+    load_weights(loaded, load_model_file(path), mapped=mapped)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    pairs = list(zip(loaded.state_dict().values(), model.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in pairs) == (not mapped)
+
+
 def test_a_model_that_has_weights_keeps_its_own_memory(saved, config):
     model, path = saved
     other = build_model(config())

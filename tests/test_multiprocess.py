@@ -220,6 +220,13 @@ def test_a_tiny_clip_that_one_process_cannot_begin_is_a_line_in_each(tmp_path):
     assert results[1][2].splitlines()[-1].startswith("error: before the first step, another process of this run is gone")
 
 
+def test_processes_that_do_not_train_the_same_tiny_clip_are_told_so(tmp_path):
+    words = ["--config_path", COMMON[1], "--force_cpu", "--output_path", tmp_path / "clip.safetensors"]
+    for status, _, err in map(finish, start(words, script=ROOT / TRAIN_CLIP, words_of_last=["--seed", "1"])):
+        assert status == 2
+        assert "error: the processes do not begin with the same settings" in err.splitlines()[-1]
+
+
 def test_of_two_processes_the_first_alone_prints(tmp_path):
     words = ["--config_path", COMMON[1], "--force_cpu", "--num_training_steps", 1]
     words += ["--output_path", tmp_path / "clip.safetensors"]

@@ -2,6 +2,7 @@
 
 import shlex
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from commands import ROOT, TRAIN, run_script, set_words
 from test_state import fresh
 
 from xdiffusion.checkpoints.reading import load_safetensors
-from xdiffusion.training import previews
+from xdiffusion.training import previews, run
 from xdiffusion.training.records import read_metrics
 from xdiffusion.training.run_record import read_run
 
@@ -182,6 +183,22 @@ def test_going_on_from_an_earlier_step_says_what_becomes_of_the_later_ones(tmp_p
     assert f"run holds later steps, up to {STEPS}: their states are set aside, their lines leave metrics.jsonl" in error
     script = shlex.split(error.splitlines()[-1].partition("to go on: ")[2])[1]
     assert (tmp_path / script).resolve() == ROOT / TRAIN
+
+
+def test_what_is_written_until_the_folder_is_free_is_gone_on_from(tmp_path, monkeypatch, capfd):
+    """A scheduler may start the next job while the last one writes its checkpoint."""
+    words = [*COMMON, "--output_path", tmp_path, "--resume_from", "auto"]
+    assert run_script(TRAIN, *words, "--num_training_steps", 4) == 0
+    (tmp_path / "diffusion-4.state.pt").rename(tmp_path / "later")
+
+    @contextmanager
+    def held(folder):
+        (tmp_path / "later").rename(folder / "diffusion-4.state.pt")
+        yield
+
+    monkeypatch.setattr(run, "held", held)
+    assert run_script(TRAIN, *words) == 0
+    assert "going on with step 5" in capfd.readouterr().out
 
 
 def test_a_file_without_its_run_says_that_the_conditions_are_not_known(tmp_path, capfd):

@@ -40,7 +40,7 @@ def test_a_record_is_there_from_the_start_and_complete_at_the_end(tmp_path):
     assert begun["segments"][0]["status"] == "running"
     assert "seconds" not in begun["segments"][0]
     run.last_step = 4
-    run.finish("finished")
+    run.update("finished")
     done = read_run(tmp_path)
     assert done["config"] == json.loads(json.dumps(done["config"]))
     assert done["config"]["training"]["batch_size"] == 8
@@ -56,11 +56,20 @@ def test_a_record_is_there_from_the_start_and_complete_at_the_end(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
+def test_a_run_that_is_killed_leaves_the_figures_of_its_last_checkpoint(tmp_path):
+    run = record(tmp_path)
+    run.last_step = 2
+    run.update()
+    (segment,) = read_run(tmp_path)["segments"]
+    assert (segment["status"], segment["last_step"]) == ("running", 2)
+    assert segment["seconds"] > 0
+
+
 def test_a_resumed_run_appends_a_segment_and_a_fresh_one_begins_anew(tmp_path):
-    record(tmp_path).finish("interrupted")
+    record(tmp_path).update("interrupted")
     again = record(tmp_path, first_step=3)
     assert again.changes == []
-    again.finish("finished")
+    again.update("finished")
     assert [s["status"] for s in read_run(tmp_path)["segments"]] == ["interrupted", "finished"]
     changed = record(tmp_path, 4, tiny_config("training.seed=1"), invert(tiny_images()))
     assert changed.changes[:2] == [
@@ -76,9 +85,9 @@ def test_a_resumed_run_appends_a_segment_and_a_fresh_one_begins_anew(tmp_path):
 
 
 def test_a_resume_that_takes_no_step_leaves_the_config_of_those_that_were_taken(tmp_path):
-    record(tmp_path).finish("finished")
+    record(tmp_path).update("finished")
     steps = tiny_config().training.num_training_steps
-    record(tmp_path, steps + 1, tiny_config("training.seed=1")).finish("finished")
+    record(tmp_path, steps + 1, tiny_config("training.seed=1")).update("finished")
     assert read_run(tmp_path)["config"]["training"]["seed"] == 0
     record(tmp_path, steps, tiny_config("training.seed=1"))
     assert read_run(tmp_path)["config"]["training"]["seed"] == 1
@@ -86,7 +95,7 @@ def test_a_resume_that_takes_no_step_leaves_the_config_of_those_that_were_taken(
 
 def test_a_record_without_a_folder_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    record(None).finish("finished")
+    record(None).update("finished")
     assert not list(tmp_path.iterdir())
 
 

@@ -13,7 +13,7 @@ from xdiffusion.checkpoints.lora_formats import read_lora
 from xdiffusion.checkpoints.native import load_model_file
 from xdiffusion.checkpoints.reading import load_pickled, load_safetensors
 from xdiffusion.training.loop import fit
-from xdiffusion.training.state import RunCheckpoints, frozen_factors, state_path, write_state
+from xdiffusion.training.state import RunCheckpoints, frozen_factors, state_path
 from xdiffusion.training.weights_files import AdapterWeights, ModelWeights
 
 BASE_HASH = "0123456789abcdef"
@@ -208,33 +208,6 @@ def test_weights_of_a_later_write_do_not_belong_to_the_old_state(tmp_path, capsy
     assert "it is not the file that diffusion-5.state.pt was written for" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("overrides", "kept"),
-    [([], [1, 2, 3, 4, 5]), (["keep_last=2"], [4, 5]), (["keep_last=1", "keep_every=2"], [2, 4, 5])],
-)
-def test_old_checkpoints_are_rotated(overrides, kept, tmp_path):
-    words = ["training.save_and_sample_every_n=1", *(f"checkpoints.{word}" for word in overrides)]
-    trainer, files = fresh(tmp_path, words)
-    train(trainer, files)
-    assert files._steps() == kept
-    assert len(list(tmp_path.iterdir())) == 2 * len(kept)
-
-
-def test_the_rotation_keeps_what_is_whole_if_the_newest_is_not(tmp_path, monkeypatch):
-    trainer, files = fresh(tmp_path, ["checkpoints.keep_last=1"])
-    train(trainer, files, stop_after=3)
-
-    def damaged(path, state):
-        write_state(path, state)
-        path.write_bytes(flipped(path.read_bytes(), 5000))
-
-    monkeypatch.setattr("xdiffusion.training.state.write_state", damaged)
-    files.save(trainer, 4)
-    with pytest.raises(CheckpointError, match=r"diffusion-4\.safetensors is damaged"):
-        files.finish()
-    assert files.newest() == files.path(2)
-
-
 def test_a_failed_write_is_told_of_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     trainer, files = fresh(tmp_path)
     train(trainer, files, stop_after=3)
@@ -248,20 +221,6 @@ def test_a_failed_write_is_told_of_and_leaves_the_last_good_checkpoint(tmp_path,
         files.finish()
     assert files.newest() == files.path(2)
     assert not list(tmp_path.glob(".*.tmp"))
-
-
-def test_the_states_of_an_earlier_run_are_set_aside(tmp_path):
-    trainer, files = fresh(tmp_path)
-    train(trainer, files)
-    files.set_aside(after=2)
-    assert files._steps() == [2]
-    files.set_aside(after=0)
-    assert files.newest() is None
-    assert files.resume(trainer, "auto") == 0
-    assert files.path(5).is_file()
-    aside = tmp_path / "diffusion-4.state.pt.earlier"
-    aside.rename(tmp_path / "diffusion-4.state.pt")
-    assert files.newest() == files.path(4)
 
 
 def test_a_file_whose_number_is_none_is_no_checkpoint(tmp_path):

@@ -187,11 +187,13 @@ def check_weights_fit(file: ModelFile, config: DictConfig) -> None:
     )
 
 
-def load_weights(model: DiffusionModel, file: ModelFile) -> None:
+def load_weights(model: DiffusionModel, file: ModelFile, *, mapped: bool = True) -> None:
     """Put a checkpoint's weights into a model of its architecture, in the model's dtype.
 
-    A model without weights takes the mapped tensors of the file over, each converted where dtype or memory layout differ,
-    so that nothing is held twice.
+    Args:
+        model: one without weights takes the mapped tensors of the file over, each converted where dtype or memory layout
+            differ, so that nothing is held twice.
+        mapped: False makes it take copies, which stay what they are whatever becomes of the file.
 
     Raises:
         CheckpointError: if names or shapes differ.
@@ -207,7 +209,7 @@ def load_weights(model: DiffusionModel, file: ModelFile) -> None:
         )
     if without_weights:
         for name in own:
-            tensors[name] = _fitted(tensors[name], own[name])
+            tensors[name] = _fitted(tensors[name], own[name], mapped)
     model.load_state_dict(tensors, assign=without_weights)
 
 
@@ -241,9 +243,10 @@ def _other(file: ModelFile) -> str:
     return f"{file.path} is {found} by its first layers; it is damaged, or the config is for another architecture"
 
 
-def _fitted(tensor: Tensor, own: Tensor) -> Tensor:
-    """A tensor in the dtype and memory layout of the model's own, which is on the meta device; a copy only if need be."""
-    if tensor.dtype == own.dtype and tensor.stride() == own.stride():
+def _fitted(tensor: Tensor, own: Tensor, mapped: bool) -> Tensor:
+    """A tensor in the dtype and memory layout of the model's own, which is on the meta device; if it may stay mapped, a copy
+    only if need be."""
+    if mapped and tensor.dtype == own.dtype and tensor.stride() == own.stride():
         return tensor
     return torch.empty_like(own, device=tensor.device).copy_(tensor)
 

@@ -56,20 +56,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from xdiffusion.places import OUTPUT_ROOT
     from xdiffusion.training.folder_lock import in_turn
-    from xdiffusion.training.processes import begin_process, leaving_together
+    from xdiffusion.training.processes import begin_process, check_same_everywhere, first_ones_first, leaving_together
+    from xdiffusion.training.run_record import data_fingerprint, settings_hash
     from xdiffusion.training.settings import check_settings
     from xdiffusion.training.text_encoder import tiny_clip_path, train_tiny_clip
 
     check_settings(config)
-    data = build_data(config)
     words = sys.argv[1:] if argv is None else argv
     command = {"script": SCRIPT, "words": words, "resume_from": args.resume_from, "force_cpu": args.force_cpu}
-    path = path or tiny_clip_path(config, data, OUTPUT_ROOT)
 
     def set_up_and_train() -> int:
-        first = begin_process(args.force_cpu).is_main_process
-        with in_turn(path) if first else nullcontext():  # a run of training/image/train.py may make it too
-            return train_tiny_clip(build_fresh_text_encoder(config), config, data, path, **command)
+        process = begin_process(args.force_cpu)
+        with first_ones_first(process):  # the others find what the first has downloaded
+            data = build_data(config)
+        check_same_everywhere(process, {"data": data_fingerprint(data), "settings": settings_hash(config)})
+        file = path or tiny_clip_path(config, data, OUTPUT_ROOT)
+        with in_turn(file) if process.is_main_process else nullcontext():  # a run of training/image/train.py may make it too
+            return train_tiny_clip(build_fresh_text_encoder(config), config, data, file, **command)
 
     return leaving_together(set_up_and_train)
 

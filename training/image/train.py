@@ -182,7 +182,8 @@ def set_up_and_train(
             return status
     with first_ones_first(process):
         if args.load_model_weights_from_checkpoint:
-            load_weights(model, base_file(config, args, says=process.is_main_process))
+            mapped = process.device.type != "cpu"  # else who replaces the file in place changes the base, or ends the run
+            load_weights(model, base_file(config, args, says=process.is_main_process), mapped=mapped)
         else:
             initialise_text_encoder(model.text_encoder, config, clip)
         base_hash = content_hash(model.base_weights()) if adapts or "prior" in config else None

@@ -70,8 +70,6 @@ def begin(trainer: Trainer, checkpoints: RunCheckpoints, config: DictConfig, com
             )
         if moved:
             begin_with_metrics_of(origin, folder)
-        if checkpoints.path(first_step - 1).is_file():
-            checkpoints.rotate()  # what a run that was killed had not come to
     device, processes = trainer.accelerator.device, trainer.accelerator.num_processes
     base_hash = checkpoints.files.base_hash
     place, task = folder if writes else None, trainer.task
@@ -101,8 +99,8 @@ def begin(trainer: Trainer, checkpoints: RunCheckpoints, config: DictConfig, com
 def go_back(trainer: Trainer, checkpoints: RunCheckpoints, record: RunRecord, error: TrainingDiverged) -> int:
     """After a divergence, put the last good checkpoint back and choose other noise; returns the next step.
 
-    Where the run has been there already, and has made no newer one since, that may not be good: it goes to the one before, if
-    there is one.
+    The newest may not be good: where it is of the very weights that gave this loss, or the run has been there already and has
+    made no newer one since, it goes to the one before, if there is one. What is not good is set aside.
 
     Raises:
         TrainingDiverged: the same, with its report written, if there is no such checkpoint or training.rollbacks are used up.
@@ -112,20 +110,22 @@ def go_back(trainer: Trainer, checkpoints: RunCheckpoints, record: RunRecord, er
     if writes:
         write_report(checkpoints.folder, error)
     trainer.accelerator.wait_for_everyone()  # for what the first process was writing
-    rollbacks = trainer.rollbacks + 1
-    if rollbacks > trainer.settings.rollbacks:
-        raise error
+    diverged, rollbacks = error.report["step"], trainer.rollbacks + 1
     been = record.rollbacks[-1]["to"] if record.rollbacks else None
     newest = checkpoints.newest_step()
-    step = (checkpoints.newest_step(before=newest) if newest == been else 0) or newest
-    if step == 0:
-        raise error
-    checkpoints.resume(trainer, str(checkpoints.path(step)))
-    check_same_everywhere(trainer.accelerator, {"checkpoint": checkpoints.resumed})
+    step = (checkpoints.newest_step(before=newest) if newest in (diverged - 1, been) else 0) or newest
+    if writes and step != newest:
+        print(f"{checkpoints.path(newest)} is not good, its next loss was not: its state is set aside", file=sys.stderr)
+    goes_back = step > 0 and rollbacks <= trainer.settings.rollbacks
+    if goes_back:
+        checkpoints.resume(trainer, str(checkpoints.path(step)))
+        check_same_everywhere(trainer.accelerator, {"checkpoint": checkpoints.resumed})
     trainer.accelerator.wait_for_everyone()  # before the states of later steps have other names
     if writes:
         checkpoints.set_aside(after=step)
-    record.rolled_back(error.report["step"], step, rollbacks)
+    if not goes_back:
+        raise error
+    record.rolled_back(diverged, step, rollbacks)
     trainer.rollbacks = rollbacks
     return step + 1
 
@@ -153,9 +153,10 @@ def train(
     Raises:
         CheckpointError: if another run is in the folder, or there is nothing to resume from.
     """
-    first_step = 1 + (checkpoints.resume(trainer, resume_from) if resume_from else 0)
-    check_same_everywhere(trainer.accelerator, {"checkpoint": checkpoints.resumed})
     with held(checkpoints.folder) if trainer.accelerator.is_main_process else nullcontext():
+        trainer.accelerator.wait_for_everyone()  # a run that ends in this folder may write its last checkpoint until then
+        first_step = 1 + (checkpoints.resume(trainer, resume_from) if resume_from else 0)
+        check_same_everywhere(trainer.accelerator, {"checkpoint": checkpoints.resumed})
         if resume_from:
             print(_where_it_goes_on(first_step, checkpoints.folder, trainer.settings.num_training_steps))
         record = begin(trainer, checkpoints, config, [script, *words], first_step)
@@ -169,17 +170,19 @@ def train(
         with Interruption() as interruption:
             try:
                 number = take_steps(trainer, checkpoints, draw, record, first_step, interruption)
+                if not number and trainer.accelerator.is_main_process:
+                    checkpoints.rotate()
                 number = number or largest(trainer.accelerator, interruption.signal)  # at the last picture
             except Exception as error:
                 with suppress(CheckpointError):  # a full disk holds no record either
-                    record.finish("diverged" if isinstance(error, TrainingDiverged) else "failed")
+                    record.update("diverged" if isinstance(error, TrainingDiverged) else "failed")
                 print(_why_it_stopped(error, record.last_step, checkpoints, go_on), file=sys.stderr)
                 is_fault = isinstance(error, FAULTS) or is_full_memory(error)
                 if not is_fault or os.environ.get("XDIFFUSION_TRACEBACK"):
                     raise  # a mistake in the code, whose place is to be seen
                 return 1
         whole = record.last_step == trainer.settings.num_training_steps
-        record.finish("finished" if whole or not number else "interrupted")
+        record.update("finished" if whole or not number else "interrupted")
         if number:
             rest = "the last" if whole else f"to go on: {go_on}"
             print(f"stopped by {signal.Signals(number).name} after step {record.last_step}; {rest}", file=sys.stderr)
@@ -233,6 +236,7 @@ def take_steps(
         def on_checkpoint(step: int) -> None:
             if writes:  # a kill would leave an earlier run's picture beside these weights
                 picture_of(step).unlink(missing_ok=True)
+                record.update()
             checkpoints.save(trainer, step, lambda p: records.say(f"step {step}: {p} ({p.stat().st_size:,} bytes)"))
 
         def on_sample(step: int) -> None:

@@ -47,13 +47,16 @@ MACHINERY = ("device", "processes", "threads")  # of a segment: sums round other
 END_BYTES = 4096
 SOURCES = ("xdiffusion", "training", "sampling", "configs")  # an untracked file here may be part of what runs
 REPOSITORY = Path(__file__).resolve().parents[2]
-PACKAGES = ("xdiffusion", "torch", "accelerate", "numpy", "safetensors", "omegaconf", "open_clip_torch", "torchvision")
+PACKAGES = (
+    "xdiffusion", "torch", "accelerate", "numpy", "safetensors", "omegaconf", "open_clip_torch", "torchvision", "pillow",
+    "matplotlib", "bitsandbytes", "datasets",
+)  # fmt: skip
 
 
 class RunRecord:
-    """Writes run.json: at the start of a segment with status "running", and again at its end.
+    """Writes run.json: at the start of a segment with status "running", at its checkpoints, and at its end.
 
-    A segment that a kill cut short keeps its "running".
+    A segment that a kill cut short keeps its "running", with the figures of its last checkpoint.
 
     Args:
         folder: of the run; None writes nothing.
@@ -149,8 +152,8 @@ class RunRecord:
         self.rollbacks.append({"diverged": diverged, "to": to})
         self._write()
 
-    def finish(self, status: str) -> None:
-        """Complete the segment; status is "finished", "interrupted", "diverged" or "failed"."""
+    def update(self, status: str = "running") -> None:
+        """Write how far the segment has come; at its end status is "finished", "interrupted", "diverged" or "failed"."""
         seconds = time.perf_counter() - self.started
         steps = max(0, self.last_step - self.first_step + 1)  # none where the run went back behind where it began
         self.segment |= {

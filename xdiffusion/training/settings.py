@@ -115,7 +115,8 @@ class CheckpointSettings:
     """Which checkpoints of a run stay, and how exact a LoRA's file is.
 
     keep_last, keep_every: once more than keep_last checkpoints stand there, older ones are deleted, but for those of steps
-        that keep_every divides. null keeps all.
+        that keep_every divides; while the run goes on there is one more, as the next steps tell whether the newest is good.
+        null keeps all.
     lora_dtype: of the factors in a LoRA's file, where it can hold them. They are trained in float32, and a run that is resumed
         goes on from that.
     """

@@ -76,9 +76,10 @@ class RunCheckpoints:
 
         def write() -> None:
             try:
+                self.rotate()  # now that the steps since have shown the one before this to be good
                 write_weights()
                 write_state(path, state)
-                self.rotate()
+                aside_path(path).unlink(missing_ok=True)  # of weights that are no more
                 if on_saved is not None:
                     on_saved(path)
             except Exception as error:  # raised again where the run will see it
@@ -209,7 +210,7 @@ class RunCheckpoints:
         if doomed:
             whole_state(self.path(steps[-1]))
         for weights in map(self.path, doomed):
-            for path in (*export_paths(weights), weights, state_path(weights)):
+            for path in (*export_paths(weights), weights, state_path(weights), aside_path(weights)):
                 path.unlink(missing_ok=True)
 
     def _states(self) -> list[int]:
