@@ -250,24 +250,24 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(command, work_
 
     def loss(*arguments, **keywords):
         calls.append(keywords)
-        return real_loss(*arguments, **keywords) * (math.nan if len(calls) == 5 else 1)
+        return real_loss(*arguments, **keywords) * (math.nan if len(calls) == 6 else 1)
 
     real_loss = diffusion_task.loss
     monkeypatch.setattr(diffusion_task, "loss", loss)
     words = "--output_path run --num_training_steps 8 --save_and_sample_every_n 2"
     assert run_script(TRAIN, *command(TRAIN, words)) == 1
     assert re.fullmatch(
-        "error: training stopped after step 4, loss nan.* at step 5; last good checkpoint: run/diffusion-4.safetensors; "
+        "error: training stopped after step 5, loss nan.* at step 6; last good checkpoint: run/diffusion-4.safetensors; "
         "to go on from it: python .* --resume_from auto",
         capsys.readouterr().err.splitlines()[-1],
     )
-    assert len(calls) == 5
+    assert len(calls) == 6
     weights = {name for name in files_in(work_folder / "run") if name.startswith("diffusion")}
     assert weights == {f"diffusion-{step}.{ending}" for step in (2, 4) for ending in ("safetensors", "state.pt")}
     model, _ = load_model(work_folder / "run/diffusion-4.safetensors")
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
     metrics = [json.loads(line) for line in (work_folder / "run/metrics.jsonl").read_text().splitlines()]
-    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5]
     assert all(math.isfinite(m["loss"]) for m in metrics)
 
 

@@ -216,15 +216,20 @@ def test_the_scores_of_a_model(good_judge, tmp_path):
     assert other["frechet_distance"] != scores["frechet_distance"]
 
 
-def test_real_images_to_compare_with_are_drawn_from_all(monkeypatch):
-    monkeypatch.setattr(scoring, "generate", lambda *_, **__: torch.zeros(20, 1, SIZE, SIZE))
+def test_real_images_to_compare_with_are_drawn_from_all_and_noise_by_the_seed(monkeypatch):
+    seeds = []
+
+    def generate(model, prompts, generators, **_):
+        seeds.append([noise.initial_seed() for noise in generators])
+        return torch.zeros(20, 1, SIZE, SIZE)
+
+    monkeypatch.setattr(scoring, "generate", generate)
     drawn = [scoring.draw_samples(None, tiny_images(), {}, 20, seed).real for seed in (0, 1)]
     assert all(len(real.unique()) == 20 <= real.max() for real in drawn) and not torch.equal(*drawn)
+    assert seeds == [list(range(20)), list(range(1, 21))]
 
 
-FULL = {
-    "precision", "recall", "density", "coverage", "copies", "diversity", "data_copying", "nearest_distance",
-}  # fmt: skip
+FULL = {"precision", "recall", "density", "coverage", "copies", "diversity", "data_copying", "nearest_distance"}
 
 
 def test_a_full_depth_adds_to_the_scores(good_judge, tmp_path):

@@ -67,8 +67,13 @@ def quick_judge(monkeypatch):
 
 
 def test_a_judge_is_kept_and_read_again(quick_judge, tmp_path, monkeypatch):
-    data = tiny_images()
+    """Trained on the images for training, and judged by those that are held out."""
+    data, taught, train = tiny_images(), [], scoring.train_judge
+    monkeypatch.setattr(scoring, "train_judge", lambda *given: taught.append(given) or train(*given))
     judge, held_out = cached_judge(data, tmp_path)
+    ((images, labels, classes),) = taught
+    assert torch.equal(images(), data.train.floats()) and torch.equal(labels, data.train.labels)
+    assert classes == data.prompts.num_classes
     assert held_out == accuracy(judge, data.test.floats(), data.test.labels)
     (file,) = tmp_path.glob("image/digits/judge_12px_*.safetensors")
 

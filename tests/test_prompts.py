@@ -23,8 +23,17 @@ def test_plain_prompts_are_kept_as_they_are_and_in_order():
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, ["a"]), (3, ["a", "b", "a"]), (None, ["a", "b"])])
-def test_prompts_take_turns_up_to_the_count(count, expected):
+def test_prompts_take_turns_up_to_the_count(count, expected, capsys):
     assert expand_prompts(["a", "b"], TABLE, count) == expected
+    said = "1 images end before --prompt 'b', which is not drawn\n" if count == 1 else ""
+    assert capsys.readouterr().err == said
+
+
+def test_classes_that_are_not_reached_are_no_prompts_left_out(capsys):
+    assert expand_prompts(["a {class}", "x"], TABLE, 2) == ["a cat", "a dog"]
+    assert "'x', which is not drawn" in capsys.readouterr().err
+    assert expand_prompts([], TABLE, 2) == ["cat", "dog"]
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("prompt", ["a {clas}", "{Class}", "{class} on {colour}", "{ class }", "{}"])

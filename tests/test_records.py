@@ -42,8 +42,8 @@ def test_a_run_leaves_its_record(tmp_path):
         "step": 4, "loss": 0.25, "grad_norm": 2.0, "learning_rate": 0.1, "images_per_second": 50.0,
         "loss_scale": None, "skipped": False,
     }  # fmt: skip
-    assert scalars(tmp_path, "loss") == [(10, 0.1), (20, 0.05)]
-    assert scalars(tmp_path, "learning_rate") == [(10, 0.1), (20, 0.1)]
+    assert scalars(tmp_path, "loss") == [(10, 0.1), (20, 0.05), (25, 0.04)]
+    assert scalars(tmp_path, "learning_rate") == [(10, 0.1), (20, 0.1), (25, 0.1)]
     with Image.open(tmp_path / "loss.png") as picture:
         assert picture.format == "PNG"
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 10  # lines and text, not an empty page

@@ -89,10 +89,14 @@ def test_every_epoch_holds_every_picture_once_in_another_order(shards):
     assert firsts == {"0", "1", "2"}  # any of those in the buffer
 
 
-@pytest.mark.parametrize("first", [1, 11, 12, 30])
-def test_the_sequence_can_be_entered_anywhere(shards, first):
-    data = Shards(shards, 4, buffer=5)
-    assert captions(data.pictures(first), 5) == captions(data.pictures(), first + 5)[first:]
+@pytest.mark.parametrize("first", [1, 11, 12, 30, 127])
+def test_the_sequence_can_be_entered_anywhere(shards, first, monkeypatch):
+    """And of the epochs before, the first alone is read, which tells how many pictures each has."""
+    data, read = Shards(shards, 4, buffer=5), []
+    expected = captions(data.pictures(), first + 5)[first:]
+    monkeypatch.setattr(module, "read_shard", lambda shard: read.append(shard) or read_shard(shard))
+    assert captions(data.pictures(first), 5) == expected
+    assert len(read) <= 3 * len(shards)
 
 
 def rows(data, step, part=0, parts=1, **given):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 
 from xdiffusion.data.captions import PromptTable, is_text
@@ -12,6 +13,8 @@ SLOT = "class"
 
 def expand_prompts(given: Sequence[str], table: PromptTable | None, count: int | None, source: str = "--prompt") -> list[str]:
     """The prompts of `count` images: {class} becomes every class in turn, and the list is repeated to length.
+
+    A prompt of which there is no image is named on stderr.
 
     Args:
         given: prompts; none means every class by its plainest caption.
@@ -36,6 +39,8 @@ def expand_prompts(given: Sequence[str], table: PromptTable | None, count: int |
             raise ValueError(f"{source} {prompt!r} has a brace without its other one; {known}")
         if unknown:
             raise ValueError(f"{source} {prompt!r} has the unknown slot {{{unknown.pop()}}}; {known}")
+        if count is not None and len(expanded) >= count:
+            print(f"{count} images end before {source} {prompt!r}, which is not drawn", file=sys.stderr)
         classes = [names[0] for names in table.names] if f"{{{SLOT}}}" in prompt else [""]
         expanded += [prompt.replace(f"{{{SLOT}}}", name) for name in classes]
     count = count or len(expanded)

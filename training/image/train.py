@@ -150,7 +150,6 @@ def set_up_and_train(
     from xdiffusion.build import build_data, build_model
     from xdiffusion.checkpoints.hashes import content_hash
     from xdiffusion.checkpoints.paths import existing_weights
-    from xdiffusion.loading import load_weights
     from xdiffusion.training.checks import check_captions, check_outside
     from xdiffusion.training.diffusion_task import DiffusionTask
     from xdiffusion.training.loop import Trainer
@@ -158,11 +157,11 @@ def set_up_and_train(
     from xdiffusion.training.processes import begin_process, check_precision, first_ones_first
     from xdiffusion.training.run import run_folder, train
     from xdiffusion.training.state import RunCheckpoints
-    from xdiffusion.training.text_encoder import initialise_text_encoder
     from xdiffusion.training.trainable import describe_model, make_trainable
     from xdiffusion.training.weights_files import AdapterWeights, ModelWeights, TokenWeights, check_folder
 
-    model = build_model(config, without_weights=args.load_model_weights_from_checkpoint is not None)
+    start = args.load_model_weights_from_checkpoint
+    model = build_model(config, without_weights=start is not None)
     process = begin_process(args.force_cpu)
     check_precision(process, config.training)  # what cannot be trained is said before class images are drawn
     if args.resume_from not in (None, "auto"):
@@ -170,6 +169,7 @@ def set_up_and_train(
     folder = run_folder(config, args.config_path, args.output_path, lora=args.use_lora_training)
     kind = AdapterWeights if args.use_lora_training else TokenWeights if adapts else ModelWeights
     check_folder(folder, kind)
+    base = base_file(config, args, says=process.is_main_process) if start else None  # known not to fit before a download
     if config.data.kind == "image/folder" and config.data.data_dir:
         check_outside(folder, Path(config.data.data_dir), "what the run draws")
     with first_ones_first(process):  # the others find what the first has downloaded
@@ -181,11 +181,8 @@ def set_up_and_train(
         if status:
             return status
     with first_ones_first(process):
-        if args.load_model_weights_from_checkpoint:
-            mapped = process.device.type != "cpu"  # else who replaces the file in place changes the base, or ends the run
-            load_weights(model, base_file(config, args, says=process.is_main_process), mapped=mapped)
-        else:
-            initialise_text_encoder(model.text_encoder, config, clip)
+        begin_with_weights(model, config, base, clip, process)
+        del base
         base_hash = content_hash(model.base_weights()) if adapts or "prior" in config else None
         prepare = partial(prepare_class_images, model, config, sampling, base_hash, process.device)
         class_images = prepare() if "prior" in config else None
@@ -199,7 +196,8 @@ def set_up_and_train(
     checkpoints = RunCheckpoints(folder, kind(config, base_hash if adapts else None))
     draw = drawing(model, data, config, guided=args.sample_with_guidance)
     status = train(trainer, checkpoints, config, draw, script=SCRIPT, words=words, resume_from=args.resume_from)
-    assert not adapts or content_hash(model.base_weights()) == frozen_hash, "an adapter changed its frozen base"
+    if adapts and content_hash(model.base_weights()) != frozen_hash:
+        raise RuntimeError("the run changed its frozen base: what it learned belongs to no base that there is")
     return status
 
 
@@ -268,6 +266,19 @@ def base_file(config: DictConfig, args: argparse.Namespace, *, says: bool) -> Mo
             left_out = f"its words {', '.join(file.words)} are left out: a run has those that it learns"
             print(f"{file.path}: {left_out}", file=sys.stderr)
     return file
+
+
+def begin_with_weights(
+    model: DiffusionModel, config: DictConfig, base: ModelFile | None, clip: Path | None, process: PartialState
+) -> None:
+    """Put the weights of a checkpoint into the model, or those of its text encoder into one that begins with random ones."""
+    from xdiffusion.loading import load_weights
+    from xdiffusion.training.text_encoder import initialise_text_encoder
+
+    if base is None:
+        initialise_text_encoder(model.text_encoder, config, clip)
+    else:  # where they could stay mapped to the end, who replaces the file in place would change them, or end the run
+        load_weights(model, base, mapped=process.device.type != "cpu")
 
 
 def tiny_clip(

@@ -141,8 +141,19 @@ class Shards:
         self._held: dict[int, Picture] = {}
 
     def pictures(self, first: int = 0) -> Iterator[Picture]:
-        """All pictures from number `first` of the sequence on, epoch after epoch, without an end."""
-        return islice(self._sequence(), first, None)
+        """All pictures from number `first` of the sequence on, epoch after epoch, without an end.
+
+        Every epoch has as many pictures: those between the first one and that of `first` are not read.
+        """
+        epoch, number = 0, 0
+        while True:
+            for picture in self._epoch(epoch):
+                if number >= first:
+                    yield picture
+                number += 1
+            length = number if epoch == 0 else length
+            passed = max(0, first - number) // length
+            epoch, number = epoch + 1 + passed, number + passed * length
 
     def batch(
         self,
@@ -186,43 +197,38 @@ class Shards:
 
     def _at(self, number: int) -> Picture:
         if number not in self._held:
-            if number < self._next:  # of long before
+            if not self._next <= number < self._next + HELD:  # of long before, or of a run that is resumed
                 self._coming, self._next, self._held = self.pictures(number), number, {}
-            if number >= self._next + HELD:  # a run that is resumed
-                self._coming, self._next, self._held = islice(self._coming, number - self._next, None), number, {}
             while self._next <= number:
                 self._held[self._next] = next(self._coming)
                 self._held.pop(self._next - HELD, None)
                 self._next += 1
         return self._held[number]
 
-    def _sequence(self) -> Iterator[Picture]:
-        epoch = 0
-        while True:
-            draw = random.Random(f"{self.seed}|shards|{epoch}")  # a str seed is hashed the same way everywhere
-            shards = draw.sample(self.shards, len(self.shards))
-            held: list[Picture] = []
-            skipped = 0
-            for picture in (picture for shard in shards for picture in read_shard(shard)):
-                if picture.caption is None:
-                    skipped += 1
-                    if epoch == 0 and skipped <= NAMED:
-                        more = "; more of them are not named" * (skipped == NAMED)
-                        print(f"warning: {picture.name} is skipped: {picture.uncaptioned}{more}", file=sys.stderr)
-                    continue
-                if len(held) < self.buffer:
-                    held.append(picture)
-                    continue
-                chosen = draw.randrange(self.buffer)
-                yield held[chosen]
-                held[chosen] = picture
-            if not held:
-                raise ShardError(f"{self.name}: none of {skipped} samples can be used, the last {picture.name}")
-            draw.shuffle(held)
-            yield from held
-            if epoch == 0 and skipped:
-                print(f"{self.name}: {skipped} samples skipped, as in every epoch", file=sys.stderr)
-            epoch += 1
+    def _epoch(self, epoch: int) -> Iterator[Picture]:
+        draw = random.Random(f"{self.seed}|shards|{epoch}")  # a str seed is hashed the same way everywhere
+        shards = draw.sample(self.shards, len(self.shards))
+        held: list[Picture] = []
+        skipped = 0
+        for picture in (picture for shard in shards for picture in read_shard(shard)):
+            if picture.caption is None:
+                skipped += 1
+                if epoch == 0 and skipped <= NAMED:
+                    more = "; more of them are not named" * (skipped == NAMED)
+                    print(f"warning: {picture.name} is skipped: {picture.uncaptioned}{more}", file=sys.stderr)
+                continue
+            if len(held) < self.buffer:
+                held.append(picture)
+                continue
+            chosen = draw.randrange(self.buffer)
+            yield held[chosen]
+            held[chosen] = picture
+        if not held:
+            raise ShardError(f"{self.name}: none of {skipped} samples can be used, the last {picture.name}")
+        draw.shuffle(held)
+        yield from held
+        if epoch == 0 and skipped:
+            print(f"{self.name}: {skipped} samples skipped, as in every epoch", file=sys.stderr)
 
 
 def read_shard(shard: Path) -> Iterator[Picture]:

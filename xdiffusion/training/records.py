@@ -81,7 +81,7 @@ class Records:
         self.bar.update()
         self.bar.set_postfix(loss=f"{metrics.loss:.4f}", images_per_s=f"{metrics.images_per_second:.0f}", refresh=False)
         self.skipped += metrics.skipped
-        if metrics.step % 10 == 0:
+        if metrics.step % 10 == 0 or metrics.step == self.last_step:
             if metrics.loss_scale is not None:
                 self.board.add_scalar("skipped", self.skipped, metrics.step)
             self.skipped = 0

@@ -153,9 +153,12 @@ def train(
     Raises:
         CheckpointError: if another run is in the folder, or there is nothing to resume from.
     """
+    named = resume_from not in (None, "auto")  # a file that is none is said before the folder is made
+    first_step = 1 + (checkpoints.resume(trainer, resume_from) if named else 0)
     with held(checkpoints.folder) if trainer.accelerator.is_main_process else nullcontext():
         trainer.accelerator.wait_for_everyone()  # a run that ends in this folder may write its last checkpoint until then
-        first_step = 1 + (checkpoints.resume(trainer, resume_from) if resume_from else 0)
+        if resume_from == "auto":
+            first_step = 1 + checkpoints.resume(trainer, "auto")
         check_same_everywhere(trainer.accelerator, {"checkpoint": checkpoints.resumed})
         if resume_from:
             print(_where_it_goes_on(first_step, checkpoints.folder, trainer.settings.num_training_steps))
