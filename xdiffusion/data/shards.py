@@ -145,13 +145,13 @@ class Shards:
 
         Every epoch has as many pictures: those between the first one and that of `first` are not read.
         """
-        epoch, number = 0, 0
+        epoch, number, length = 0, 0, 0
         while True:
             for picture in self._epoch(epoch):
                 if number >= first:
                     yield picture
                 number += 1
-            length = number if epoch == 0 else length
+            length = length or number
             passed = max(0, first - number) // length
             epoch, number = epoch + 1 + passed, number + passed * length
 
