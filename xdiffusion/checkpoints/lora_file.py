@@ -1,6 +1,6 @@
 """A LoRA as data: factors by module name, whatever file they came from and whatever file they go to.
 
-    delta = scaling * B A,    scaling = lora_alpha / rank, or lora_alpha / sqrt(rank) for rsLoRA
+    delta = scaling * B A,    scaling = lora_alpha / rank ([LoRA] section 4.1), or lora_alpha / sqrt(rank) ([rsLoRA])
 
 Readers of every format return a `LoRAFile`, writers take one. Names are those of the model that the LoRA is for; a file
 for Stable Diffusion, in any of the exchange formats, is read into diffusers' names with the component in front:

@@ -5,7 +5,7 @@ normal ones. That loss is the floor, so with losses on the same images, noise an
 
     gap_closed = (L_base_inv - L_lora_inv) / (L_base_inv - L_base)
 
-is 0 for an adapter that does nothing and 1 for one that is as good on its style as the base is on its own.
+(our own measure) is 0 for an adapter that does nothing and 1 for one that is as good on its style as the base is on its own.
 """
 
 from __future__ import annotations
