@@ -14,8 +14,8 @@ from xdiffusion.training.sharded_weights import local
 class EMA:
     """average <- decay * average + (1 - decay) * weights, after each step.
 
-    As in [DDPM] appendix B. Early on the decay is (1 + step) / (10 + step), as TensorFlow has it, so that the average spans the last tenth of the run and forgets the
-    start; `decay` is its ceiling.
+    As in [DDPM] appendix B. Early on the decay is (1 + step) / (10 + step), as TensorFlow has it, so that the average spans
+    the last tenth of the run and forgets the start; `decay` is its ceiling.
 
     Args:
         parameters: the trained weights.
