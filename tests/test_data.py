@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits as sklearn_digits
 from tiny import label_of
 
-from xdiffusion.data import digits
+from xdiffusion.data import digits, image_set
 from xdiffusion.data.captions import PROMPT_TABLES
 from xdiffusion.data.digits import load_digits
 from xdiffusion.data.image_set import ImageSet, Split, invert, to_uint8, to_unit_range
@@ -41,6 +41,22 @@ def test_digits_at_any_size(image_size):
         assert len(split) == count
         assert sorted(set(split.labels.tolist())) == list(range(10))
     assert (data.name, data.image_size, data.channels, data.inverted) == ("image/digits", image_size, 1, False)
+
+
+def test_digits_are_drawn_in_blocks_and_no_block_changes_them(monkeypatch):
+    whole, sizes = load_digits(12), []
+    sample = F.grid_sample
+    monkeypatch.setattr(image_set, "BLOCK_PIXELS", 10_000)
+    monkeypatch.setattr(F, "grid_sample", lambda images, grid, **how: sizes.append(len(grid)) or sample(images, grid, **how))
+    assert equal_sets(load_digits(12), whole)
+    assert max(sizes) == 10_000 // 12**2 and sum(sizes) == 14_376
+
+
+def test_a_set_that_no_memory_is_for_is_refused_before_it_is_made(monkeypatch):
+    monkeypatch.setattr(digits, "_draw", lambda *given: pytest.fail("drawn"))
+    message = "image_size=547: 14,376 images of image/digits take 4,301,428,584 bytes in memory; allowed are 4,294,967,296"
+    with pytest.raises(ValueError, match=message):
+        load_digits(547)
 
 
 def test_digits_are_the_same_every_time_whatever_the_global_seed():

@@ -10,7 +10,7 @@ import zlib
 
 import pytest
 import torch
-from commands import ROOT
+from commands import EVALUATE, ROOT, run_script
 from hostile_files import READERS, write_changed_model
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 
 from xdiffusion.build import load_config
 from xdiffusion.checkpoints.errors import CheckpointError
-from xdiffusion.checkpoints.lora_formats import read_lora
-from xdiffusion.checkpoints.native import load_model_file
+from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
+from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
+from xdiffusion.checkpoints.native import load_model_file, save_model
 from xdiffusion.checkpoints.patterns import is_ending, module_pattern
 from xdiffusion.checkpoints.reading import MAX_HEADER_BYTES, load_pickled, load_safetensors
 from xdiffusion.checkpoints.streaming import StoredTensors
@@ -107,6 +108,28 @@ def test_bases_are_merged_once(tmp_path, monkeypatch):
 def test_a_config_that_asks_for_too_much_is_refused(key, value, tmp_path):
     with pytest.raises(ValueError, match=r"a\.safetensors"):
         load_model(write_changed_model(tmp_path / "a.safetensors", **{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("lora_says", "message"),
+    [
+        (None, "base.safetensors: data: image_size=1024: 14,376 images of image/digits take 15,074,328,576 bytes in memory"),
+        (8190, "lora.safetensors: data: image_size=8190: 14,376 images of image/digits take 964,286,013,600 bytes in memory"),
+        (10**9, "lora.safetensors: data.image_size=1000000000 must be from 1 to 8,192"),
+    ],
+)
+def test_a_size_in_a_header_does_not_fill_the_memory_of_an_evaluation(lora_says, message, tmp_path, capsys):
+    file = load_model_file(write_changed_model(tmp_path / "base.safetensors"))
+    base_size = 12 if lora_says else 1024
+    config = file.config | {"data": file.config["data"] | {"image_size": base_size}}
+    save_model(file.path, file.tensors, config=config, image_shape=(1, base_size, base_size), step=0)
+    says = config | {"data": config["data"] | {"image_size": lora_says or 0}}
+    factors = LoRAFactors(torch.ones(1, 16), torch.ones(16, 1), 1.0)
+    lora = LoRAFile({"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": factors}, config=says)
+    write_lora(lora, tmp_path / "lora.safetensors", "native")
+    words = ["--lora_path", tmp_path / "lora.safetensors"] if lora_says else []
+    assert run_script(EVALUATE, "--checkpoint", file.path, *words, "--dataset_name", "image/digits", "--force_cpu") == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_header_of_many_values_is_refused(tmp_path):

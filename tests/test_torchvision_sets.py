@@ -14,6 +14,7 @@ import torchvision.datasets
 from fake_sets import write_idx, write_mnist
 from PIL import Image
 
+from xdiffusion.data import image_set
 from xdiffusion.data.torchvision_sets import (
     DatasetUnavailable,
     load_cifar10,
@@ -85,7 +86,14 @@ def test_resizing_to_the_same_size_changes_nothing(generator):
     assert torch.equal(resize(noise, 28), noise)
 
 
-def test_resizing_in_blocks_is_resizing_at_once(generator):
+def test_a_folder_that_would_fill_the_memory_is_refused(tmp_path):
+    write_mnist(tmp_path)
+    with pytest.raises(ValueError, match="image_size=8000: 80 images of image/mnist take 5,120,000,000 bytes in memory"):
+        load_mnist(8000, str(tmp_path))
+
+
+def test_resizing_in_blocks_is_resizing_at_once(generator, monkeypatch):
+    monkeypatch.setattr(image_set, "BLOCK_PIXELS", 4096 * 8**2)
     noise = torch.randint(0, 256, (4100, 1, 4, 4), generator=generator, dtype=torch.uint8)
     resized = resize(noise, 8)
     assert len(resized) == 4100

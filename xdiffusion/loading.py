@@ -56,7 +56,7 @@ def load_model(
     """
     file = load_model_file(Path(path), ema)
     config = config_of(file, config_path)
-    with _in_file(config_path if file.config is None and config_path else path):
+    with in_file(config_path if file.config is None and config_path else path):
         model = build_model(config, without_weights=True)
     model.set_precision(dtype)
     load_weights(model, file)
@@ -119,7 +119,7 @@ def _own_config(file: ModelFile) -> DictConfig | None:
     if not file.config:
         return stable_diffusion_config(file.stable_diffusion, str(file.path)) if file.stable_diffusion else None
     config = stored_config(file.config, file.path)
-    with _in_file(file.path):
+    with in_file(file.path):
         shape = image_shape(config)
     if file.image_shape and file.image_shape != shape:
         raise CheckpointError(f"{file.path}: its header is that of images {file.image_shape}, its config of {shape}")
@@ -136,7 +136,7 @@ def stored_config(content: Mapping[str, Any], path: Path) -> DictConfig:
 
 
 @contextmanager
-def _in_file(path: str | Path) -> Iterator[None]:
+def in_file(path: str | Path) -> Iterator[None]:
     """A mistake in a config that a file holds is a mistake in this file."""
     try:
         yield

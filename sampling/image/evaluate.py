@@ -119,17 +119,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xdiffusion.checkpoints.paths import weights_file
     from xdiffusion.checkpoints.writing import ensure_writable
     from xdiffusion.data.image_set import ImageSet
-    from xdiffusion.loading import as_trained, load_model, stored_config
+    from xdiffusion.loading import as_trained, in_file, load_model, stored_config
     from xdiffusion.lora.weights import load_lora_weights, parse_lora_spec
     from xdiffusion.model import at_a_time, best_device
-    from xdiffusion.scoring import Depth
+    from xdiffusion.scoring import Depth, score
 
     if args.intervals == 1:
         raise ValueError("--intervals 1: a spread needs at least 2 resamples")
     if args.report:
         ensure_writable(args.report.parent)
     model, config = load_model(weights_file(args.checkpoint), args.config_path, ema=args.ema)
-    base_hash, trained = content_hash(model.base_weights()), config
+    base_hash, trained, said_by = content_hash(model.base_weights()), config, args.checkpoint
     text_encoder = copy.deepcopy(model.text_encoder) if args.clip == "own" else None  # a LoRA may change it
     if args.lora_path:
         given, scale = parse_lora_spec(args.lora_path)
@@ -137,14 +137,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         load_lora_weights(model, path, scale=scale, base_hash=None if args.allow_other_base else base_hash)
         config = as_trained(config, [path])
         set_process(model, config)
-        trained = stored_config(said, path) if (said := trained_config(path)) else config
+        if said := trained_config(path):
+            trained, said_by = stored_config(said, path), path
     config = OmegaConf.create(OmegaConf.to_container(config) | {"data": OmegaConf.to_container(trained.data)})
     with sampling_overrides(args, FLAG_KEYS) as overrides:
         config = override(config, overrides, "command line")
-    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+    with in_file(said_by), contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+        model.resize(*image_shape(config)[1:])
         data, training = pictures_of(config, args)
     towers = clip_towers(args.clip, text_encoder, data) if args.clip else None
-    model.resize(*image_shape(config)[1:])
     model.to(best_device(args.force_cpu))
 
     sampling = build_sampling(config, model.schedule) | {"batch_size": args.batch_size or at_a_time(model)}
@@ -152,8 +153,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     depth = Depth(resamples, args.full or bool(args.clip or args.report), towers)
     common = {"seed": args.seed, "has_lora": bool(args.lora_path), "depth": depth}
     if isinstance(data, ImageSet):
-        from xdiffusion.scoring import score
-
         common |= {"num_samples": args.num_samples or 1000, "judge_folder": JUDGE_FOLDER}
         evaluation = score(model, data, sampling, **common)
     else:

@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from xdiffusion.data.captions import PROMPT_TABLES
-from xdiffusion.data.image_set import ImageSet, Split
+from xdiffusion.data.image_set import ImageSet, Split, check_fits, in_blocks
 
 TRAIN_SIZE = 1400
 VARIANTS = 8
@@ -30,13 +30,14 @@ def load_digits(image_size: int) -> ImageSet:
     The split is by source digit (a fixed shuffle), so no held-out image is a moved copy of a training image.
 
     Raises:
-        ValueError: if image_size is below 8.
+        ValueError: if image_size is below 8, or so large that no memory is for them.
     """
     if image_size < 8:
         raise ValueError(f"image_size={image_size} must be at least 8 for image/digits")
     with (files("xdiffusion.data") / "digits.npz").open("rb") as file, np.load(file) as arrays:
         source = torch.from_numpy(arrays["images"]).float().div(16)[:, None]  # (1797, 1, 8, 8) in [0, 1]
         labels = torch.from_numpy(arrays["labels"]).long()
+    check_fits("image/digits", VARIANTS * len(labels), 1, image_size)
     generator = torch.Generator().manual_seed(1797)
     order = torch.randperm(len(labels), generator=generator)
     drawn = torch.cat([_draw(source, image_size, generator) for _ in range(VARIANTS)]).unflatten(0, (VARIANTS, -1))
@@ -58,8 +59,13 @@ def _draw(source: Float[Tensor, "N 1 8 8"], size: int, generator: torch.Generato
     scale = 1 / (CONTENT * (1 + uniform(0.08)))
     cos, sin = angle.cos() * scale, angle.sin() * scale
     rows = [cos, -sin + shear * cos, uniform(0.06), sin, cos + shear * sin, uniform(0.06)]
-    grid = F.affine_grid(torch.stack(rows, dim=1).view(n, 2, 3), [n, 1, size, size], align_corners=False)
-    drawn = F.grid_sample(source, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
-    sharpened = torch.sigmoid(STROKE_SHARPNESS * (drawn - 0.5))
     black = torch.sigmoid(torch.tensor(-STROKE_SHARPNESS / 2))
-    return ((sharpened - black) / (1 - 2 * black)).clamp(0, 1).mul(255).round().to(torch.uint8)
+
+    def drawn(block: Tensor, moves: Tensor) -> Tensor:
+        grid = F.affine_grid(moves, [len(block), 1, size, size], align_corners=False)
+        moved = F.grid_sample(block, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
+        sharpened = torch.sigmoid(STROKE_SHARPNESS * (moved - 0.5))
+        return ((sharpened - black) / (1 - 2 * black)).clamp(0, 1).mul(255).round().to(torch.uint8)
+
+    blocks = zip(in_blocks(source, size), in_blocks(torch.stack(rows, dim=1).view(n, 2, 3), size))
+    return torch.cat([drawn(*block) for block in blocks])

@@ -5,6 +5,7 @@ Small sets live as one uint8 tensor, resized once: a batch is an index and a sca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from xdiffusion.data.captions import PromptTable
+
+MAX_BYTES = 4 * 2**30  # of a set that is held in memory
+BLOCK_PIXELS = 2**22  # of the images that are floats at a time while a set is made
 
 
 class Batch(NamedTuple):
@@ -76,6 +80,20 @@ class ImageSet:
         """The indexed training images; `wording` in [0, 1) picks each caption among its class's."""
         labels = self.train.labels[index]
         return Batch(self.train.floats(index), labels, self.prompts.choose(labels, wording))
+
+
+def check_fits(name: str, count: int, channels: int, image_size: int) -> None:
+    """Raise ValueError for a set that would take more than MAX_BYTES, before it is made: a stranger's file may say its size."""
+    taken = count * channels * image_size**2
+    if taken > MAX_BYTES:
+        raise ValueError(
+            f"image_size={image_size}: {count:,} images of {name} take {taken:,} bytes in memory; allowed are {MAX_BYTES:,}"
+        )
+
+
+def in_blocks(images: Tensor, image_size: int) -> Sequence[Tensor]:
+    """Images, or what is as long, in blocks of BLOCK_PIXELS at image_size."""
+    return images.split(max(1, BLOCK_PIXELS // image_size**2))
 
 
 def invert(images: ImageSet) -> ImageSet:

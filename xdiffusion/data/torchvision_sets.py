@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from xdiffusion.data.captions import PROMPT_TABLES
-from xdiffusion.data.image_set import ImageSet, Split
+from xdiffusion.data.image_set import ImageSet, Split, check_fits, in_blocks
 from xdiffusion.downloads import impatient
 from xdiffusion.places import OUTPUT_ROOT
 
@@ -80,6 +80,7 @@ def _load(name: str, torchvision_name: str, image_size: int, data_dir: str | Non
             raise DatasetUnavailable(
                 f"{name} of --data_dir {root} has {len(dataset.targets):,} labels for {len(dataset.data):,} images"
             )
+    check_fits(name, len(train.data) + len(test.data), (*train.data.shape, 1)[3], image_size)  # (N, H, W), or with C
     splits, classes = [_split(dataset, image_size) for dataset in (train, test)], PROMPT_TABLES[name].num_classes
     for split in splits:
         low, high = int(split.labels.min()), int(split.labels.max())
@@ -112,4 +113,4 @@ def resize(images: UInt8[Tensor, "N C H W"], image_size: int) -> UInt8[Tensor, "
         size = (image_size, image_size)
         return F.interpolate(block.float(), size=size, mode="bilinear", antialias=True).round().clamp(0, 255).byte()
 
-    return torch.cat([resized(block) for block in images.split(4096)])
+    return torch.cat([resized(block) for block in in_blocks(images, image_size)])
