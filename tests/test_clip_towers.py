@@ -6,12 +6,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from commands import EVALUATE, run_script
+from hostile_files import write_changed_model
 from tiny import copies, equal_bits, tiny_images
 
 from xdiffusion import clip_towers
 from xdiffusion.clip_towers import PublishedTowers, own_towers
 from xdiffusion.evaluation.clip_score import clip_score
 from xdiffusion.text_encoders.clip import CLIPTextEncoder
+
+
+def test_too_few_samples_are_refused_before_a_tower_is_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(clip_towers, "train_contrastive", lambda *given: pytest.fail("trained"))
+    model = write_changed_model(tmp_path / "a.safetensors")
+    assert run_script(EVALUATE, "--checkpoint", model, "--clip", "own", "--num_samples", 1, "--force_cpu") == 2
+    assert "--num_samples 1: neighbours and two of each class need at least 20 samples" in capsys.readouterr().err
 
 
 def test_the_score_is_a_cosine_in_percent():

@@ -95,6 +95,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="print one line of JSON and nothing else")
     add("--allow_other_base", action="store_true", help="apply a LoRA although it was trained on another base")
     args = parser.parse_args(argv)
+    if args.intervals == 1:
+        raise ValueError("--intervals 1: a spread needs at least 2 resamples")
     if args.report and args.report.is_dir():
         raise ValueError(f"--report {args.report} is a folder, not the name of a page")
     if args.lora_path and len(args.lora_path) > 1:
@@ -122,10 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xdiffusion.loading import as_trained, in_file, load_model, stored_config
     from xdiffusion.lora.weights import load_lora_weights, parse_lora_spec
     from xdiffusion.model import at_a_time, best_device
-    from xdiffusion.scoring import Depth, score
+    from xdiffusion.scoring import Depth, check_set_fits, score
 
-    if args.intervals == 1:
-        raise ValueError("--intervals 1: a spread needs at least 2 resamples")
     if args.report:
         ensure_writable(args.report.parent)
     model, config = load_model(weights_file(args.checkpoint), args.config_path, ema=args.ema)
@@ -145,20 +145,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     with in_file(said_by), contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         model.resize(*image_shape(config)[1:])
         data, training = pictures_of(config, args)
+    with_classes, full = isinstance(data, ImageSet), args.full or bool(args.clip or args.report)
+    num_samples = args.num_samples or (1000 if with_classes else 50)
+    if with_classes:
+        check_set_fits(model, data, num_samples, full)  # before a tower is trained
     towers = clip_towers(args.clip, text_encoder, data) if args.clip else None
     model.to(best_device(args.force_cpu))
 
     sampling = build_sampling(config, model.schedule) | {"batch_size": args.batch_size or at_a_time(model)}
     resamples = args.intervals or (1000 if args.report else 0)
-    depth = Depth(resamples, args.full or bool(args.clip or args.report), towers)
-    common = {"seed": args.seed, "has_lora": bool(args.lora_path), "depth": depth}
-    if isinstance(data, ImageSet):
-        common |= {"num_samples": args.num_samples or 1000, "judge_folder": JUDGE_FOLDER}
-        evaluation = score(model, data, sampling, **common)
+    depth = Depth(resamples, full, towers)
+    common = {"num_samples": num_samples, "seed": args.seed, "has_lora": bool(args.lora_path), "depth": depth}
+    if with_classes:
+        evaluation = score(model, data, sampling, **common, judge_folder=JUDGE_FOLDER)
     else:
         from xdiffusion.captioned_scoring import score_captioned
 
-        evaluation = score_captioned(model, data, training, sampling, num_samples=args.num_samples or 50, **common)
+        evaluation = score_captioned(model, data, training, sampling, **common)
     scores = evaluation.scores
     scores |= {"sampler": config.sampling.sampler.kind, **{k: config.sampling[k] for k in ("steps", "cfg_scale")}}
     print(json.dumps(scores, allow_nan=False) if args.json else as_text(evaluation))
