@@ -40,8 +40,7 @@ from xdiffusion.loading import load_model
 from xdiffusion.pictures import read_metadata, save_png
 from xdiffusion.scoring import cached_judge
 from xdiffusion.text_encoders.clip import CLIPTextEncoder
-from xdiffusion.training.records import read_losses
-from xdiffusion.training.run_record import read_run
+from xdiffusion.training.comparison import as_text, comparison_table, draw_curves, read_runs
 from xdiffusion.training.state import state_path, whole_state, write_state
 from xdiffusion.training.text_encoder import load_text_encoder
 
@@ -162,9 +161,19 @@ def _write_caption(folder: Path) -> None:
 
 
 def _write_run(folder: Path) -> None:
-    content = {"config": {"a": {"b": 1}}, "segments": [{"status": "finished", "steps": 3}]}
+    killed = {"status": "running", "first_step": 1, "command": ["train.py"]}
+    rest = {"status": "finished", "first_step": 2, "last_step": 3, "seconds": 1.5, "peak_memory_bytes": 2**20}
+    rest |= {"git": {"commit": "a"}, "changes": ["b"]}
+    content = {"config": {"a": {"b": 1}}, "data": {"fingerprint": "c"}, "segments": [killed, rest]}
     (folder / "run.json").write_text(json.dumps(content))
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "loss": 0.5}) + "\n" for i in range(4)))
+
+
+def _compare(folder: Path, curves: bool) -> None:
+    runs = read_runs([folder])
+    as_text(comparison_table(runs))
+    if curves:
+        draw_curves(runs, folder / "curves.png")
 
 
 def _read_folder(folder: Path) -> None:
@@ -285,8 +294,8 @@ READERS: Mapping[str, Reader] = {
     "MNIST images": Reader("MNIST/raw/train-images-idx3-ubyte", write_mnist, lambda f: load_mnist(28, str(f))),
     "MNIST labels": Reader("MNIST/raw/train-labels-idx1-ubyte", write_mnist, lambda f: load_mnist(28, str(f))),
     "tensor cache": Reader("entry.safetensors", _write_cached, _read_cached),
-    "run.json": Reader("run.json", _write_run, read_run),
-    "metrics.jsonl": Reader("metrics.jsonl", _write_run, lambda f: read_losses(f / "metrics.jsonl")),
+    "run.json": Reader("run.json", _write_run, partial(_compare, curves=False)),
+    "metrics.jsonl": Reader("metrics.jsonl", _write_run, partial(_compare, curves=True)),
 }  # fmt: skip
 
 

@@ -110,10 +110,15 @@ def test_runs_are_read_and_smoothed(runs):
     assert as_text([("a", "bb"), ("ccc", "d")]) == "a    bb\nccc  d"
 
 
-def test_losses_that_are_not_finite(tmp_path):
+def test_losses_that_no_run_can_have_are_left_out(tmp_path, capsys):
     segment = {"status": "diverged", "first_step": 1, "last_step": 2, "seconds": 1.0}
-    folder = write_run(tmp_path / "a", 1.0, [segment], [1.0, math.nan])
+    folder = write_run(tmp_path / "a", 1.0, [segment], [1.0, math.nan, math.inf, -math.inf, 1e308, 1e308])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(f'{{"step": {sign}1{"0" * 308}, "loss": 1}}\n' for sign in ("", "-"))
     assert run_script(COMPARE, folder, "--output_path", tmp_path / "c.png") == 0
+    printed = capsys.readouterr()
+    assert cells(printed.out)["loss, mean of last 50"] == ["1.0000"]
+    assert "metrics.jsonl: 7 damaged lines are left out, the first is line 2: " in printed.err
 
 
 def test_a_start_that_went_back_behind_itself_took_no_steps(tmp_path):
@@ -173,8 +178,14 @@ WHOLE = {"config": {}, "segments": [{"status": "finished"}]}
         {"segments": [{"status": "finished", "git": [1]}]},
         {"segments": [{"status": "finished", "git": {"commit": 5}}]},
         {"segments": [{"status": "finished", "peak_memory_bytes": "much"}]},
+        {"segments": [{"status": "finished", "peak_memory_bytes": 10**400}]},
+        {"segments": [{"status": "finished", "seconds": math.nan, "first_step": 1, "last_step": 2}]},
+        {"segments": [{"status": "finished", "seconds": 10**400, "first_step": 1, "last_step": 2}]},
+        {"segments": [{"status": "finished", "seconds": 1, "first_step": 1, "last_step": -(10**400)}]},
         {"segments": [{"status": "finished", "device": {}}]},
+        {"segments": [{"status": "finished", "changes": ["a"]}]},
         {"data": 5},
+        {"data": []},
         {"data": {"fingerprint": 5}},
     ],
 )

@@ -189,7 +189,7 @@ def test_no_curve_of_less_than_two_points(count, tmp_path):
 
 def test_a_curve_of_losses_that_are_not_finite(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in enumerate([1.0, math.nan, math.inf]))
+        "".join(json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in enumerate([1.0, math.nan, math.inf, 0.5]))
     )
     draw_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").is_file()

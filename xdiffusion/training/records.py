@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SMOOTHING = 50
+MAX_STEP, MAX_LOSS = 2**53, 3.5e38  # a float holds each step, a float32 each loss: their sums are finite
 
 
 class Records:
@@ -144,9 +145,10 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             lines.room = MAX_ROW
             try:
                 metrics = json.loads(line)
-                if type(metrics["step"]) is not int or not isinstance(metrics["loss"], float | int):
-                    raise TypeError(f"step={metrics['step']!r:.40}, loss={metrics['loss']!r:.40}")
-                float(metrics["step"]), float(metrics["loss"])
+                step, loss = metrics["step"], metrics["loss"]
+                are_numbers = type(step) is int and isinstance(loss, float | int)
+                if not (are_numbers and 0 <= step <= MAX_STEP and abs(loss) <= MAX_LOSS):
+                    raise TypeError(f"step={step!r:.40}, loss={loss!r:.40}")
             except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
                 if line.endswith("\n"):
                     damaged, first = damaged + 1, first or f"line {lines.number}: {error!r:.200}"

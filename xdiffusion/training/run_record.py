@@ -30,6 +30,7 @@ from xdiffusion.places import PATHS
 
 FILE = "run.json"
 MAX_BYTES, MAX_DEPTH = 8 * 2**20, 64  # of a run.json; a start takes 1 kB
+MAX_NUMBER = 2**53  # up to it a float holds every whole number
 SEGMENT = {  # what is read of a start of a run, where it is there
     "status": str,
     "command": list,
@@ -212,18 +213,20 @@ def _check(run: Any) -> None:
     if level:
         raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
     run["config"].items(), run["segments"][-1]
-    data = run.get("data", {})
-    _check_kinds(data, {"name": str, "fingerprint": str, "class_images": str})
+    _check_kinds(run, {"data": Mapping})
+    _check_kinds(run.get("data", {}), {"name": str, "fingerprint": str, "class_images": str})
     for segment in run["segments"]:
-        timed = ("first_step", "last_step") if "seconds" in segment else ()
-        _check_kinds(segment, SEGMENT, ("status", *timed))
+        needed = {"seconds": ("first_step", "last_step"), "changes": ("first_step",)}
+        _check_kinds(segment, SEGMENT, ("status", *chain.from_iterable(needed[key] for key in needed if key in segment)))
         _check_kinds(segment.get("git") or {}, {"commit": str})
 
 
 def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Any], needed: Sequence[str] = ()) -> None:
     for key, kind in kinds.items():
-        if (key in values or key in needed) and not isinstance(values[key], kind):
-            raise TypeError(f"{key}={values[key]!r:.100}")
+        if key in values or key in needed:
+            value = values[key]
+            if not isinstance(value, kind) or (isinstance(value, int | float) and not abs(value) <= MAX_NUMBER):
+                raise TypeError(f"{key}={value!r:.100}")
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
