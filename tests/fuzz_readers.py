@@ -26,7 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hostile_files import READERS, Reader, mutated
+from damage import mutated
+from hostile_files import READERS, Reader
 
 from xdiffusion.cli import REPOSITORY, Parser, positive_int, run
 

@@ -1,10 +1,9 @@
-"""Every reader of files from strangers, a small whole file for each, and the ways in which tests damage them."""
+"""Every reader of files from strangers, and a small whole file for each."""
 
 from __future__ import annotations
 
 import io
 import json
-import random
 import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,14 +19,18 @@ from omegaconf import OmegaConf
 from picture_folders import write_pictures
 from PIL import Image
 from safetensors.torch import save_file
+from sd_files import random_sd, sd_config
 from tiny import SETTINGS, tiny_config, tiny_images, tiny_model
 
 from xdiffusion.build import image_shape, load_config
+from xdiffusion.checkpoints.added_words import added_words
+from xdiffusion.checkpoints.diffusers_folder import write_diffusers_folder
+from xdiffusion.checkpoints.diffusers_settings import FILES, SPECIAL_TOKENS, VOCABULARY
 from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
 from xdiffusion.checkpoints.native import load_model_file, save_model
-from xdiffusion.checkpoints.reading import load_safetensors
+from xdiffusion.checkpoints.reading import load_pickled, load_safetensors
 from xdiffusion.checkpoints.tensor_cache import TensorCache
 from xdiffusion.checkpoints.weight_index import read_indexed
 from xdiffusion.clip_towers import own_towers
@@ -45,7 +48,6 @@ from xdiffusion.training.state import state_path, whole_state, write_state
 from xdiffusion.training.text_encoder import load_text_encoder
 
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-INTERESTING = b'0123456789"{}[],:.-eN_*&!$\x00\x7f\x80\xff'
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,25 @@ def _write_tokens(folder: Path) -> None:
 
 def _write_lora(folder: Path, name: str, format: str) -> None:
     write_lora(LoRAFile({LAYER: LoRAFactors(torch.randn(1, 320), torch.randn(320, 1), 2.0)}), folder / name, format)
+
+
+def _write_json_lora(folder: Path) -> None:
+    _write_lora(folder, "a.pt", "cloneofsimo-pt")
+    (folder / "a.json").write_text(json.dumps([factor.tolist() for factor in load_pickled(folder / "a.pt")]))
+
+
+def _write_pipeline(folder: Path) -> None:
+    name, token = "sd15_tiny", {"content": "<|endoftext|>", "lstrip": False}
+    write_diffusers_folder(folder / "a", random_sd(name).state_dict(), OmegaConf.to_container(sd_config(name)), {}, [])
+    (folder / "a" / SPECIAL_TOKENS).write_text(json.dumps({"bos_token": "<|startoftext|>", "pad_token": token}))
+
+
+def _write_words(folder: Path) -> None:
+    ids = {"<cat>": VOCABULARY, "<cat>_1": VOCABULARY + 1, "toy": VOCABULARY + 2}
+    tokens = [{"id": i, "content": word, "special": False} for word, i in ids.items()]
+    (folder / "added_tokens.json").write_text(json.dumps(ids))
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens, "model": {"vocab": {"a": 0}}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {t["id"]: t for t in tokens}}))
 
 
 def _write_products(folder: Path) -> None:
@@ -246,19 +267,33 @@ READERS: Mapping[str, Reader] = {
         _write_state,
         lambda f: whole_state(f / "diffusion-3.safetensors"),
     ),
-    "LoRA, native": Reader(
-        "a.safetensors", partial(_write_lora, name="a.safetensors", format="native"), lambda f: read_lora(f / "a.safetensors")
-    ),
-    "LoRA, kohya": Reader(
-        "a.safetensors", partial(_write_lora, name="a.safetensors", format="kohya"), lambda f: read_lora(f / "a.safetensors")
-    ),
+    **{
+        f"LoRA, {format}": Reader(
+            "a.safetensors",
+            partial(_write_lora, name="a.safetensors", format=format),
+            lambda f: read_lora(f / "a.safetensors"),
+        )
+        for format in ("native", "kohya", "diffusers", "diffusers-sd15", "cloneofsimo")
+    },
     "LoRA, LyCORIS": Reader("a.safetensors", _write_products, lambda f: read_lora(f / "a.safetensors")),
     "LoRA, peft config": Reader(
         "a/unet/adapter_config.json", partial(_write_lora, name="a", format="peft"), lambda f: read_lora(f / "a")
     ),
+    "LoRA, peft": Reader(
+        "a/unet/adapter_model.safetensors", partial(_write_lora, name="a", format="peft"), lambda f: read_lora(f / "a")
+    ),
+    "LoRA, JSON": Reader("a.json", _write_json_lora, lambda f: read_lora(f / "a.json")),
     "LoRA, pickled": Reader(
         "a.pt", partial(_write_lora, name="a.pt", format="cloneofsimo-pt"), lambda f: read_lora(f / "a.pt")
     ),
+    **{
+        f"diffusers folder, {name}": Reader(f"a/{name}", _write_pipeline, lambda f: load_model(f / "a"))
+        for name in (*FILES, SPECIAL_TOKENS)
+    },
+    **{
+        f"words of a folder, {name}": Reader(name, _write_words, lambda f: added_words(f, torch.ones(VOCABULARY + 3, 2)))
+        for name in ("added_tokens.json", "tokenizer.json", "tokenizer_config.json")
+    },
     "learned tokens, safetensors": Reader(
         "a.safetensors", _write_tokens, lambda f: read_learned_tokens(f / "a.safetensors")
     ),
@@ -311,23 +346,3 @@ def write_changed_model(path: Path, **changes: Any) -> Path:
         section[last] = value
     save_model(path, tiny_model(config).state_dict(), config=plain, image_shape=(1, 12, 12), step=1)
     return path
-
-
-def mutated(content: bytes, draw: random.Random) -> bytes:
-    """Bytes changed, cut, doubled or left out at a few places; half of the times near the start, where headers are."""
-    result = bytearray(content)
-    for _ in range(draw.randint(1, 4)):
-        reach = min(len(result), 3000) if draw.random() < 0.5 else len(result)
-        at, length = draw.randrange(reach + 1), draw.choice((1, 1, 2, 4, 8, 64))
-        kind = draw.randrange(6)
-        if kind < 2:
-            result[at : at + 1] = bytes([draw.choice(INTERESTING) if kind else draw.randrange(256)])
-        elif kind == 2:
-            result[at : at + length] = b""
-        elif kind == 3:
-            result[at:at] = result[at : at + length] * draw.choice((1, 1, 100))
-        elif kind == 4:
-            result[at : at + length] = draw.choice((b"\xff", b"\x00", b"\x7f", b"9", b"[")) * length
-        elif draw.random() < 0.3:
-            del result[at:]
-    return bytes(result)

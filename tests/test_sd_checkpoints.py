@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from hostile_files import mutated
+from damage import mutated
 from sd_files import EXTRA, FULL_SD, TINY_SD, random_sd, sd_config, text_names, write_native
 
 from xdiffusion.build import build_model

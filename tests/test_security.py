@@ -16,8 +16,9 @@ from functools import partial
 import pytest
 import torch
 from commands import ROOT, SAMPLE, run_script
+from damage import mutated
 from fake_sets import write_cifar10
-from hostile_files import READERS, mutated, write_changed_model
+from hostile_files import READERS, write_changed_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
