@@ -63,6 +63,23 @@ def test_alphas_and_types_stay_where_the_format_has_them(format, tmp_path):
         assert torch.equal(back.modules[name].lora_B, factors.lora_B)
 
 
+@pytest.mark.parametrize("format", ["native", "kohya", "cloneofsimo"])
+def test_a_lora_that_is_written_again_is_the_same_file_to_the_byte(format, tmp_path):
+    """safetensors writes what a header says in another order each time."""
+    title = 'A "猫" \\ \x01\x1f\x7f\b\f\n\r\t\u2028 ü'
+    source = replace(mixed(), metadata={"modelspec.title": title, **{f"ss_{i}": str(i) for i in range(8)}})
+    path, contents = tmp_path / "a.safetensors", set()
+    for _ in range(4):
+        write_lora(source, path, format)
+        contents.add(path.read_bytes())
+    (content,) = contents
+    length = int.from_bytes(content[:8], "little")
+    said = load_safetensors(path)[1]
+    assert length % 8 == 0 and list(json.loads(content[8 : 8 + length])["__metadata__"]) == sorted(said)
+    assert format == "cloneofsimo" or said["modelspec.title"] == title
+    assert_equal_products(read_lora(path), source)
+
+
 @pytest.mark.parametrize("format", WRITTEN)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_another_type_gives_what_rounding_gives(format, dtype, tmp_path):

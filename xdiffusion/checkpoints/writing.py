@@ -6,6 +6,7 @@ killed run leaves the last good file.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -73,7 +74,20 @@ def save_pickled(path: Path, content: Any) -> None:
 def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors (made contiguous, on the CPU) and string metadata as one safetensors file, atomically."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary, dict(metadata)))
+    write_atomically(path, lambda temporary: save_in_order(contiguous, temporary, metadata))
+
+
+def save_in_order(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """safetensors' save_file, whose metadata are in another order each time, with them sorted: equal content, equal bytes."""
+    save_file(tensors, path, dict(metadata))
+    with path.open("r+b") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        entries = json.loads(header)
+        entries = {"__metadata__": dict(sorted(entries.pop("__metadata__", {}).items())), **entries}
+        ordered = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode().ljust(len(header))
+        if metadata and len(ordered) == len(header):  # as both write JSON the same way
+            file.seek(8)
+            file.write(ordered)
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from xdiffusion.checkpoints.component_names import component_of
@@ -32,7 +31,7 @@ from xdiffusion.checkpoints.lora_formats.factors import Parts, assemble, folded,
 from xdiffusion.checkpoints.lora_formats.keys import Loose
 from xdiffusion.checkpoints.lora_formats.layer_table import SD_BASES, LayerTable, sd_base_of, sd_layer_table
 from xdiffusion.checkpoints.stable_diffusion import unet_name_to_original
-from xdiffusion.checkpoints.writing import write_atomically
+from xdiffusion.checkpoints.writing import save_in_order, write_atomically
 
 _PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 _OTHER_PREFIXES = {
@@ -125,9 +124,9 @@ def write(lora: LoRAFile, path: Path) -> None:
     header |= {key: text for key, text in said.items() if key.startswith("ss_")}
 
     def write_with_hashes(temporary: Path) -> None:
-        save_file(tensors, temporary, header)  # kohya hashes a file that has the ss_ entries alone
+        save_in_order(tensors, temporary, header)  # kohya hashes a file that has the ss_ entries alone
         hashes = _hashes(temporary)
-        save_file(tensors, temporary, {**lora.metadata, **said, **header, **hashes})
+        save_in_order(tensors, temporary, {**lora.metadata, **said, **header, **hashes})
 
     write_atomically(path, write_with_hashes)
 
