@@ -28,10 +28,10 @@ training pictures: no folder is read because a file names it. A score that canno
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = OmegaConf.create(OmegaConf.to_container(config) | {"data": OmegaConf.to_container(trained.data)})
     with sampling_overrides(args, FLAG_KEYS) as overrides:
         config = override(config, overrides, "command line")
-    with in_file(said_by), contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+    with in_file(said_by) if not args.data_dir else nullcontext(), redirect_stdout(sys.stderr if args.json else sys.stdout):
         model.resize(*image_shape(config)[1:])
         data, training = pictures_of(config, args)
     with_classes, full = isinstance(data, ImageSet), args.full or bool(args.clip or args.report)
