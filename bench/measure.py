@@ -25,7 +25,7 @@ import torch
 from xdiffusion.cli import Parser, positive_int
 
 Timer = Callable[[], float]
-BOUNDS = {"<=": operator.le, ">=": operator.ge}
+BOUNDS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
 
 
 def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
@@ -149,8 +149,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def significant(value: float, digits: int = 4) -> float:
-    """Rounded to that many significant digits."""
-    return float(f"{value:.{digits}g}")
+    """Rounded to that many significant digits; a count stays as it is."""
+    return value if isinstance(value, int) else float(f"{value:.{digits}g}")
 
 
 def device_name(device: str) -> str:

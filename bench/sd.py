@@ -140,7 +140,7 @@ def measure_lora_file(args: argparse.Namespace, device: torch.device, report: Re
         save_lora_weights(with_random_factors(network), path)
         size = path.stat().st_size
     counts = {"ours": count(network, True), "theirs": count(theirs, True)}
-    as_known = {"goal": Goal(PARAMETERS, of="ours"), "met": counts["ours"] == PARAMETERS} if args.size == "sd15" else {}
+    as_known = {"goal": Goal(PARAMETERS, "==", "ours")} if args.size == "sd15" else {}
     details = {f"parameters_{side}": number for side, number in counts.items()} | {"rank": RANK, "file_bytes": size}
     rounded = {side: [number] for side, number in counts.items()}
     report.add(f"lora_parameters_{args.size}", **rounded, unit="", **as_known, **details)

@@ -1,7 +1,7 @@
 """Loading Stable Diffusion 1.5 from its original single file: time beside reading the bytes, and peak memory.
 
     python bench/sd_loading.py
-    python bench/sd_loading.py --dtype float16 --folder /tmp
+    python bench/sd_loading.py --dtype float16 --suffix .ckpt --folder /tmp
 
 A file of random weights of full size (4.3 GB in float32, written once to --folder) is loaded by `load_model` into the model,
 and then touched, so that every byte of it has been read; theirs is a plain read of the file's bytes into memory. Each
@@ -33,6 +33,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = parser(__doc__, rounds=3)
     flags.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the file, and of what it is loaded as")
+    flags.add_argument("--suffix", choices=(".safetensors", ".ckpt"), default=".safetensors", help="of the file (.safetensors)")
     flags.add_argument("--model", default="sd15", metavar="NAME", help="built-in config, such as sd15_tiny (sd15)")
     flags.add_argument("--folder", metavar="DIR", help="where the file is written (a temporary folder)")
     flags.add_argument("--measure", choices=("ours", "theirs"), help=argparse.SUPPRESS)
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(measure(args.measure, Path(args.file), DTYPES[args.dtype])))
         return 0
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        path = Path(folder) / "model.safetensors"
+        path = Path(folder) / f"model{args.suffix}"
         write_file(path, args.model, DTYPES[args.dtype])
         sides: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
         for i in range(1 + args.rounds):  # the first round fills the page cache
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sides[side] += [found] if i else []
         size = path.stat().st_size
     report = Report(args)
-    details = {"file_bytes": size, "dtype": args.dtype}
+    details = {"file_bytes": size, "dtype": args.dtype, "suffix": args.suffix}
     seconds = {side: [found["seconds"] for found in of_side] for side, of_side in sides.items()}
     report.add("load_seconds", **seconds, goal=Goal(1.2), **details)
     peaks = {side: [found["peak"] / size for found in of_side] for side, of_side in sides.items()}
@@ -74,7 +75,11 @@ def write_file(path: Path, name: str, dtype: torch.dtype) -> None:
 
     model = build_model(load_config(STABLE_DIFFUSION / f"{name}.yaml"), without_weights=True)
     named = to_original(model.state_dict(), "transformers" if name.startswith("sd15") else "open_clip")
-    save_safetensors(path, {n: torch.full(t.shape, 0.01, dtype=dtype) for n, t in named.items()}, {"format": "pt"})
+    tensors = {n: torch.full(t.shape, 0.01, dtype=dtype) for n, t in named.items()}
+    if path.suffix == ".ckpt":
+        torch.save({"state_dict": tensors}, path)
+    else:
+        save_safetensors(path, tensors, {"format": "pt"})
 
 
 def in_a_process(side: str, path: Path, threads: int, dtype: str) -> dict[str, float]:

@@ -10,6 +10,9 @@ the base the moving average of its training scripts (EMAModel; `ratio_without_th
 It is handed images and text embeddings for free. LoRA: rank 4 on the q, k, v and out projections of all attentions, by peft
 on their side, without an average. float32, the same batch size.
 
+On a CPU the ratio has a floor: `gflop` are the products and convolutions of a step, `gflop_per_s_of_a_product` is what one of
+two large matrices runs at beside it, and `ratio_at_that_speed` what a step that did nothing else would have over theirs.
+
 Peak memory: on a GPU what one step allocates at its worst moment beyond what was held before it; on a CPU, where our rows
 run in threads that torch's profiler does not see, by how much a fresh process grows over three steps beyond its size with
 the model built.
@@ -41,6 +44,7 @@ from peers import (
     our_model,
     peer_unet,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 from xdiffusion.build import load_config
 from xdiffusion.cli import positive_int, run
@@ -50,6 +54,7 @@ from xdiffusion.training.loop import Trainer
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
 RANK = 4
+SIDE = 2048  # of a matrix whose product runs as fast as the processor can
 GOAL = Goal(0.85)
 KINDS = {"base": "train_step", "lora": "lora_step"}
 Step = Callable[[], object]
@@ -150,11 +155,23 @@ def measure(size_name: str, kind: str, args: argparse.Namespace, device: torch.d
     details = {"batch_size": size.batch_size, "shape": size.shape} | checks(size, kind, device)
     steps = {side: make(size, kind, device)() for side, make in SIDES.items()}
     timed = steps | ({"plain": peer_step(size, kind, device, average=False)()} if kind == "base" else {})
+    if device.type == "cpu":
+        square = torch.randn(SIDE, SIDE)
+        timed |= {"product": lambda: square @ square}
     seconds = interleave({side: timer(step, device, args.calls) for side, step in timed.items()}, args.rounds)
-    without = {}
+    beside: dict[str, float] = {}
     if plain := seconds.pop("plain", None):
-        without["ratio_without_their_average"] = significant(median(seconds["ours"]) / median(plain))
-    report.add(figure, **seconds, goal=GOAL, **without, **details)
+        beside["ratio_without_their_average"] = significant(median(seconds["ours"]) / median(plain))
+    if product := seconds.pop("product", None):
+        with FlopCounterMode(display=False) as counter:
+            steps["theirs"]()
+        ceiling = 2 * SIDE**3 / median(product)
+        beside |= {
+            "gflop": significant(counter.get_total_flops() / 1e9),
+            "gflop_per_s_of_a_product": significant(ceiling / 1e9),
+        }
+        beside["ratio_at_that_speed"] = significant(counter.get_total_flops() / ceiling / median(seconds["theirs"]))
+    report.add(figure, **seconds, goal=GOAL, **beside, **details)
 
     if device.type == "cuda":
         peaks = {side: [peak_allocated(step, device) / 2**20] for side, step in steps.items()}

@@ -64,6 +64,9 @@ def test_train_step(capsys):
     for figure in found.values():
         assert figure["parameters_ours"] == figure["parameters_theirs"]
         assert figure["largest_relative_difference"] < 1e-4
+        assert 0 < figure["ratio_at_that_speed"] < figure["ratio"]
+        floor = figure["gflop"] / figure["gflop_per_s_of_a_product"] / figure["theirs"]["median"]
+        assert figure["ratio_at_that_speed"] == pytest.approx(floor, rel=0.01)
 
 
 @pytest.mark.slow
@@ -170,16 +173,18 @@ def test_sd_fits_in_a_fresh_process(capsys, monkeypatch):
 
 
 def test_sd_loading(capsys, monkeypatch):
+    """Of either kind of file."""
     script = load("sd_loading")
 
     def here(side, path, threads, dtype):  # where the growth of a process that is warm already says nothing
         return {**script.measure(side, path, script.DTYPES[dtype]), "peak": 1.0}
 
     monkeypatch.setattr(script, "in_a_process", here)
-    assert script.main([*SMALLEST, "--model", "sd15_tiny"]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["figure"] for line in lines] == ["load_seconds", "load_peak_over_file"]
-    assert all(line.keys() >= FIELDS | {"file_bytes", "dtype"} for line in lines)
+    for suffix in (".safetensors", ".ckpt"):
+        assert script.main([*SMALLEST, "--model", "sd15_tiny", "--suffix", suffix]) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [line["figure"] for line in lines] == ["load_seconds", "load_peak_over_file"]
+        assert all(line.keys() >= FIELDS | {"file_bytes", "dtype"} and line["suffix"] == suffix for line in lines)
 
 
 def test_a_peer_s_lora_has_as_many_parameters():

@@ -24,7 +24,10 @@ def test_captions_from_text_files_beside_the_pictures(tmp_path, capsys):
     images = load(tmp_path)
     assert captions(images) == {"picture_0.png": "a cat", "picture_1.png": "a dog"}
     assert capsys.readouterr().out.strip() == images.summary
-    assert "2 pictures in 2 shapes (20x12: 1, 16x16: 1)" in images.summary and "captions from .txt files" in images.summary
+    assert (
+        "2 pictures in 2 shapes (20x12: 1, 16x16: 1)" in images.summary
+        and "captions from .txt files (metadata.jsonl is not used)" in images.summary
+    )
     (tmp_path / "picture_1.png").unlink()
     assert ": 1 picture in 1 shape (16x16: 1), captions" in load(tmp_path).summary
 

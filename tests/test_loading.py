@@ -210,5 +210,5 @@ def test_another_kind_of_schedule_is_one_line(saved, config, tmp_path, capsys):
     factors = LoRAFactors(torch.ones(1, 2), torch.ones(2, 1), 1.0)
     write_lora(LoRAFile({"a": factors}, config=OmegaConf.to_container(config("diffusion.schedule.kind=betas"))), path, "native")
     assert as_trained(config(), [path]).diffusion.schedule.kind == "betas"
-    said = "was trained with diffusion.schedule.kind=betas, and is drawn so; its base has cosine"
+    said = "was trained with diffusion.schedule.kind=betas, and is drawn so but for flags; its base has cosine"
     assert capsys.readouterr().err == f"{path} {said}\n"

@@ -35,6 +35,15 @@ def test_each_different_prompt_is_embedded_once(model):
     assert rows == [3, 2]  # "1", "2" and the empty prompt; "1" and "2"
 
 
+def test_keys_of_the_text_are_computed_once_for_all_steps(model):
+    calls = []
+    layer = model.network.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+    handle = layer.register_forward_hook(lambda *_: calls.append(1))
+    draw(model)
+    handle.remove()
+    assert len(calls) == 1
+
+
 def test_blocks_change_nothing_but_rounding(model):
     torch.testing.assert_close(draw(model, batch_size=2), draw(model), atol=1e-5, rtol=0)
 

@@ -17,6 +17,7 @@ from xdiffusion.training.prior_preservation import prepare_class_images
 from xdiffusion.training.run import begin
 from xdiffusion.training.run_record import read_run
 from xdiffusion.training.state import RunCheckpoints
+from xdiffusion.training.task import Place
 from xdiffusion.training.weights_files import AdapterWeights
 
 
@@ -154,6 +155,11 @@ def test_the_loss_is_the_weighted_mean_over_the_batch(config_of):
     part = trainer.task.batches.part(1, 0, 1)
     assert part.captions == ["a photo of sks dog", "a photo of a dog"] * 2
     assert part.weights.tolist() == pytest.approx([4 / 3, 2 / 3] * 2)
+    given, *of_one = (
+        float(trainer.task.part_loss(part._replace(weights=torch.tensor(weights)), Place(1)).detach())
+        for weights in (part.weights.tolist(), [4.0, 0, 0, 0], [0, 4.0, 0, 0], [0, 0, 4.0, 0], [0, 0, 0, 4.0])
+    )
+    assert given == pytest.approx(sum(w * loss / 4 for w, loss in zip([4 / 3, 2 / 3] * 2, of_one)))
     base = content_hash(trainer.model.base_weights())
     assert all(torch.isfinite(torch.tensor(trainer.step(step).loss)) for step in (1, 2))
     assert content_hash(trainer.model.base_weights()) == base

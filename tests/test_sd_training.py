@@ -9,6 +9,7 @@ from commands import TRAIN, run_script, set_words
 from omegaconf import OmegaConf
 from packaging.version import Version
 from picture_folders import truncate, write_discs
+from PIL import Image
 from sd_files import names_of_transformers
 from tiny_sd import CONFIGS, SMALLER, tiny_sd_model
 
@@ -38,6 +39,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sd")
     write_discs(folder / "set", 10, 40, {"red": (230, 20, 20), "blue": (20, 20, 230)})
     truncate(folder / "set/disc_9.png", 0.9)
+    Image.new("RGB", (1, 1)).save(folder / "set/dot.png")
+    (folder / "set/dot.txt").write_text("a dot")
     path = CONFIGS / "sd15_lora_textencoder_tiny.yaml"
     overrides = [*OVERRIDES, f"data.data_dir={folder / 'set'}", f"cache.folder={folder / 'cache'}"]
     config = load_config(path, overrides, True)
@@ -92,6 +95,8 @@ def test_the_run_wrote_what_it_says(run):
     names = {p.name for p in (run.folder / "run").iterdir()}
     assert {f"diffusion-24-lora{kind}.safetensors" for kind in ("", "-diffusers", "-kohya")} <= names
     assert (run.folder / "run/samples/sample-24.png").is_file()
+    skipped = [f"{name}: {reason}" for name, reason in run.data.skipped.items()]
+    assert (run.folder / "run/skipped.txt").read_text().splitlines() == skipped != []
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "all", ".*"])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.hashes import content_hash
-from xdiffusion.checkpoints.reading import load_safetensors
+from xdiffusion.checkpoints.reading import load_pickled, load_safetensors
 from xdiffusion.checkpoints.streaming import StoredTensors, copy_safetensors
 
 TENSORS = {
@@ -117,6 +117,12 @@ def test_a_map_lives_as_long_as_a_tensor_of_it(path):
     assert maps() == 1 and torch.equal(row, TENSORS["b.weight"][1])
     del row
     assert maps() == 0
+
+    torch.save(TENSORS, path)  # and of a pickled file: a model that converts its tensors one by one holds no two copies
+    read = load_pickled(path, mmap=True)
+    before = maps()
+    del read["b.weight"]
+    assert maps() == before - 1
 
 
 def test_a_file_of_the_same_name_is_another_one(path):

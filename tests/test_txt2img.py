@@ -161,7 +161,7 @@ def test_a_lora_is_drawn_by_what_it_was_trained_to_predict(sample, tiny_txt2img,
     assert sample("expected", *words, "silent.safetensors", "--checkpoint", "base_v.safetensors") == 0
     assert "was trained with" not in capsys.readouterr().err
     assert sample("drawn", *words, "v.safetensors", "--paired") == 0
-    said = "v.safetensors was trained with diffusion.prediction=v, and is drawn so; its base has eps"
+    said = "v.safetensors was trained with diffusion.prediction=v, and is drawn so but for flags; its base has eps"
     assert said in capsys.readouterr().err
     assert sample("silent", *words, "silent.safetensors", "--paired") == 0
     assert np.array_equal(pixels("drawn/image-0.png"), pixels("expected/image-0.png"))

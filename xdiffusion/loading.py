@@ -307,7 +307,7 @@ def as_trained(config: DictConfig, loras: Sequence[Path], tell: Callable[[str], 
                 raise CheckpointError(
                     f"these LoRAs cannot be drawn together: {path} was trained with {key}={theirs}, another with {ours}"
                 )
-            tell(f"{path} was trained with {key}={theirs}, and is drawn so; its base has {ours}")
+            tell(f"{path} was trained with {key}={theirs}, and is drawn so but for flags; its base has {ours}")
         chosen = one
     return chosen
 

@@ -125,6 +125,7 @@ class Unpickler:
                     "pickle_protocol=2, or as safetensors"
                 )
             self.operations[code]()
+        self.memo.clear()  # the operations are of a reader that they keep alive, and it would hold what was read
         return self.stack.pop()
 
     def _spend(self, work: float) -> None:

@@ -4,8 +4,8 @@
     diffusers   a folder with unet/, vae/ and text_encoder/, each one file or several with an index
 
 The shapes tell the architecture. What they do not tell, above all whether a model predicts eps or v and on which schedule, a
-folder says in its settings, and an original file in its header and in two empty tensors, `v_pred` and `ztsnr`, which A1111
-and ComfyUI look for. What a file says is laid over the built-in config of its shapes. A file of 2.x that does not say what it
+folder says in its settings, and an original file in its header and in two empty tensors, `v_pred` and `ztsnr`, as models of
+XL carry them. What a file says is laid over the built-in config of its shapes. A file of 2.x that does not say what it
 predicts is taken by its name.
 """
 

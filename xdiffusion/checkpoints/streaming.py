@@ -5,9 +5,7 @@ The format: 8 bytes, the header's length; the header, JSON {name: {dtype, shape,
 
 from __future__ import annotations
 
-import ctypes
 import json
-import mmap
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.mapping import mapped_bytes
 from xdiffusion.checkpoints.reading import open_safetensors
 from xdiffusion.checkpoints.writing import write_atomically
 
@@ -28,10 +27,6 @@ _DTYPES = {
 }  # fmt: skip
 
 MAX_TENSORS = 32_768  # a process may have 65,530 maps; Stable Diffusion has 1,130 tensors, a LoRA of XL some thousand
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_LIBC.mmap.restype = ctypes.c_void_p
-_LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
-_LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -76,42 +71,16 @@ class StoredTensors(Mapping[str, Tensor]):
             except (TypeError, RuntimeError) as error:  # (2**63, 0) is a shape of no bytes, but none of torch's
                 raise CheckpointError(f"{self.path}: {name} cannot have the shape {tuple(shape)}") from error
         begin, end = (self._start + offset for offset in entry["data_offsets"])
-        page = begin - begin % mmap.ALLOCATIONGRANULARITY
         try:
-            part = _mapped(self._file, page, end - page)
+            return mapped_bytes(self._file, begin, end - begin).view(dtype).view(shape)
         except OSError as error:
             raise CheckpointError(f"{self.path}: {name} cannot be mapped ({error})") from error
-        return torch.frombuffer(part, dtype=dtype, count=prod(shape), offset=begin - page).view(shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
-
-
-def _mapped(file: int, offset: int, length: int) -> ctypes.Array:
-    """A private map of a part of a file, which is unmapped when nobody holds it.
-
-    Python's own `mmap` keeps the file open for each map, and a process may have 1,024 files open where Stable Diffusion has
-    1,130 tensors.
-
-    Args:
-        file: its descriptor.
-        offset, length: in bytes; the offset is that of a page.
-
-    Raises:
-        OSError: if it cannot be mapped, or has become shorter: the system kills who reads behind its end.
-    """
-    if os.fstat(file).st_size < offset + length:
-        raise OSError("the file has become shorter")
-    protection = mmap.PROT_READ | mmap.PROT_WRITE
-    address = _LIBC.mmap(None, length, protection, mmap.MAP_PRIVATE, file, offset)
-    if address == ctypes.c_void_p(-1).value:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    part = (ctypes.c_ubyte * length).from_address(address)
-    weakref.finalize(part, _LIBC.munmap, address, length).atexit = False
-    return part
 
 
 def copy_safetensors(

@@ -10,7 +10,6 @@ One reader of either, ours, so that what is checked is what is read: two readers
 from __future__ import annotations
 
 import io
-import mmap as maps
 import os
 import zipfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from xdiffusion.checkpoints.mapping import mapped_bytes
 from xdiffusion.checkpoints.pickles import Unpickler
 
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
@@ -45,7 +45,6 @@ def read_torch_file(path: Path, mmap: bool = False) -> Any:
 
 def _read_archive(file: BinaryIO, mmap: bool) -> Any:
     _check_directory(file)
-    mapped = maps.mmap(file.fileno(), 0, access=maps.ACCESS_COPY) if mmap else None
     with zipfile.ZipFile(file) as archive:
         records = _records(archive, os.fstat(file.fileno()).st_size)
         (pickled,) = [name for name in records if name.endswith("/data.pkl")]
@@ -61,10 +60,12 @@ def _read_archive(file: BinaryIO, mmap: bool) -> Any:
             if record.file_size < elements * dtype.itemsize:
                 raise ValueError(f"its storage {key} claims {elements:,} elements of {dtype} without the data")
             if key not in storages:
-                storages[key] = _record(archive, record) if mapped is None else _mapped_record(file, mapped, record)
+                storages[key] = _mapped_record(file, record) if mmap else _record(archive, record)
             return storages[key][: elements * dtype.itemsize].view(dtype)
 
-        return Unpickler(io.BytesIO(archive.read(pickled)), storage).load()
+        content = Unpickler(io.BytesIO(archive.read(pickled)), storage).load()
+        storages.clear()  # for the same reason as there
+        return content
 
 
 def _check_directory(file: BinaryIO) -> None:
@@ -106,14 +107,14 @@ def _record(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> Tensor:
     return content
 
 
-def _mapped_record(file: BinaryIO, mapped: maps.mmap, record: zipfile.ZipInfo) -> Tensor:
-    """The bytes of a record, read as they are used; writing to them leaves the file as it is."""
+def _mapped_record(file: BinaryIO, record: zipfile.ZipInfo) -> Tensor:
+    """The bytes of a record, mapped for itself: of what is converted one by one, no two copies are held."""
     file.seek(record.header_offset + 26)
     name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
     start = record.header_offset + 30 + name + extra
     if not record.file_size:
         return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(mapped, dtype=torch.uint8, count=record.file_size, offset=start)
+    return mapped_bytes(file.fileno(), start, record.file_size)
 
 
 def _read_stream(file: BinaryIO) -> Any:

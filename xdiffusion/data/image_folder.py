@@ -108,7 +108,9 @@ def _captioned(folder: Path, files: Sequence[Path]) -> tuple[str, list[Picture],
     beside = [by_stem.get(file.with_suffix("")) for file in files]
     if any(beside):
         endings = " and ".join(ending for ending in SIDECARS if ending in {texts[path] for path in beside if path})
-        return f"{endings} files", [_with_sidecar(folder, name, text) for name, text in zip(names, beside)], 0
+        unused = ", ".join(str(path.relative_to(folder)) for path in _metadata_files(folder)[:3])
+        captions_from = f"{endings} files" + f" ({unused} is not used)" * bool(unused)
+        return captions_from, [_with_sidecar(folder, name, text) for name, text in zip(names, beside)], 0
     metadata = _metadata_files(folder)
     if metadata:
         found, absent = {}, 0

@@ -14,6 +14,7 @@ from PIL import Image
 
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.writing import ensure_writable, remove_leftovers, write_text
+from xdiffusion.data.captioned_images import CaptionedImages
 from xdiffusion.memory import TAKES_LESS, is_full_memory
 from xdiffusion.model import ImagesNotFinite
 from xdiffusion.places import OUTPUT_ROOT
@@ -91,6 +92,8 @@ def begin(trainer: Trainer, checkpoints: RunCheckpoints, config: DictConfig, com
         print(f"resumed under other conditions: {change}", file=sys.stderr)
     if writes and first_step > 1 and not record.continues:
         print(f"{origin} holds no run.json: whether it was begun under these conditions is not known", file=sys.stderr)
+    if writes and isinstance(task.data, CaptionedImages) and task.data.skipped:
+        write_text(folder / "skipped.txt", "".join(f"{name}: {reason}\n" for name, reason in task.data.skipped.items()))
     if writes:  # not `config` where no step is left to take
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(record.content["config"])))
     return record
