@@ -28,6 +28,7 @@ from xdiffusion.checkpoints.writing import save_pickled
 from xdiffusion.data import digits
 from xdiffusion.data.image_set import ImageSet
 from xdiffusion.training import previews, state
+from xdiffusion.training.loop import Trainer
 from xdiffusion.training.records import Records
 from xdiffusion.training.run_record import read_run
 from xdiffusion.training.state import state_path
@@ -124,6 +125,21 @@ def test_a_process_lost_in_the_picture_that_a_kill_left_out(tmp_path, monkeypatc
     assert run_script(TRAIN, *words) == 1
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.startswith("error: training stopped after step 2, another process of this run is gone")
+
+
+def test_a_base_that_is_replaced_in_place_does_not_change_the_run(tmp_path, monkeypatch):
+    """`cp other.safetensors base.safetensors` writes into the file that was read."""
+    base, step = tmp_path / "base/diffusion-1.safetensors", Trainer.step
+    assert run_script(TRAIN, *COMMON, "--num_training_steps", 1, "--output_path", base.parent) == 0
+
+    def replaced(self, number):
+        with base.open("r+b") as file:
+            file.write(bytes(base.stat().st_size))
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", replaced)
+    words = [*COMMON, "--use_lora_training", "--load_model_weights_from_checkpoint", base, "--output_path", tmp_path / "run"]
+    assert run_script(TRAIN, *words, "--set", "lora.target_modules=attention") == 0  # and its hash of the base is the same
 
 
 def test_a_tiny_clip_that_diverges_writes_nothing(tmp_path, capfd):

@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         process = begin_process(args.force_cpu)
         with first_ones_first(process):  # the others find what the first has downloaded
             data = build_data(config)
-        check_same_everywhere(process, {"data": data_fingerprint(data), "settings": settings_hash(config)})
+        if process.num_processes > 1:
+            check_same_everywhere(process, {"data": data_fingerprint(data), "settings": settings_hash(config)})
         file = path or tiny_clip_path(config, data, OUTPUT_ROOT)
         with in_turn(file) if process.is_main_process else nullcontext():  # a run of training/image/train.py may make it too
             return train_tiny_clip(build_fresh_text_encoder(config), config, data, file, **command)

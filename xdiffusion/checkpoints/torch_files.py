@@ -64,7 +64,7 @@ def _read_archive(file: BinaryIO, mmap: bool) -> Any:
             return storages[key][: elements * dtype.itemsize].view(dtype)
 
         content = Unpickler(io.BytesIO(archive.read(pickled)), storage).load()
-        storages.clear()  # for the same reason as there
+        storages.clear()  # as the memo in `pickles`: the reader lives on and would hold what the content lets go of
         return content
 
 

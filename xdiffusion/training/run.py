@@ -92,10 +92,10 @@ def begin(trainer: Trainer, checkpoints: RunCheckpoints, config: DictConfig, com
         print(f"resumed under other conditions: {change}", file=sys.stderr)
     if writes and first_step > 1 and not record.continues:
         print(f"{origin} holds no run.json: whether it was begun under these conditions is not known", file=sys.stderr)
-    if writes and isinstance(task.data, CaptionedImages) and task.data.skipped:
-        write_text(folder / "skipped.txt", "".join(f"{name}: {reason}\n" for name, reason in task.data.skipped.items()))
     if writes:  # not `config` where no step is left to take
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(record.content["config"])))
+        if isinstance(task.data, CaptionedImages) and task.data.skipped:
+            write_text(folder / "skipped.txt", "".join(f"{name}: {reason}\n" for name, reason in task.data.skipped.items()))
     return record
 
 
