@@ -179,6 +179,13 @@ def _autoencoder_places() -> Iterator[tuple[str, str]]:
         yield f"decoder.up.{up}.upsample.", f"decoder.up_blocks.{level}.upsample."
 
 
+def _kept_attention() -> Iterator[tuple[str, str]]:
+    """The autoencoder's attention where diffusers' script of 2023 left its own names; only read."""
+    for part in ("encoder", "decoder"):
+        for theirs, ours in (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("to_out.0", "to_out")):
+            yield f"{part}.mid.attn_1.{theirs}.", f"{part}.mid_block.attentions.0.{ours}."
+
+
 def _longest_first(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return sorted(pairs, key=lambda pair: -len(pair[0]))
 
@@ -187,7 +194,7 @@ _UNET_PLACES, _AUTOENCODER_PLACES = list(_unet_places()), list(_autoencoder_plac
 _FROM_AVERAGE = dict(_averaged_names())
 _FROM_UNET = _longest_first(_UNET_PLACES)
 _TO_UNET = _longest_first([(ours, theirs) for theirs, ours in _UNET_PLACES])
-_FROM_AUTOENCODER = _longest_first(_AUTOENCODER_PLACES)
+_FROM_AUTOENCODER = _longest_first([*_AUTOENCODER_PLACES, *_kept_attention()])
 _TO_AUTOENCODER = _longest_first([(ours, theirs) for theirs, ours in _AUTOENCODER_PLACES])
 
 
@@ -214,4 +221,7 @@ def _is_projection(name: str) -> bool:
 
 
 def _as_linear(name: str, tensor: Tensor) -> Tensor:
-    return tensor.flatten(1) if _is_projection(name) else tensor
+    """As our layers have it: weights without their 1x1, and biases, to which diffusers' script of 12/2023 gave one."""
+    if _is_projection(name):
+        return tensor.flatten(1)
+    return tensor.flatten() if ".mid.attn_1." in name else tensor
