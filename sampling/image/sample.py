@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Film = list[list[torch.Tensor]]  # of each batch what is denoised, from moment to moment
 
-PAIRED_SCALES = (0.5, 1.0)
+PAIRED_SCALES = (0.8, 1.0, 1.2)  # a weaker, a stronger: what lies far from 1 was never trained
 GRIDS = ("samples.png", "base.png", "lora.png", "paired.png", "trajectory.gif")
 FLAG_KEYS = SAMPLING_FLAGS | {"clip_skip": "model.text_encoder.clip_skip"}
 MAX_MEGAPIXELS = 300  # of all images; 1100 of 512x512, which take 3.6 GB
@@ -66,7 +66,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--lora_merge", help="fold the LoRAs into the weights to sample: as fast as the base", **switch)
     add(
         "--paired",
-        help="draw the base and half strengths too (default: for models with classes)",
+        help="draw the base, a weaker and a stronger LoRA, too (default: for models with classes)",
         action=argparse.BooleanOptionalAction,
     )
     add("--learned_tokens", "FILE[=NAME]", "words of textual inversion, for use in prompts; repeatable", **several)
