@@ -65,29 +65,6 @@ def test_the_original_names_are_a_bijection_at_full_size(name):
         assert fused.shape == (3072, 1024)
 
 
-def linear_as_in_diffusers(name, tensor):
-    """The attention of the autoencoder as diffusers' script left it in files of folders by diffusers 0.17 to 0.24."""
-    kept = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-    *place, layer, kind = name.split(".")
-    return ".".join((*place, kept.get(layer, layer), kind)), tensor.flatten(1) if tensor.ndim == 4 else tensor
-
-
-def convolved_biases(name, tensor):
-    """The same as its next version wrote them: biases were given the weights' two dimensions, too."""
-    return name, tensor if ".norm." in name or tensor.ndim > 1 else tensor[:, None, None]
-
-
-@pytest.mark.parametrize("as_written", [linear_as_in_diffusers, convolved_biases])
-def test_original_files_by_older_versions_of_diffusers_script_are_read(as_written):
-    ours = random_sd("sd15_tiny").state_dict()
-    original = to_original(ours, "transformers")
-    written = dict(as_written(n, t) if ".mid.attn_1." in n else (n, t) for n, t in original.items())
-    assert sum(n not in original or t.shape != original[n].shape for n, t in written.items()) in (8, 16)
-    back = with_text_projection(from_original(written))
-    assert back.keys() == ours.keys()
-    assert all(torch.equal(back[n], ours[n]) for n in ours)
-
-
 @pytest.mark.parametrize("name", TINY_SD[:2])
 def test_values_survive_both_ways(name):
     ours = random_sd(name).state_dict()

@@ -14,7 +14,7 @@ from xdiffusion.checkpoints.diffusers_settings import config_from
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_formats.native import trained_config
 from xdiffusion.checkpoints.native import load_model_file
-from xdiffusion.checkpoints.stable_diffusion import from_original, to_original
+from xdiffusion.checkpoints.stable_diffusion import from_original, to_original, with_text_projection
 from xdiffusion.checkpoints.streaming import StoredTensors
 from xdiffusion.checkpoints.writing import save_safetensors
 from xdiffusion.cli import run
@@ -147,6 +147,29 @@ def test_the_config_of_another_model_is_told_from_damage(work_folder):
 
 
 PARTS = ("first_stage_model", "cond_stage_model", "model.diffusion_model")
+
+
+def linear_as_in_diffusers(name, tensor):
+    """The attention of the autoencoder as diffusers' script left it in files of folders by diffusers 0.17 to 0.24."""
+    kept = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+    *place, layer, kind = name.split(".")
+    return ".".join((*place, kept.get(layer, layer), kind)), tensor.flatten(1) if tensor.ndim == 4 else tensor
+
+
+def convolved_biases(name, tensor):
+    """The same as its next version wrote them: biases were given the weights' two dimensions, too."""
+    return name, tensor if ".norm." in name or tensor.ndim > 1 else tensor[:, None, None]
+
+
+@pytest.mark.parametrize("as_written", [linear_as_in_diffusers, convolved_biases])
+def test_original_files_by_older_versions_of_diffusers_script_are_read(as_written):
+    ours = random_sd("sd15_tiny").state_dict()
+    original = to_original(ours, "transformers")
+    written = dict(as_written(n, t) if ".mid.attn_1." in n else (n, t) for n, t in original.items())
+    assert sum(n not in original or t.shape != original[n].shape for n, t in written.items()) in (8, 16)
+    back = with_text_projection(from_original(written))
+    assert back.keys() == ours.keys()
+    assert all(torch.equal(back[n], ours[n]) for n in ours)
 
 
 def without_prefix(tensors, prefix):

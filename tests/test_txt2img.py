@@ -135,9 +135,13 @@ def test_words_in_a_lora_file_are_used(sample, work_folder, generator, capsys):
     write_lora(lora, Path("style.safetensors"), "native")
     words = ["--prompt", "a <s1>", "--lora_path"]
     assert sample("off", *words, "style.safetensors:0") == 0
-    assert "left out" not in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "left out" not in said.out and "no prompt holds" not in said.err
     assert sample("on", *words, "style.safetensors:0.8") == 0
     assert sample("plain", "--prompt", "a <s1>") == 0
+    assert "no prompt holds" not in capsys.readouterr().err
+    assert sample("other", "--prompt", "a fox", "--lora_path", "style.safetensors") == 0
+    assert "style.safetensors: no prompt holds <s1>" in capsys.readouterr().err
     assert not np.array_equal(pixels("off/image-0.png"), pixels("plain/image-0.png"))
     assert not np.array_equal(pixels("off/image-0.png"), pixels("on/image-0.png"))
     assert files_in(work_folder / "on") == {"samples.png", "image-0.png"}

@@ -1,10 +1,11 @@
-"""Words of textual inversion from files of other people, as a command line names them."""
+"""Words of textual inversion from files of other people, as a command line names them, and whether prompts hold them."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,10 +36,17 @@ def add_learned_tokens(
         files.append((path, {word.strip().lower() for word in tokens}))
         print(f"{path}: {', '.join(f'{token} ({len(rows)} vectors)' for token, rows in tokens.items())}")
     for path, words in files:
-        if any(words & model.text_encoder.learned_words_in(prompt, syntax) for prompt in prompts):
-            continue
-        written = " or ".join(_escaped(word) if syntax == "weighted" else word for word in sorted(words))
-        print(f"warning: {path}: no prompt holds {written}", file=sys.stderr)
+        warn_if_unused(model, path, words, prompts, syntax)
+
+
+def warn_if_unused(
+    model: DiffusionModel, path: str | Path, words: Collection[str], prompts: Sequence[str], syntax: PromptSyntax
+) -> None:
+    """Say so if a file brought words, in lower case, and no prompt holds one of them."""
+    if not words or any(model.text_encoder.learned_words_in(prompt, syntax) & set(words) for prompt in prompts):
+        return
+    written = " or ".join(_escaped(word) if syntax == "weighted" else word for word in sorted(words))
+    print(f"warning: {path}: no prompt holds {written}", file=sys.stderr)
 
 
 def _escaped(word: str) -> str:

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from xdiffusion.model import DiffusionModel
     from xdiffusion.recipe import Recipe
     from xdiffusion.samplers.image_to_image import StartImage
+    from xdiffusion.text_encoders.clip import PromptSyntax
 
     Film = list[list[torch.Tensor]]  # of each batch what is denoised, from moment to moment
+    LoRAs = Sequence[tuple[Path, float]]  # files and scales
 
 PAIRED_SCALES = (0.8, 1.0, 1.2)  # a weaker, a stronger: what lies far from 1 was never trained
 GRIDS = ("samples.png", "base.png", "lora.png", "paired.png", "trajectory.gif")
@@ -151,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag in args.recipe.differing(hashes) if args.recipe else ():
         print(f"warning: --{flag}: other content than what drew the picture, so this is another one", file=sys.stderr)
     place(model, best_device(args.force_cpu), args)  # before the LoRAs, whose factors stay float32
-    strengths = load_loras(model, loras, base_hash, notes)
+    strengths = load_loras(model, loras, base_hash, notes, texts, config.sampling.prompt_syntax)
     check_outputs(folder, args, len(prompts))
     paired = bool(strengths) and (args.paired if args.paired is not None else table is not None)
     film, by_share = [] if args.save_trajectory else None, {}
@@ -235,16 +237,19 @@ def place(model: DiffusionModel, device: torch.device, args: argparse.Namespace)
 
 
 def load_loras(
-    model: DiffusionModel, loras: Sequence[tuple[Path, float]], base_hash: str | None, notes: Sequence[str]
+    model: DiffusionModel, loras: LoRAs, base_hash: str | None, notes: Sequence[str], texts: Sequence[str], syntax: PromptSyntax
 ) -> dict[str, float]:
-    """Give the model every LoRA of (file, scale), and tell `notes` on them; returns the scales by adapter."""
+    """Give the model every LoRA, and its words, which `texts` may hold; tell `notes` on them; returns the scales by adapter."""
+    from xdiffusion.learned_words import warn_if_unused
     from xdiffusion.lora import load_lora_weights
 
     strengths = {}
     for i, (path, scale) in enumerate(loras):
+        known = {*model.text_encoder.learned_ids}
         report = load_lora_weights(model, path, scale=scale, adapter_name=f"lora_{i}", base_hash=base_hash)
         strengths[f"lora_{i}"] = scale
         print(f"{path}: {report}")
+        warn_if_unused(model, path, model.text_encoder.learned_ids.keys() - known, texts, syntax)
     for note in notes:  # now that they fit: of a LoRA of another base they would say nothing
         print(note, file=sys.stderr)
     return strengths
