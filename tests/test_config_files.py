@@ -4,18 +4,18 @@ import re
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 from tiny import SMALLEST
 
 from xdiffusion.build import load_config
-from xdiffusion.config_files import ConfigError, from_mapping, load_yaml, parse_overrides
+from xdiffusion.config_files import ConfigError, load_yaml, merge, parse_overrides
+from xdiffusion.loading import stored_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_a_base_lies_below_the_file_that_names_it(write_yaml):
     path = write_yaml(below="a: {x: 1, y: 2}\nlist: [1, 2]", above="base: below.yaml\na: {y: 3}\nlist: [4]")
-    assert OmegaConf.to_container(load_yaml(path)) == {"a": {"x": 1, "y": 3}, "list": [4]}
+    assert load_yaml(path) == {"a": {"x": 1, "y": 3}, "list": [4]}
 
 
 def test_bases_are_relative_to_their_file_nested_and_later_ones_win(tmp_path, monkeypatch):
@@ -25,12 +25,12 @@ def test_bases_are_relative_to_their_file_nested_and_later_ones_win(tmp_path, mo
     (tmp_path / "parts/second.yaml").write_text("c: 3")
     (tmp_path / "top.yaml").write_text("base: [parts/first.yaml, parts/second.yaml]\nd: 4")
     monkeypatch.chdir(tmp_path / "parts/deep")
-    assert OmegaConf.to_container(load_yaml(tmp_path / "top.yaml")) == {"a": 1, "b": 2, "c": 3, "d": 4}
+    assert load_yaml(tmp_path / "top.yaml") == {"a": 1, "b": 2, "c": 3, "d": 4}
 
 
 def test_two_files_may_share_a_base(write_yaml):
     path = write_yaml(root="a: 1", left="base: root.yaml", right="base: root.yaml", top="base: [left.yaml, right.yaml]")
-    assert OmegaConf.to_container(load_yaml(path)) == {"a": 1}
+    assert load_yaml(path) == {"a": 1}
 
 
 @pytest.mark.parametrize(
@@ -45,13 +45,20 @@ def test_two_files_may_share_a_base(write_yaml):
         ("a: 1\na: 2", r"not readable YAML: .*duplicate key a"),
         ("5", "it must hold a mapping of sections"),
         ("- a\n- b", "it must hold a mapping of sections"),
-        ("base: list.yaml\na: [1]", r"config\.yaml: .*(incompatible container types|Cannot merge)"),
+        ("base: list.yaml\na: [1]", r"config\.yaml: a=\[1\] is a list, and would be laid over a mapping"),
+        ("base: list.yaml\nc: {d: {e: 1}}", r"config\.yaml: c\.d={'e': 1} is a mapping, and would be laid over a list"),
     ],
 )
 def test_unusable_files_are_named(write_yaml, text, message):
     with pytest.raises(ConfigError, match=message) as error:
-        load_yaml(write_yaml(list="a: {b: 1}", config=text))
+        load_yaml(write_yaml(list="a: {b: 1}\nc: {d: [1]}", config=text))
     assert "\n" not in str(error.value)
+
+
+def test_what_is_merged_stays_as_it_is():
+    below, above = {"a": {"x": 1, "z": [1]}, "b": {"y": 2}}, {"a": {"x": 3}, "b": None, "c": {"d": 4}}
+    assert merge("a test", below, above, {"c": {"d": 5}}) == {"a": {"x": 3, "z": [1]}, "b": None, "c": {"d": 5}}
+    assert below == {"a": {"x": 1, "z": [1]}, "b": {"y": 2}} and above == {"a": {"x": 3}, "b": None, "c": {"d": 4}}
 
 
 def test_bytes_that_are_no_text_are_named(tmp_path):
@@ -67,7 +74,7 @@ def test_two_files_that_name_each_other_are_a_circle(write_yaml):
 
 def test_override_values_are_read_as_yaml():
     overrides = parse_overrides(["a.b=1e-3", "a.c=[1,2]", "a.d=null", "e=true", 'f="no"', "a.b=2e-3", "g=x=y"])
-    assert OmegaConf.to_container(overrides) == {
+    assert overrides == {
         "a": {"b": 2e-3, "c": [1, 2], "d": None},
         "e": True,
         "f": "no",
@@ -88,7 +95,7 @@ def test_omegaconfs_missing_value_is_none(write_yaml, words):
     with pytest.raises(ConfigError, match=r"='\?\?\?': OmegaConf's sign of a missing value is none"):
         load_config(write_yaml(config=SMALLEST + ("" if words else "training: ???")), words)
     with pytest.raises(ConfigError, match=r"a header: training\.seed='\?\?\?'"):
-        from_mapping({"training": {"seed": "???"}}, "a header")
+        stored_config({"training": {"seed": "???"}}, Path("a header"))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from accelerate.state import AcceleratorState
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from xdiffusion.build import build_model, override
 from xdiffusion.data.captions import PROMPT_TABLES, PromptTable
@@ -33,7 +33,7 @@ SETTINGS = {
 
 def tiny_config(*overrides: str) -> DictConfig:
     """The settings above with `KEY=VALUE` overrides, checked as a YAML's are."""
-    return override(OmegaConf.create(SETTINGS), overrides, "tests/tiny.py")
+    return override(SETTINGS, overrides, "tests/tiny.py")
 
 
 def tiny_images(train: int = 60, test: int = 20, seed: int = 0) -> ImageSet:

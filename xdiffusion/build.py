@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from xdiffusion.config import Overlay, Section, Slot, resolve, with_home, with_overrides
+from xdiffusion.config import Overlay, Section, Slot, as_written, resolve, with_home, with_overrides
 from xdiffusion.config_files import ConfigError, load_yaml, merge, parse_overrides
 from xdiffusion.places import PATHS
 from xdiffusion.signatures import Parameter, signature
@@ -132,30 +132,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), use_lora_traini
     if use_lora_training:
         of_lora = parse_overrides([o for o in overrides if o.startswith("lora.")])
         config = with_overrides(config, of_lora, SCHEMA)
-        if not isinstance(config.get("lora"), DictConfig):
+        if not isinstance(config.get("lora"), dict):
             raise ConfigError(f"{path} has no section lora:, which --use_lora_training reads")
         resolved(config, str(path))  # so that a mistake in what is laid over others is said of its own place
-        config = merge(str(path), config, _laid_over(config.lora, "lora"))
+        config = merge(str(path), config, _laid_over(config, "lora"))
     return override(config, overrides, str(path))
 
 
 def clip_config(config: DictConfig) -> DictConfig:
     """The config of the run that trains the tiny CLIP: `clip.training` and `clip.optimizer` over the sections themselves."""
-    merged = merge("clip:", OmegaConf.create(OmegaConf.to_container(config)), _laid_over(config.clip, "clip"))
-    return resolved(merged, "clip:")
+    written = as_written(config)
+    return resolved(merge("clip:", written, _laid_over(written, "clip")), "clip:")
 
 
-def _laid_over(section: DictConfig, name: str) -> DictConfig:
+def _laid_over(config: Mapping[str, Any], section: str) -> dict[str, Any]:
     """What a section lays over others of the config."""
-    return OmegaConf.create({key: section[key] for key in SCHEMA[name].children if key in section})
+    return {key: config[section][key] for key in SCHEMA[section].children if key in config[section]}
 
 
-def override(config: DictConfig, overrides: Sequence[str], source: str) -> DictConfig:
+def override(config: Mapping[str, Any], overrides: Sequence[str], source: str) -> DictConfig:
     """`KEY=VALUE` overrides on top of a config, checked; `source` is named in errors."""
     return resolved(with_overrides(config, parse_overrides(overrides), SCHEMA), source)
 
 
-def resolved(config: DictConfig, source: str) -> DictConfig:
+def resolved(config: Mapping[str, Any], source: str) -> DictConfig:
     """`resolve` by the schema, and what takes two keys to see; `source` is named in errors.
 
     Raises:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from xdiffusion.config_files import ConfigError, merge, one_line
+from xdiffusion.config_files import ConfigError, merge, nested
 from xdiffusion.signatures import REQUIRED, Parameter, accepts, describe, signature
 
 
@@ -84,23 +84,29 @@ def without_unknown(content: Mapping[str, Any], schema: Schema, sections: Sequen
     return known
 
 
-def with_overrides(config: DictConfig, overrides: DictConfig, schema: Schema) -> DictConfig:
+def with_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
     """overrides on top of config; where they change a slot's kind, keys that the new kind does not have are dropped."""
-    merged = OmegaConf.create(OmegaConf.to_container(config))
+    merged = as_written(config)
     for path, slot in _slots(schema):
         kind, given = _at(overrides, f"{path}.kind"), _at(merged, path)
-        if isinstance(given, DictConfig) and kind not in (None, given.get("kind")):
+        if isinstance(given, dict) and kind not in (None, given.get("kind")):
             target = slot.kinds.get(str(kind).removesuffix(slot.suffix))
             kept = {*signature(target), *slot.extra} if target else set(given)
-            OmegaConf.update(merged, path, {k: v for k, v in given.items() if k in kept}, merge=False)
+            for key in given.keys() - kept:
+                del given[key]
     return merge(f"the overrides {overrides}", merged, overrides)
 
 
-def _at(config: DictConfig, path: str) -> Any:
-    """The value at a dotted path; None where a section on the way is none, which `resolve` will say (omegaconf raises)."""
+def as_written(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config, resolved or not, as a plain dict of its own."""
+    return OmegaConf.to_container(config) if isinstance(config, DictConfig) else deepcopy(dict(config))
+
+
+def _at(config: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path; None where a section on the way is none, which `resolve` will say."""
     value: Any = config
     for key in path.split("."):
-        value = value.get(key) if isinstance(value, DictConfig) else None
+        value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
 
@@ -112,14 +118,11 @@ def _slots(children: Mapping[str, Section | Slot | Overlay], where: str = "") ->
             yield from _slots(child.children, f"{where}{key}.")
 
 
-def with_home(config: DictConfig, keys: Sequence[str]) -> DictConfig:
+def with_home(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     """The config with the home folder for `~/` in the paths at these keys, which a shell leaves as it is behind KEY=."""
-    found = OmegaConf.create()
-    for key in keys:
-        value = _at(config, key)
-        if isinstance(value, str) and value.startswith("~/"):
-            OmegaConf.update(found, key, str(Path(value).expanduser()))
-    return merge("home", config, found)
+    given = [(key, _at(config, key)) for key in keys]
+    at_home = [(key, value) for key, value in given if isinstance(value, str) and value.startswith("~/")]
+    return merge("home", config, *(nested(key, str(Path(value).expanduser())) for key, value in at_home))
 
 
 def keys_named(name: str, schema: Mapping[str, Section | Slot | Overlay]) -> list[str]:
@@ -136,11 +139,11 @@ def keys_named(name: str, schema: Mapping[str, Section | Slot | Overlay]) -> lis
     return found
 
 
-def resolve(config: DictConfig, schema: Schema, source: str) -> DictConfig:
+def resolve(config: Mapping[str, Any], schema: Schema, source: str) -> DictConfig:
     """Check every key against the schema and write out every default.
 
     Args:
-        config: what the files and the overrides say.
+        config: what the files and the overrides say, plain.
         schema: the allowed sections.
         source: named in errors (the path of the file).
 
@@ -151,11 +154,7 @@ def resolve(config: DictConfig, schema: Schema, source: str) -> DictConfig:
         ConfigError: naming the key, its value, and what is allowed.
     """
     try:
-        plain = OmegaConf.to_container(config)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {one_line(error)}") from error
-    try:
-        resolved = _resolve_section(plain, Section(children=schema), "", schema)
+        resolved = _resolve_section(config, Section(children=schema), "", schema)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     frozen = OmegaConf.create(resolved)

@@ -1,7 +1,7 @@
 """Configs as they are written: YAML files with their bases, `KEY=VALUE` overrides, headers of checkpoints.
 
 A config may be a stranger's, so it is values and nothing else: no tags, no aliases, which multiply, and no `${...}`, which
-reads the environment (docs/security.md).
+reads the environment (docs/security.md). As they are written they are plain dicts; `config.resolve` makes an OmegaConf of them.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial, reduce
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from xdiffusion.places import nothing_at
@@ -54,7 +55,7 @@ def _quoted(key: str, value: Any) -> str:
     return quoted.strip()
 
 
-def load_yaml(path: str | Path) -> DictConfig:
+def load_yaml(path: str | Path) -> dict[str, Any]:
     """One YAML file on top of the files it names under `base:`.
 
     Raises:
@@ -63,7 +64,7 @@ def load_yaml(path: str | Path) -> DictConfig:
     return merge(str(path), *_layers(Path(path), (), [], count(1)))
 
 
-def _layers(path: Path, readers: tuple[Path, ...], read: list[Path], values: Iterator[int]) -> list[DictConfig]:
+def _layers(path: Path, readers: tuple[Path, ...], read: list[Path], values: Iterator[int]) -> list[dict]:
     """A file's bases and itself, in the order in which they are laid over each other.
 
     Args:
@@ -78,10 +79,10 @@ def _layers(path: Path, readers: tuple[Path, ...], read: list[Path], values: Ite
     if len(read) > MAX_FILES:
         raise ConfigError(f"{read[0]} names more than {MAX_FILES} files through base:")
     try:
-        own = OmegaConf.load(io.StringIO(_plain_yaml(path, values)))
+        own = OmegaConf.to_container(OmegaConf.load(io.StringIO(_plain_yaml(path, values))))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError, OSError) as error:
         raise ConfigError(f"{path} is not readable YAML: {one_line(error)}") from error
-    check_values(OmegaConf.to_container(own), str(path))
+    check_values(own, str(path))
     bases = own.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, Sequence) or not all(isinstance(b, str) and b.endswith(SUFFIXES) for b in bases):
@@ -153,32 +154,33 @@ def check_values(content: Any, source: str, key: str = "value", depth: int = 0) 
     return values
 
 
-def from_mapping(content: Mapping[str, Any], source: str) -> DictConfig:
-    """A config from the mapping that a checkpoint's header holds.
-
-    Raises:
-        ConfigError: if it holds more than values.
-    """
-    check_values(content, source)
-    try:
-        return OmegaConf.create(dict(content))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {one_line(error)}") from error
-
-
-def merge(source: str, *configs: DictConfig) -> DictConfig:
-    """Later configs on top of earlier ones; `source` is named in errors.
+def merge(source: str, *configs: Mapping[str, Any]) -> dict[str, Any]:
+    """Later configs on top of earlier ones, key by key, which stay as they are; `source` is named in errors.
 
     Raises:
         ConfigError: where a mapping would be laid over a list, or a list over a mapping.
     """
-    try:
-        return OmegaConf.merge(*configs)
-    except (OmegaConfBaseException, TypeError) as error:
-        raise ConfigError(f"{source}: {one_line(error)}") from error
+    return reduce(partial(_over, source, ""), configs, {})
 
 
-def parse_overrides(assignments: Sequence[str]) -> DictConfig:
+def _over(source: str, where: str, below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if {dict, list} == {type(old), type(value)}:
+            kinds = ("a mapping", "a list") if isinstance(value, dict) else ("a list", "a mapping")
+            raise ConfigError(f"{source}: {where}{key}={value!s:.80} is {kinds[0]}, and would be laid over {kinds[1]}")
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _over(source, f"{where}{key}.", old, value) if both else value
+    return merged
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """("a.b", 1) -> {"a": {"b": 1}}."""
+    return reduce(lambda inner, name: {name: inner}, reversed(key.split(".")), value)
+
+
+def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
     """["a.b=c", ...] as a config; values are read as YAML.
 
     Raises:
@@ -193,7 +195,7 @@ def parse_overrides(assignments: Sequence[str]) -> DictConfig:
         except (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError, RecursionError) as error:
             raise ConfigError(f"--set {assignment!r:.200}: {one_line(error)}") from error
         check_values(OmegaConf.to_container(overrides), "--set")
-    return overrides
+    return OmegaConf.to_container(overrides)
 
 
 def one_line(error: Exception) -> str:

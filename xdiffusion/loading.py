@@ -20,7 +20,7 @@ from xdiffusion.checkpoints.lora_formats.native import trained_config
 from xdiffusion.checkpoints.native import ModelFile, load_model_file
 from xdiffusion.checkpoints.stable_diffusion_files import StableDiffusionFile, part_alone
 from xdiffusion.config import with_overrides, without_unknown
-from xdiffusion.config_files import ConfigError, from_mapping, load_yaml
+from xdiffusion.config_files import ConfigError, check_values, load_yaml, merge, nested
 from xdiffusion.model import DiffusionModel
 
 RECORDS = ("training", "optimizer", "checkpoints", "cache", "clip", "lora")  # sections that say how a model was made
@@ -102,7 +102,7 @@ def config_of(file: ModelFile, config_path: str | Path | None = None) -> DictCon
 
 def _sampled_as(config: DictConfig, config_path: str | Path) -> DictConfig:
     """A checkpoint's config with the section sampling: of a YAML on top; what this changes is told on stderr."""
-    section = OmegaConf.masked_copy(load_yaml(config_path), ["sampling"])
+    section = {key: value for key, value in load_yaml(config_path).items() if key == "sampling"}
     chosen = resolved(with_overrides(config, section, SCHEMA), str(config_path))
     changed = [f"{key}={theirs} ({ours} there)" for key, ours, theirs in config_differences(config, chosen, ["sampling"])]
     if changed:
@@ -132,7 +132,9 @@ def stored_config(content: Mapping[str, Any], path: Path) -> DictConfig:
     Raises:
         ConfigError: if it is wrong.
     """
-    return resolved(from_mapping(without_unknown(content, SCHEMA, RECORDS), str(path)), str(path))
+    known = without_unknown(content, SCHEMA, RECORDS)
+    check_values(known, str(path))
+    return resolved(known, str(path))
 
 
 @contextmanager
@@ -151,7 +153,8 @@ def stable_diffusion_config(found: StableDiffusionFile, source: str) -> DictConf
         ConfigError: if the file says what no config allows.
     """
     built_in = load_config(STABLE_DIFFUSION / f"{found.architecture}.yaml")
-    return resolved(with_overrides(built_in, from_mapping(found.said, source), SCHEMA), source)
+    check_values(found.said, source)
+    return resolved(with_overrides(built_in, found.said, SCHEMA), source)
 
 
 def _remarks(path: Path, found: StableDiffusionFile, config: DictConfig) -> Iterator[str]:
@@ -314,11 +317,9 @@ def as_trained(config: DictConfig, loras: Sequence[Path], tell: Callable[[str], 
 
 def _drawn_as(config: DictConfig, content: Mapping[str, Any], path: Path) -> DictConfig:
     """A config with those keys of another's that it has and that say how to draw."""
-    given, chosen = from_mapping(content, str(path)), OmegaConf.create()
-    for key in DRAWN_BY:
-        value = value_at(given, key)
-        if value is not None and OmegaConf.select(config, key) is not None:
-            OmegaConf.update(chosen, key, value)
+    check_values(content, str(path))
+    keys = [key for key in DRAWN_BY if value_at(config, key) is not None and value_at(content, key) is not None]
+    chosen = merge(str(path), *(nested(key, value_at(content, key)) for key in keys))
     return resolved(with_overrides(config, chosen, SCHEMA), str(path))
 
 

@@ -147,7 +147,7 @@ def file_hashes(args: argparse.Namespace) -> dict[str, list[str]]:
     }
     hashes = {flag: [_hash(path) for path in named] for flag, named in paths.items() if named}
     if args.config_path:
-        hashes["config_path"] = [_digest(OmegaConf.to_yaml(load_yaml(args.config_path), sort_keys=True))]
+        hashes["config_path"] = [_digest(OmegaConf.to_yaml(OmegaConf.create(load_yaml(args.config_path)), sort_keys=True))]
     return hashes
 
 
