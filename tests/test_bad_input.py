@@ -118,6 +118,8 @@ BAD_INPUT = {
         "--data_dir somewhere": "--data_dir somewhere: ... data.data_dir is unknown; allowed: kind, image_size",
         "--training_data_dir somewhere": "--training_data_dir somewhere ... image/digits has a training split",
         "--report {text}/out.html": "cannot write to ... text.safetensors",
+        "--images_path {folder}": "--images_path ... holds files already ... an empty or a new folder",
+        "--images_path {text}": "cannot write to ... text.safetensors",
         "--dataset_name image/digit": "'image/digit' is unknown, did you mean image/digits?",
         "--dataset_name image/cifar10 --data_dir nowhere": "image/cifar10 ... --data_dir nowhere ... image/digits",
         "--lora_path {lora} --checkpoint {other_base}": "-lora.safetensors was trained on another base",

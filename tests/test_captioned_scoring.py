@@ -120,6 +120,8 @@ def test_a_report_that_cannot_be_written_costs_no_scores(config, work_folder, ca
     words = ["--checkpoint", "sd.safetensors", "--num_samples", 2, "--force_cpu", "--data_dir", "set", "--json"]
     assert run_script(EVALUATE, *words, "--report", "set") == 2
     assert "--report set is a folder" in capsys.readouterr().err
+    assert run_script(EVALUATE, *words, "--images_path", "images") == 2
+    assert "--images_path images: of captions sample.py writes single pictures" in capsys.readouterr().err
 
     def full_disk(*_):
         raise ValueError("no space left")

@@ -30,6 +30,8 @@ from PIL import Image, ImageSequence
 
 from xdiffusion import scoring
 from xdiffusion.checkpoints.native import load_model_file, save_model
+from xdiffusion.data.digits import load_digits
+from xdiffusion.data.image_set import invert
 from xdiffusion.evaluation.judge import train_judge
 
 HEADER = 20  # pixels of a titled grid above its images
@@ -56,7 +58,8 @@ FLAGS = {
     SAMPLE: "config_path checkpoint lora_path lora_merge num_samples prompt guidance sampling_steps sampler seed output_path "
     "force_cpu save_trajectory times negative_prompt paired learned_tokens batch_size clip_skip height width init_image "
     "strength mask_image mixed_precision offload tile_size from_png",
-    EVALUATE: "checkpoint lora_path dataset_name data_dir num_samples batch_size seed intervals full clip report json",
+    EVALUATE: "checkpoint lora_path dataset_name data_dir num_samples batch_size seed intervals full clip report "
+    "images_path json",
     TRAIN_CLIP: "config_path dataset_name data_dir output_path num_training_steps seed set",
     DEMO: "output_path num_training_steps num_samples seed",
     ABLATE: "checkpoint config_path dataset_name output_path ranks targets variants num_training_steps num_samples seed set",
@@ -239,14 +242,19 @@ def test_evaluation_prints_one_json_line(tiny_run, work_folder, capsys, monkeypa
     monkeypatch.setattr(scoring, "train_judge", quick_judge)
     words = ["--checkpoint", tiny_run.checkpoint, "--num_samples", 12, "--seed", 1, "--json"]
     scores = []
-    for more in ([], ["--lora_path", tiny_run.lora, "--dataset_name", "image/digits_inverted"]):
+    style = ["--lora_path", tiny_run.lora, "--dataset_name", "image/digits_inverted", "--images_path", "images"]
+    for more in ([], style):
         assert run_script(EVALUATE, *words, *more) == 0
         out, err = capsys.readouterr()
         assert out.count("\n") == 1
         assert err == ""
         scores.append(json.loads(out))
     assert len(trained) == 1  # once for a data set and its inverted style
-    assert len(files_in(work_folder)) == 1
+    assert {name.split("/")[0] for name in files_in(work_folder)} == {"output", "images"}
+    size = pixels(work_folder / "images/samples/00000.png").shape[0]
+    held_out = invert(load_digits(size)).test.images
+    assert [len(files_in(work_folder / "images" / name)) for name in ("samples", "held_out")] == [12, len(held_out)]
+    assert np.array_equal(pixels(work_folder / "images/held_out/00003.png")[..., 0], held_out[3, 0])
     base, lora = scores
     for score in scores:
         assert 0 <= score["prompt_accuracy"] <= 1

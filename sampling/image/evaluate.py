@@ -16,7 +16,8 @@ of one digit count as one. What a score is read beside (frechet_floor, judge_acc
 precision, recall, density and coverage of the samples' features against held-out images; diversity within a class over the
 data's; data_copying, copies and nearest_distance, a check for memorised training images; loss_curve, the held-out loss by
 log-SNR; bits_per_dim of discrete DDPMs. NAME_real is the same score of those training images. --report writes all of it, with
-pictures, as one page.
+pictures, as one page. --images_path writes the samples and the held-out images as PNG files: standard scores on Inception's
+features, which need its weights and colour pictures, are those of torch-fidelity or torchmetrics on the two folders.
 
 Captioned pictures without classes (image/folder, as for Stable Diffusion) have no judge. Samples of their captions have
 diversity, copies, nearest_distance and, beside pictures that are held out, data_copying; with --full the loss_curve, and with
@@ -92,6 +93,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "MODEL/TAG of open_clip such as ViT-B-32-quickgelu/openai; implies --full",
     )
     add("--report", type=Path, metavar="HTML", help="write one self-contained page; implies --intervals and --full")
+    add("--images_path", type=Path, metavar="DIR", help="write DIR/samples and DIR/held_out, one PNG for each image")
     add("--json", action="store_true", help="print one line of JSON and nothing else")
     add("--allow_other_base", action="store_true", help="apply a LoRA although it was trained on another base")
     args = parser.parse_args(argv)
@@ -99,6 +101,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError("--intervals 1: a spread needs at least 2 resamples")
     if args.report and args.report.is_dir():
         raise ValueError(f"--report {args.report} is a folder, not the name of a page")
+    if args.images_path and args.images_path.is_dir() and any(args.images_path.iterdir()):
+        raise ValueError(f"--images_path {args.images_path} holds files already; name an empty or a new folder")
     if args.lora_path and len(args.lora_path) > 1:
         raise ValueError(
             f"--lora_path is given {len(args.lora_path)} times, and one LoRA is scored: lora merge A:1 B:1 OUT makes one of two"
@@ -126,8 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xdiffusion.model import at_a_time, best_device
     from xdiffusion.scoring import Depth, check_set_fits, score
 
-    if args.report:
-        ensure_writable(args.report.parent)
+    for folder in filter(None, (args.report and args.report.parent, args.images_path)):
+        ensure_writable(folder)
     model, config = load_model(weights_file(args.checkpoint), args.config_path, ema=args.ema)
     base_hash, trained, said_by = content_hash(model.base_weights()), config, args.checkpoint
     text_encoder = copy.deepcopy(model.text_encoder) if args.clip == "own" else None  # a LoRA may change it
@@ -165,8 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     scores = evaluation.scores
     scores |= {"sampler": config.sampling.sampler.kind, **{k: config.sampling[k] for k in ("steps", "cfg_scale")}}
     print(json.dumps(scores, allow_nan=False) if args.json else as_text(evaluation))
-    if args.report:
-        write_report(args, evaluation, config, base_hash)
+    write_files(args, evaluation, data, config, base_hash)
     return 0
 
 
@@ -207,6 +210,8 @@ def pictures_of(config: DictConfig, args: argparse.Namespace) -> tuple[ImageSet 
                 f"--training_data_dir {args.training_data_dir} is for captioned pictures; {data.name} has a training split"
             )
         return data, None
+    if args.images_path:
+        raise ValueError(f"--images_path {args.images_path}: of captions sample.py writes single pictures, by --prompt")
     if not isinstance(data, CaptionedImages):
         raise ValueError(f"{data.name} has no end to compare with: save some of its pictures and use image/folder")
     if args.training_data_dir in (None, args.data_dir):
@@ -242,6 +247,18 @@ def clip_towers(name: str, text_encoder: CLIPTextEncoder | None, data: ImageSet 
     if not isinstance(data, ImageSet):
         raise ValueError("--clip own has no vision tower for pictures without classes; name a published CLIP: MODEL/TAG")
     return own_towers(text_encoder, invert(data) if data.inverted else data, OUTPUT_ROOT / "clip")
+
+
+def write_files(args: argparse.Namespace, evaluation: Evaluation, data: ImageSet, config: DictConfig, base_hash: str) -> None:
+    """The page, and samples and held-out images in two folders, as other programs compare them, if they are asked for."""
+    from xdiffusion.pictures import as_picture, save_png
+
+    if args.images_path:
+        for name, images in (("samples", evaluation.images), ("held_out", data.test.floats())):
+            for i, image in enumerate(images):
+                save_png(as_picture(image), args.images_path / name / f"{i:05}.png")
+    if args.report:
+        write_report(args, evaluation, config, base_hash)
 
 
 def write_report(args: argparse.Namespace, evaluation: Evaluation, config: DictConfig, base_hash: str) -> None:
