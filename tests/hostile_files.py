@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from picture_folders import write_pictures
 from PIL import Image
 from safetensors.torch import save_file
-from sd_files import random_sd, sd_config
+from sd_files import OfAMac, random_sd, sd_config
 from tiny import SETTINGS, tiny_config, tiny_images, tiny_model
 
 from xdiffusion.build import image_shape, load_config
@@ -90,6 +90,7 @@ def _write_state(folder: Path) -> None:
 
 def _write_tokens(folder: Path) -> None:
     torch.save({"string_to_param": {"*": torch.randn(2, 8)}, "name": "cat"}, folder / "a.pt")
+    torch.save({"string_to_param": {"*": OfAMac(torch.randn(2, 8))}, "name": "cat"}, folder / "mac.pt")
     save_file({"<cat>": torch.randn(2, 8)}, folder / "a.safetensors")
 
 
@@ -298,6 +299,7 @@ READERS: Mapping[str, Reader] = {
         "a.safetensors", _write_tokens, lambda f: read_learned_tokens(f / "a.safetensors")
     ),
     "learned tokens, pickled": Reader("a.pt", _write_tokens, lambda f: read_learned_tokens(f / "a.pt")),
+    "learned tokens, of a Mac": Reader("mac.pt", _write_tokens, lambda f: read_learned_tokens(f / "mac.pt")),
     "weights in several files": Reader(
         "model.safetensors.index.json", _write_index, lambda f: read_indexed(f / "model.safetensors.index.json")
     ),

@@ -72,3 +72,13 @@ def write_native(name: str, path: Path, config: DictConfig | None = None) -> Pat
     plain = OmegaConf.to_container(config)
     save_model(path, _tensors(name), config=plain, image_shape=image_shape(config), step=0)
     return path
+
+
+class OfAMac:
+    """A tensor as torch 1.13 pickled those of a Mac's GPU."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __reduce_ex__(self, protocol):
+        return torch._utils._rebuild_device_tensor_from_numpy, (self.tensor.numpy(), self.tensor.dtype, "mps:0", True)

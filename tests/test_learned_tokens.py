@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from sd_files import OfAMac
 
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.learned_tokens import parse_tokens_spec, read_learned_tokens, save_learned_tokens
@@ -27,6 +28,8 @@ def write(path, content):
             {"x": ROWS, "ink": ROWS},
         ),
         ("ink.pt", {"string_to_param": {"*": torch.nn.Parameter(ROWS)}, "step": 3}, {"ink": ROWS}),
+        ("ink.pt", {"string_to_param": {"*": OfAMac(ROWS)}, "step": 3}, {"ink": ROWS}),
+        ("ink.pt", {"string_to_param": {"*": OfAMac(ROWS.half())}, "step": 3}, {"ink": ROWS}),
         ("ink.safetensors", {"emb_params": ROWS}, {"ink": ROWS}),
         ("ink.safetensors", {"clip_l": ROWS}, {"ink": ROWS}),
         ("ink.safetensors", {"clip_h": ROWS}, {"ink": ROWS}),

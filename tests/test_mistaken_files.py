@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from sd_files import write_native
 
 from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
-from xdiffusion.checkpoints.lora_formats import write_lora
+from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
 from xdiffusion.checkpoints.native import load_model_file, lora_file
 from xdiffusion.commands import sd
 from xdiffusion.data.torchvision_sets import DatasetUnavailable, load_cifar10, load_mnist
@@ -33,6 +34,24 @@ def test_stable_diffusion_in_the_place_of_a_lora(work_folder, layout):
     sd.main(["convert", "model.safetensors", name, "--to", layout])
     with pytest.raises(CheckpointError, match=f"{name} is a model, not a LoRA"):
         lora_file(name)
+
+
+@pytest.mark.parametrize("read", [load_model_file, read_lora, read_learned_tokens])
+def test_what_is_no_torch_file_is_told_by_its_beginning(read, tmp_path):
+    path = tmp_path / "a.pt"
+    save_file({"<cat>": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError, match=r"a\.pt is no torch file but a safetensors file: name it a\.safetensors"):
+        read(path)
+    for start, what in {
+        b"version https://git-lfs.github.com/spec/v1\noid": ".*a pointer of Git LFS, not the file",
+        b"<!DOCTYPE html>": ".*a web page, not the file",
+        b"nothing known": r"b'nothing k'$",
+    }.items():
+        for file, kind in ((path, "torch"), (path.with_suffix(".safetensors"), "safetensors")):
+            file.write_bytes(start)
+            with pytest.raises(CheckpointError, match=f"a{file.suffix} is no {kind} file: it begins with {what}"):
+                read(file)
+            file.unlink()
 
 
 def test_a_state_that_a_new_run_has_set_aside_is_named(tiny_run, work_folder, capsys):

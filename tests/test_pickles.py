@@ -217,7 +217,20 @@ def tensor(size: bytes, length: int = 0) -> bytes:
     return call("torch._utils._rebuild_tensor_v2", storage(text("0"), length), zero, size, size)
 
 
+def arrays(count: int) -> bytes:
+    """So many arrays of numpy's with the same 100 kB."""
+    zero, content = pickle.BININT1 + b"\0", call("_codecs.encode", text("A" * 100_000), text("latin1")) + pickle.BINPUT + b"\1"
+    kind = call("numpy.dtype", text("f4")) + pickle.BINPUT + b"\2"
+    made = name("numpy.core.multiarray._reconstruct") + pickle.EMPTY_TUPLE + pickle.REDUCE
+    shape = pickle.BININT + struct.pack("<i", 25_000) + pickle.TUPLE1
+    state = pickle.MARK + zero + shape + pickle.BINGET + b"\2" + pickle.NEWFALSE + pickle.BINGET + b"\1" + pickle.TUPLE
+    return content + kind + (made + state + pickle.BUILD) * count
+
+
 ATTACKS = {
+    "arrays without end": arrays(10_000),
+    "bytes without end": text("A" * 100_000) + pickle.BINPUT + b"\1"
+    + (name("_codecs.encode") + pickle.BINGET + b"\1" + text("latin1") + pickle.TUPLE2 + pickle.REDUCE) * 10_000,
     "a key without end": pickle.EMPTY_DICT + doubled(60) + text("v") + pickle.SETITEM,
     "keys of pairs without end": call("collections.OrderedDict", pickle.EMPTY_LIST + doubled(60) + text("v")
     + pickle.TUPLE2 + pickle.APPEND),

@@ -172,6 +172,18 @@ def test_original_files_by_older_versions_of_diffusers_script_are_read(as_writte
     assert all(torch.equal(back[n], ours[n]) for n in ours)
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_the_layout_of_sd_turbo_is_that_of_2_1_by_another_name(suffix, work_folder):
+    ours = random_sd("sd21_base_tiny").state_dict()
+    original = to_original(ours, "open_clip")
+    turbo = {name.replace("cond_stage_model.", "conditioner.embedders.0."): tensor for name, tensor in original.items()}
+    path = work_folder / f"sd_turbo{suffix}"
+    save_safetensors(path, turbo, {}) if suffix == ".safetensors" else torch.save({"state_dict": turbo}, path)
+    model, config = load_model(path)
+    assert config.diffusion.prediction == "eps"
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in model.state_dict().items())
+
+
 def without_prefix(tensors, prefix):
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 

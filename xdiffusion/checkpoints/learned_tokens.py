@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.paths import PICKLED, weights_file
-from xdiffusion.checkpoints.reading import load_pickled, load_safetensors
+from xdiffusion.checkpoints.reading import load_pickled, load_safetensors, widened
 from xdiffusion.checkpoints.writing import save_safetensors
 
 _NAMELESS = {"emb_params", "emp_params", "clip_l", "clip_h", "text_encoders_0"}
@@ -71,7 +71,7 @@ def _tensors_by_words(content: Any, path: Path) -> list[tuple[list[str], Tensor]
         inner = str(content.get("name") or path.stem)  # as it was trained; A1111 goes by the file, which may be renamed
         words = list(dict.fromkeys([path.stem, inner]))
         tokens = [(words if t == "*" else [str(t)], rows) for t, rows in content["string_to_param"].items()]
-    elif "clip_g" in content:
+    elif {"clip_g", "text_encoders_1"} & content.keys():
         raise CheckpointError(f"{path} holds tokens of Stable Diffusion XL, whose text encoders this model does not have")
     elif len(content) == 1 and _NAMELESS & set(content):
         tokens = [([path.stem], rows) for rows in content.values()]
@@ -86,7 +86,6 @@ def _rows(tensor: Tensor, token: str, path: Path) -> Tensor:
     if tensor.ndim not in (1, 2) or not tensor.numel() or not tensor.is_floating_point():
         raise CheckpointError(f"{path}: {token!r} is no learned token, it has shape {tuple(tensor.shape)}")
     rows = tensor.detach().reshape(-1, tensor.shape[-1])
-    rows = rows.float() if rows.dtype.itemsize == 1 else rows  # torch does not compute with 8-bit numbers
-    if not torch.isfinite(rows).all():
+    if not torch.isfinite(widened(rows)).all():
         raise CheckpointError(f"{path}: the embedding of {token!r} is not finite")
-    return rows
+    return widened(rows)

@@ -35,9 +35,12 @@ DTYPES = {f"torch.{name}": getattr(torch, name) for name in (
     "uint8", "int8", "bool", "int16", "int32", "int64", "uint16", "uint32", "uint64", "float16", "bfloat16", "float32",
     "float64", "float8_e4m3fn", "float8_e5m2",
 )}  # fmt: skip
+NUMPY_DTYPES = {
+    "f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "b1": torch.bool, "u1": torch.uint8, "i1": torch.int8,
+    "i2": torch.int16, "i4": torch.int32, "i8": torch.int64,
+}  # fmt: skip
 LIBRARIES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "numpy.", "omegaconf.", "typing.")
 BESIDE_WEIGHTS = {
-    "_codecs.encode",  # bytes
     "argparse.Namespace",
     "collections.Counter",
     "collections.defaultdict",
@@ -59,6 +62,27 @@ class UnreadObject:
 
 class Parameters(dict):
     """What a `torch.nn.ParameterDict` held: early learned words lie in one."""
+
+
+class NumpyObject(UnreadObject):
+    """An array of numpy's, or its type. Tensors of a Mac's GPU were written as such, by torch before 2.1; no other is read."""
+
+    __slots__ = ("code", "numbers")
+
+    def __init__(self, name: str, code: str = ""):
+        super().__init__(name)
+        self.code, self.numbers = code, None
+
+    def fill(self, state: Sequence[Any]) -> None:
+        """With what numpy keeps of a type, the second of it its order of bytes, or of an array."""
+        if self.code:
+            self.code = self.code if state[1] in ("<", "|") else "of another machine"
+            return
+        _, shape, kind, columns_first, content = state
+        if not columns_first and isinstance(content, bytes) and kind.code in NUMPY_DTYPES:
+            dtype = NUMPY_DTYPES[kind.code]
+            numbers = torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            self.numbers = numbers.reshape(shape)
 
 
 class Unpickler:
@@ -197,6 +221,7 @@ class Unpickler:
             self.stack.append(UnreadObject(made.name))
             return
         copied = len(arguments[0]) if made.name == "collections.OrderedDict" and arguments else 0
+        copied += TEXT_WORK * len(arguments[0]) if made.name == "_codecs.encode" else 0
         self._spend(MADE_WORK + copied)
         self.stack.append(MAKERS[made.name](*arguments))
 
@@ -205,6 +230,9 @@ class Unpickler:
         if isinstance(target, Parameters):
             self._spend(len(state["_parameters"]))
             target.update(_pairs(state["_parameters"].items()))
+        elif isinstance(target, NumpyObject):
+            self._spend(TEXT_WORK * sum(len(part) for part in state if isinstance(part, bytes)))
+            target.fill(state)
         self.stack.append(target)
 
     def _find_storage(self) -> None:
@@ -250,6 +278,18 @@ def _of_type(made: UnreadObject, kind: UnreadObject, arguments: tuple, *_: Any) 
     return TENSORS[made.name](*arguments)
 
 
+def _bytes(text: str, encoding: str = "utf-8") -> bytes | UnreadObject:
+    """What protocol 2 has no other way to write."""
+    return text.encode(encoding) if encoding == "latin1" else UnreadObject("_codecs.encode")
+
+
+def _of_array(array: NumpyObject, dtype: UnreadObject, *_: Any) -> Tensor:
+    """The numbers of an array of numpy's; on which device they were, and that they want a gradient, is forgotten."""
+    if array.numbers is None or array.numbers.dtype != DTYPES[dtype.name]:
+        raise ValueError(f"it holds a tensor of {dtype.name} in an array of numpy's that are not its numbers, in rows")
+    return array.numbers
+
+
 TENSORS: dict[str, Callable[..., Tensor]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
@@ -259,6 +299,10 @@ MAKERS: dict[str, Callable[..., Any]] = TENSORS | {
     "torch._tensor._rebuild_from_type_v2": _of_type,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+    "torch._utils._rebuild_device_tensor_from_numpy": _of_array,
+    "numpy.dtype": lambda code, *_: NumpyObject("numpy.dtype", code),
+    **{f"numpy.{core}.multiarray._reconstruct": lambda *_: NumpyObject("numpy.ndarray") for core in ("core", "_core")},
+    "_codecs.encode": _bytes,
     "torch.Size": lambda sizes=(): sizes,
     "torch.nn.modules.container.ParameterDict": lambda *_: Parameters(),
     "collections.OrderedDict": lambda pairs=(): _pairs(pairs),

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xdiffusion.checkpoints.errors import CheckpointError
-from xdiffusion.checkpoints.torch_files import read_torch_file
+from xdiffusion.checkpoints.torch_files import TORCH_STARTS, read_torch_file
 
 MAX_HEADER_BYTES = 8 * 2**20  # of a safetensors file; that of Stable Diffusion 1.5 has 0.15 MB
 MAX_VALUES = 100_000  # in a pickled file, as often as they are named; Stable Diffusion's trainer state has 10,000
@@ -60,6 +60,7 @@ def load_pickled(path: Path, mmap: bool = False) -> Any:
     """
     if not path.is_file():
         raise CheckpointError(f"no file at {path}")
+    _check_torch_start(path)
     try:
         content = read_torch_file(path, mmap)
         _check_content(content, path.stat().st_size)
@@ -67,6 +68,11 @@ def load_pickled(path: Path, mmap: bool = False) -> Any:
     except Exception as error:  # reading a damaged file fails with whatever it happens to hit
         reason = shorten(str(error), 200, placeholder="...") or type(error).__name__
         raise CheckpointError(f"{path} is not a torch file of plain weights: {reason}") from error
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """A tensor of floats of 8 bits, with which torch does not compute, in float32; others as they are."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
 
 
 def read_json(path: Path, max_bytes: int = 2**20) -> Any:
@@ -96,10 +102,31 @@ def _check_start(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(9)
     if len(start) == 9 and start[8:] != b"{":
-        raise CheckpointError(f"{path} is no safetensors file: it begins with {start!r}")
+        raise CheckpointError(f"{path} is no safetensors file: {_seen_by(start)}")
     length = int.from_bytes(start[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise OSError(f"its header has {length:,} bytes; allowed are {MAX_HEADER_BYTES:,}")
+
+
+def _check_torch_start(path: Path) -> None:
+    """See that a file begins as torch's do.
+
+    Raises:
+        CheckpointError: if not.
+    """
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":
+        raise CheckpointError(f"{path} is no torch file but a safetensors file: name it {path.stem}.safetensors")
+    if start and not start.startswith(TORCH_STARTS):
+        raise CheckpointError(f"{path} is no torch file: {_seen_by(start)}")
+
+
+def _seen_by(start: bytes) -> str:
+    """What a file with this beginning is, as far as can be told."""
+    known = {b"version h": "a pointer of Git LFS, not the file (git lfs pull)", b"<": "a web page, not the file"}
+    what = next((f", as {known[key]}" for key in known if start.startswith(key)), "")
+    return f"it begins with {start!r}{what}"
 
 
 def _check_content(content: Any, file_bytes: int) -> None:

@@ -4,6 +4,7 @@
     first_stage_model.*                   autoencoder.*
     cond_stage_model.transformer.*        text_encoder.*    1.x: OpenAI's CLIP with transformers' names
     cond_stage_model.model.*                                2.x: OpenCLIP, whose 24th layer no picture depends on
+    conditioner.embedders.0.*             as cond_stage_model.*: SD-Turbo, which is a 2.1
     model_ema.diffusion_model*            the UNet's moving average, with names without dots
 
 All files of this layout have two residual blocks per level, no attention at the UNet's last level, and an autoencoder of
@@ -31,6 +32,7 @@ from xdiffusion.checkpoints.open_clip import text_encoder_from_open_clip, text_e
 TextNames = Literal["transformers", "open_clip"]
 UNET, AUTOENCODER, AVERAGED = "model.diffusion_model.", "first_stage_model.", "model_ema.diffusion_model"
 TEXT_TRANSFORMERS, TEXT_OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+_TEXT_OF_TURBO = "conditioner.embedders.0."
 _LEVELS, _RES_BLOCKS = 4, 2
 PIXELS_PER_LATENT = 2 ** (_LEVELS - 1)
 _UNUSED_LAYER = "layers.23."
@@ -46,6 +48,7 @@ def from_original(tensors: Mapping[str, Tensor], ema: bool = False) -> dict[str,
     Raises:
         ValueError: if `ema` and the average is not that of the UNet which the file holds.
     """
+    tensors = _with_usual_text_names(tensors)
     parts = {prefix: below(tensors, prefix) for prefix in (UNET, AUTOENCODER, TEXT_TRANSFORMERS, TEXT_OPEN_CLIP)}
     if ema:
         parts[UNET] = _moving_average(tensors, parts[UNET])
@@ -63,9 +66,14 @@ def unused_in_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The last layer of 2.x's text encoder, which `from_original` leaves out, under our names: `to_original` takes it back."""
     return {
         f"text_encoder.{name}": tensor
-        for name, tensor in text_encoder_from_open_clip(below(tensors, TEXT_OPEN_CLIP)).items()
+        for name, tensor in text_encoder_from_open_clip(below(_with_usual_text_names(tensors), TEXT_OPEN_CLIP)).items()
         if name.startswith(_UNUSED_LAYER)
     }
+
+
+def _with_usual_text_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    usual = {f"{_TEXT_OF_TURBO}{name}": f"cond_stage_model.{name}" for name in below(tensors, _TEXT_OF_TURBO)}
+    return {usual.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def to_original(tensors: Mapping[str, Tensor], text_names: TextNames) -> dict[str, Tensor]:

@@ -251,7 +251,7 @@ def _layers(tensors: Mapping[str, Tensor]) -> int:
 
 def _conditioned_otherwise(stored: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
     """What a model is that is conditioned on more than a text, by the names in its file and by ours; "" for others."""
-    if any(name.startswith("conditioner.") for name in stored):
+    if any(name.startswith("conditioner.embedders.1.") for name in stored):
         return _RELATIVES[2048]
     if any(name.startswith((f"{UNET}label_emb", f"{AVERAGED}label_emb")) for name in stored):
         return _UNCLIP if _CONTEXT in tensors else _RELATIVES[2048]  # whose first level has no attention

@@ -25,6 +25,7 @@ MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
 MAX_DIRECTORY_BYTES = 2**20  # of a zip file; Stable Diffusion's with its trainer's state has 0.4 MB
 MAX_PICKLE_BYTES = 2**24
 _MARK = b"PK\3\4"
+TORCH_STARTS = (_MARK, b"\x80")  # of a zip file, of a pickle
 
 
 def read_torch_file(path: Path, mmap: bool = False) -> Any:

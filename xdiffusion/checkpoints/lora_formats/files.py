@@ -18,7 +18,7 @@ from xdiffusion.checkpoints.lora_formats.formats import FORMATS
 from xdiffusion.checkpoints.lora_formats.keys import Loose, sorted_by_key
 from xdiffusion.checkpoints.lora_formats.layer_table import LayerTable, sd_base_of, sd_layer_table
 from xdiffusion.checkpoints.paths import PICKLED, SAFETENSORS, existing_weights, refuse_leftover
-from xdiffusion.checkpoints.reading import load_pickled, load_safetensors
+from xdiffusion.checkpoints.reading import load_pickled, load_safetensors, widened
 from xdiffusion.checkpoints.writing import save_pickled
 
 
@@ -129,7 +129,7 @@ def _content(path: Path) -> tuple[object, dict[str, str]]:
 def _read_keys(content, metadata: dict[str, str], path: Path, names: LayerTable | None) -> LoRAFile:
     if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
         raise CheckpointError(f"{path} is not a LoRA file: it holds neither named tensors nor a list of them")
-    loose = sorted_by_key({str(key): tensor.detach() for key, tensor in content.items()}, metadata, path)
+    loose = sorted_by_key({str(key): widened(tensor.detach()) for key, tensor in content.items()}, metadata, path)
     if loose.dialect == "native":
         return native.read(loose, metadata, path)
     modules = _modules(loose, metadata, path, names)

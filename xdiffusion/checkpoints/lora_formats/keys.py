@@ -19,7 +19,8 @@ _PEFT_PART = r"\.(?P<part>lora_[AB]|lora_magnitude_vector|alpha)(?:\.(?!(?:weigh
 _KEYS = {
     "cloneofsimo": r"(?P<module>\w+:[0-9]+):(?P<part>down|up)",
     "native": r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude)",
-    "kohya": r"(?P<module>(?:lora|lycoris)_\w+|(?:diffusion_model|text_encoders\.clip_[lh]\.transformer)\.[\w.]+)"
+    "kohya": r"(?P<module>(?:lora|lycoris)_\w+|(?:diffusion_model|text_encoders\.clip_[lh]\.transformer|clip_l)\.[\w.]+"
+    r"|unet\.(?:(?:in|out)put_blocks|middle_block|time_embed|out)\.[\w.]+)"
     rf"\.(?P<part>lora_(?:down|up|A|B)\.weight|alpha|scale|dora_scale|{lycoris.KEY_PARTS})",
     "diffusers-processors": r"(?P<module>.+?)(?:\.processor)?\.(?P<projection>to_[qkv]|to_out)_lora\.(?P<part>down|up)\.weight",
     "peft": rf"base_model\.model\.(?P<module>.+?){_PEFT_PART}",
@@ -36,6 +37,7 @@ _OTHER_METHODS = {  # a key's ending -> what has it, of LyCORIS
     r"[ab][12]\.weight": "a GLoRA",
     "on_input": "an IA3",
     r"[bw]_norm|diff(_b)?": "a difference of whole weights",
+    r"bias_(indices|values|size)": "a LoRA with a sparse difference of whole weights",
 }
 _PARTS = {
     "down": "lora_A",

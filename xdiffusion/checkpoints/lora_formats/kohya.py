@@ -1,7 +1,8 @@
 """The files of kohya-ss/sd-scripts and of the A1111 web UI: `lora_unet_<path with underscores>.lora_down.weight`.
 
 Read are also the original names of a UNet, `lora_unet_input_blocks_1_1_...`, as A1111 reads them, and those with dots,
-`diffusion_model.input_blocks.1.1...` and `text_encoders.clip_l.transformer...`, of ComfyUI; and LyCORIS' products (`lycoris`).
+`diffusion_model.input_blocks.1.1...` and `text_encoders.clip_l.transformer...`, of ComfyUI, and `unet.input_blocks.1.1...` and
+`clip_l...`, of OneTrainer; and LyCORIS' products (`lycoris`).
 
 Scaling is alpha / rank with alpha a tensor of each module, or A1111's `scale`; a file without either means alpha = rank.
 Underscores for dots are not unique, so module names come from a table of the model's layers, never from the key alone.
@@ -13,7 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -39,8 +42,11 @@ _OTHER_PREFIXES = {
     "diffusion_model.": "lora_unet_",
     "text_encoders.clip_l.transformer.": "lora_te_",
     "text_encoders.clip_h.transformer.": "lora_te_",
+    "unet.": "lora_unet_",
+    "clip_l.": "lora_te_",
     "lycoris_": "lora_unet_",
 }
+_UNUSED_LAYER = re.compile(r"clip_h\.transformer\.text_model\.encoder\.layers\.23\.")
 _MODEL_VERSION = {"sd15": {"ss_base_model_version": "sd_v1", "ss_v2": "False"},
                   "sd21": {"ss_base_model_version": "sd_v2", "ss_v2": "True"}}  # fmt: skip
 
@@ -66,7 +72,9 @@ def read(loose: Loose, path: Path, names: LayerTable | None) -> dict[str, LoRAFa
     unknown = []
     for module, tensors in loose.parts.items():
         name = known.get(_as_kohya(module))
-        if name is None:
+        if name is None and (why := _without_effect(module, tensors)):
+            loose.repairs.append(f"{module} is left out: {why}")
+        elif name is None:
             unknown.append(module)
         elif name in parts:
             raise CheckpointError(f"{path}: {module} is there in two spellings")
@@ -79,6 +87,13 @@ def read(loose: Loose, path: Path, names: LayerTable | None) -> dict[str, LoRAFa
             + said_of_xl({module: t["lora_A"] for module, t in loose.parts.items() if "lora_A" in t})
         )
     return assemble(_without_products(parts, names, path, loose.repairs), path, loose.repairs, of_peft=False)
+
+
+def _without_effect(module: str, tensors: Mapping[str, Tensor]) -> str:
+    """Why a module of no layer may be left out, as ComfyUI extracts such from a whole text encoder; "" if it may not."""
+    if _UNUSED_LAYER.search(module):
+        return "no picture depends on the last layer of 2.x's text encoder"
+    return "" if all(tensors[part].any() for part in ("lora_A", "lora_B") if part in tensors) else "it changes nothing"
 
 
 def _without_products(parts: Parts, names: LayerTable | None, path: Path, repairs: list[str]) -> Parts:

@@ -2,7 +2,8 @@
 ancestor.
 
     cloneofsimo     safetensors, `unet:<i>:up`, `unet:<i>:down`, learned tokens by name
-    cloneofsimo-pt  a pickled list [up0, down0, up1, ...]; the text encoder's in `<name>.text_encoder.pt`; read as JSON too
+    cloneofsimo-pt  a pickled list [up0, down0, up1, ...]; the text encoder's in `<name>.text_encoder.pt`, or in
+                    `<name>_txt.pt` by the Dreambooth extension of A1111; read as JSON too
     positional      such a list for all layers of any model, in the order of its modules
 
 The place in the file is the place among the layers of one of the sets below, which are these tools' choices of ancestor
@@ -87,9 +88,9 @@ def read_list(content: Any, path: Path, names: LayerTable | None) -> tuple[str, 
         CheckpointError: if it is no list of pairs, or number and shapes fit no set of layers.
     """
     repairs: list[str] = []
-    text_path = _sibling(path, "text_encoder")
+    text_path = next(filter(Path.is_file, _text_files(path)), None)
     factors = _pairs(content, path, repairs)
-    if text_path.is_file():
+    if text_path:
         text = _pairs(load_pickled(text_path), text_path, repairs)
         modules = _placed(factors, _old_orders("unet", names), path, "the UNet") if factors else {}
         modules |= _placed(text, _old_orders("text_encoder", names), text_path, "the text encoder")
@@ -141,11 +142,12 @@ def write_cloneofsimo_pt(lora: LoRAFile, path: Path, names: LayerTable | None) -
     """
     if not _is_sd(names or _sd_table_for(lora)):
         raise CheckpointError("cloneofsimo's list is for Stable Diffusion 1.x and 2.x; the list of a model is `positional`")
-    parts, text_path = _in_old_order(lora, names, smallest_unet=_WALKED), _sibling(path, "text_encoder")
+    parts, (text_path, other_text_path) = _in_old_order(lora, names, smallest_unet=_WALKED), _text_files(path)
     if "text_encoder" in parts:
         _save_list(parts["text_encoder"][1], text_path)
     else:
         refuse_leftover(text_path)
+        refuse_leftover(other_text_path)
     _save_list(parts.get("unet", ((), ()))[1], path)
 
 
@@ -161,12 +163,14 @@ def write_positional(lora: LoRAFile, path: Path, names: LayerTable | None) -> No
             break
     else:
         raise CheckpointError("a positional file of this LoRA would fit several sets of the model's layers")
-    refuse_leftover(_sibling(path, "text_encoder"))
+    for text_path in _text_files(path):
+        refuse_leftover(text_path)
     _save_list(pairs, path)
 
 
-def _sibling(path: Path, what: str) -> Path:
-    return path.with_suffix(f".{what}.pt")
+def _text_files(path: Path) -> tuple[Path, Path]:
+    """Where the text encoder's list may be, beside the UNet's."""
+    return path.with_suffix(".text_encoder.pt"), path.with_name(f"{path.stem}_txt.pt")
 
 
 def _save_list(pairs: Iterable[tuple[Tensor, Tensor]], path: Path) -> None:
