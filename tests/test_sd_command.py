@@ -106,6 +106,10 @@ def test_a_mistake_is_one_line_and_writes_nothing(name, work_folder, capsys):
         ),
         ("sd convert model.safetensors folder --to diffusers", "folder is there already; a folder is not overwritten"),
         ("sd convert model.safetensors out.txt --to original", "out.txt: an original file ends in .safetensors or .pt"),
+        (
+            "sd convert model.safetensors out.ckpt --to diffusers",
+            "out.ckpt: diffusers' layout is a folder; name one without .ckpt",
+        ),
         ("sd convert model.safetensors out.bin --to native", "out.bin: a native model is a .safetensors file"),
         ("sd convert model.safetensors out.safetensors --to kohya", "invalid choice: 'kohya'"),
     ):

@@ -60,6 +60,8 @@ def write_model(file: ModelFile, config: DictConfig, output: Path, layout: str) 
 
 
 def _write_folder(file: ModelFile, config: DictConfig, output: Path) -> None:
+    if output.suffix in (".safetensors", *PICKLED):
+        raise CheckpointError(f"{output}: diffusers' layout is a folder; name one without {output.suffix}")
     plain = OmegaConf.to_container(config)
     try:
         said = config_from(folder_settings(plain), config.model.text_encoder.layers)
