@@ -63,23 +63,26 @@ def saved(base, tmp_path):
     return pipeline, tmp_path / "saved"
 
 
-def names_in_the_tokenizer(folder, form):
+def names_in_the_tokenizer(pipeline, folder, form):
     """Leave the added words to one of the files by which versions of transformers name them."""
-    tokenizer = folder / "tokenizer"
-    named = {token["id"]: token["content"] for token in json.loads((tokenizer / "tokenizer.json").read_text())["added_tokens"]}
-    if form != "tokenizer.json":
-        (tokenizer / "tokenizer.json").unlink()
+    named, tokenizer = pipeline.tokenizer.get_added_vocab(), folder / "tokenizer"
+    if form == "tokenizer.json" and not (tokenizer / form).is_file():
+        pytest.skip("this transformers saves no tokenizer.json")
+    for other in {"tokenizer.json", "added_tokens.json"} - {form}:
+        (tokenizer / other).unlink(missing_ok=True)
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    config.pop("added_tokens_decoder", None)
     if form == "added_tokens.json":
-        (tokenizer / form).write_text(json.dumps({name: i for i, name in named.items()}))
+        (tokenizer / form).write_text(json.dumps(named))
     if form == "tokenizer_config.json":
-        decoder = {"added_tokens_decoder": {str(i): {"content": name} for i, name in named.items()}}
-        (tokenizer / form).write_text(json.dumps(json.loads((tokenizer / form).read_text()) | decoder))
+        config["added_tokens_decoder"] = {str(i): {"content": name} for name, i in named.items()}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("form", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
 def test_words_that_a_pipeline_was_saved_with_are_read(saved, form, capsys):
     pipeline, folder = saved
-    names_in_the_tokenizer(folder, form)
+    names_in_the_tokenizer(pipeline, folder, form)
     model, _ = load_model(folder)
     assert f"{folder} has words of its own: <cat>, dog_toy" in capsys.readouterr().err
     assert {name: len(rows) for name, rows in model.text_encoder.learned_tokens().items()} == {"<cat>": 3, "dog_toy": 1}

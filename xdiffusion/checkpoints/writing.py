@@ -80,12 +80,14 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
 def save_in_order(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """safetensors' save_file, whose metadata are in another order each time, with them sorted: equal content, equal bytes."""
     save_file(tensors, path, dict(metadata))
+    if not (tensors and metadata):  # of no tensors, safetensors 0.4.3 writes a header with a comma too much
+        return
     with path.open("r+b") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
         entries = json.loads(header)
         entries = {"__metadata__": dict(sorted(entries.pop("__metadata__", {}).items())), **entries}
         ordered = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode().ljust(len(header))
-        if metadata and len(ordered) == len(header):  # as both write JSON the same way
+        if len(ordered) == len(header):  # as both write JSON the same way
             file.seek(8)
             file.write(ordered)
 
