@@ -85,7 +85,7 @@ def _tensors_by_words(content: Any, path: Path) -> list[tuple[list[str], Tensor]
 def _rows(tensor: Tensor, token: str, path: Path) -> Tensor:
     if tensor.ndim not in (1, 2) or not tensor.numel() or not tensor.is_floating_point():
         raise CheckpointError(f"{path}: {token!r} is no learned token, it has shape {tuple(tensor.shape)}")
-    rows = tensor.detach().reshape(-1, tensor.shape[-1])
-    if not torch.isfinite(widened(rows)).all():
+    rows = widened(tensor.detach()).reshape(-1, tensor.shape[-1])
+    if not torch.isfinite(rows).all():
         raise CheckpointError(f"{path}: the embedding of {token!r} is not finite")
-    return widened(rows)
+    return rows
