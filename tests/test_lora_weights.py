@@ -260,10 +260,10 @@ def test_another_base_is_refused_where_both_are_known(tmp_path):
     other = model()
     with torch.no_grad():
         other[0].weight.mul_(1.02)
-    message = "was trained on another base: it names abc, this model is def; --allow_other_base"
-    assert_refused(other, known, message, base_hash="def")
-    for path, base_hash in ((known, "abc"), (known, None), (unknown, "def")):
-        assert load_lora_weights(copy.deepcopy(other), path, base_hash=base_hash).matched == ["0", "2"]
+    for given, what in (({"base_hash": "def"}, "this model is def"), ({}, "with other weights in the layers that it adapts")):
+        assert_refused(other, known, f"was trained on another base: it names abc, {what}; --allow_other_base", **given)
+    for path, given in ((known, {"base_hash": "abc"}), (known, {"allow_other_base": True}), (unknown, {"base_hash": "def"})):
+        assert load_lora_weights(copy.deepcopy(other), path, **given).matched == ["0", "2"]
 
 
 def test_a_model_with_one_zero_b_is_loaded(tmp_path):

@@ -303,7 +303,7 @@ def test_other_models_and_damaged_files_are_refused(tmp_path):
     label = "model.diffusion_model.label_emb.0.0.weight"
     refused({label: torch.zeros(4)}, "no Stable Diffusion 1.x or 2.x, but the unCLIP of 2.1")
     refused({label: torch.zeros(4)}, "no Stable Diffusion 1.x or 2.x, but Stable Diffusion XL", without=[to_k])
-    refused({label: torch.zeros(4), "conditioner.x": torch.zeros(4)}, "but Stable Diffusion XL")
+    refused({label: torch.zeros(4), "conditioner.embedders.1.x": torch.zeros(4)}, "but Stable Diffusion XL")
     refused({}, "its UNet has no network.down_blocks.0.attentions", without=[to_k])
     norm = "first_stage_model.encoder.norm_out.weight"
     refused({}, r"x.safetensors is sd15_tiny by .* damaged, .*: autoencoder.encoder.conv_norm_out.weight", without=[norm])

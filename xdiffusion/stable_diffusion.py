@@ -131,12 +131,12 @@ def load_lora_into_models(models: Models, path: str | Path, scale: float = 1.0, 
     """
     model = models["model"]
     check_unmerged(model, None, "loading another LoRA")
-    base_hash = None if allow_other_base else content_hash(model.base_weights())
+    identity = {"base_hash": content_hash(model.base_weights()), "allow_other_base": allow_other_base}
     notes: list[str] = []
     config = as_trained(models["base_config"], [lora_file(path)], notes.append)
     replaced = models["lora_words"]
     others = models["clip"].learned_ids.keys() - replaced
-    report = load_lora_weights(model, path, scale=scale, adapter_name="incoming", base_hash=base_hash, replaced_words=replaced)
+    report = load_lora_weights(model, path, scale=scale, adapter_name="incoming", replaced_words=replaced, **identity)
     models["lora_words"] = models["clip"].learned_ids.keys() - others
     incoming = {n: layer.factors("incoming") for n, layer in lora_layers(model) if "incoming" in layer.adapters}
     remove_lora(model, "incoming")

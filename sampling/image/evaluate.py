@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.lora_path:
         given, scale = parse_lora_spec(args.lora_path)
         path = lora_file(given)
-        load_lora_weights(model, path, scale=scale, base_hash=None if args.allow_other_base else base_hash)
+        load_lora_weights(model, path, scale=scale, base_hash=base_hash, allow_other_base=args.allow_other_base)
         config = as_trained(config, [path])
         set_process(model, config)
         if said := trained_config(path):

@@ -246,7 +246,8 @@ def load_loras(
     strengths = {}
     for i, (path, scale) in enumerate(loras):
         known = {*model.text_encoder.learned_ids}
-        report = load_lora_weights(model, path, scale=scale, adapter_name=f"lora_{i}", base_hash=base_hash)
+        identity = {"base_hash": base_hash, "allow_other_base": base_hash is None}
+        report = load_lora_weights(model, path, scale=scale, adapter_name=f"lora_{i}", **identity)
         strengths[f"lora_{i}"] = scale
         print(f"{path}: {report}")
         warn_if_unused(model, path, model.text_encoder.learned_ids.keys() - known, texts, syntax)

@@ -30,21 +30,22 @@ def check_base(lora: LoRAFile, base_hash: str | None, weights: Mapping[str, Tens
 
     Args:
         lora: its base_hash and base_sample are looked at.
-        base_hash: of the model; None to see nothing.
+        base_hash: of the model; None where it is not known, and the sample alone tells.
         weights: of the layers that the LoRA adapts, by layer, in whatever spelling.
         path: of the LoRA, for the error.
 
     Raises:
         LoRAError: if it was trained on others.
     """
-    if not base_hash or not lora.base_hash or base_hash == lora.base_hash:
+    if not lora.base_hash or base_hash == lora.base_hash or not (base_hash or lora.base_sample):
         return None
     sample = {exchange_name(name): values for name, values in lora.base_sample.items()}
     if weights and all(_is_sample(sample.get(exchange_name(name)), weight) for name, weight in weights.items()):
-        return OTHER_FORM
+        return OTHER_FORM if base_hash else None
     raise LoRAError(
-        f"{path} was trained on another base: it names {lora.base_hash}, this model is {base_hash}; --allow_other_base "
-        "(allow_other_base=True) applies it all the same"
+        f"{path} was trained on another base: it names {lora.base_hash}, "
+        f"{f'this model is {base_hash}' if base_hash else 'with other weights in the layers that it adapts'}; "
+        "--allow_other_base (allow_other_base=True) applies it all the same"
     )
 
 

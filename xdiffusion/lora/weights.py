@@ -110,6 +110,7 @@ def load_lora_weights(
     scale: float = 1.0,
     adapter_name: str = DEFAULT_ADAPTER,
     base_hash: str | None = None,
+    allow_other_base: bool = False,
     replaced_words: Collection[str] = (),
 ) -> LoadReport:
     """Give `model` the adapter in a file, wrapping the layers it names; nothing is changed where this fails.
@@ -122,8 +123,9 @@ def load_lora_weights(
         path: a LoRA of any format, see `read_lora`. A component that the model does not have is left out and reported.
         scale: run-time strength.
         adapter_name: name of the adapter in the model.
-        base_hash: content hash of the model; compared with the file's where both are known, and where they differ the
-            weights with the file's sample of them, which knows them in any precision.
+        base_hash: content hash of the model; compared with the file's where both are known, and where they differ, or it is
+            not given, the weights with the file's sample of them, which knows them in any precision.
+        allow_other_base: apply a LoRA that was trained on other weights of these shapes.
         replaced_words: learned words of the text encoder that are taken away, those of a LoRA whose place this one takes.
 
     Raises:
@@ -138,7 +140,7 @@ def load_lora_weights(
     lora = read_lora(path, LayerTable.of(model))
     modules, left_out = _by_own_names(model, lora.modules, path)
     weights = {plain_name(model, name): model.get_submodule(name).weight for name in modules}
-    other_form = check_base(lora, base_hash, weights, path)
+    other_form = None if allow_other_base else check_base(lora, base_hash, weights, path)
     modules = _checked(model, modules, adapter_name, path)
     text_encoder = getattr(model, "text_encoder", None)
     takes_tokens = hasattr(text_encoder, "add_tokens")
