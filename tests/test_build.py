@@ -2,9 +2,11 @@
 
 import inspect
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
+from tiny import copies, tiny_config, tiny_trainer
 
 from xdiffusion import build
 from xdiffusion.build import (
@@ -15,10 +17,12 @@ from xdiffusion.build import (
     build_schedule,
     image_shape,
     load_config,
+    override,
 )
 from xdiffusion.config import Section, Slot
 from xdiffusion.config_files import ConfigError
 from xdiffusion.data.captions import PROMPT_TABLES
+from xdiffusion.model import generate, generators_for
 from xdiffusion.samplers.ddim import sample_ddim
 from xdiffusion.samplers.time_grids import logsnr_times
 from xdiffusion.signatures import REQUIRED, signature
@@ -181,3 +185,29 @@ def test_a_model_without_weights_has_the_names_and_shapes_and_a_real_schedule(co
     shapes = [{n: (p.shape, p.stride(), p.dtype) for n, p in m.state_dict().items()} for m in (empty, model)]
     assert shapes[0] == shapes[1]
     assert torch.equal(empty.schedule.alpha_bar, model.schedule.alpha_bar)
+
+
+# --- a network of someone else's ---
+
+
+def test_a_network_needs_no_more_than_the_contract_s_call(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent)
+    monkeypatch.setitem(build.NETWORKS, "plain", "tests.tiny:PlainNetwork")
+    config = tiny_config("model.network.kind=plain", "model.network.width=8")
+    trainer = tiny_trainer(config)
+    assert trainer.task.model.network.conv_in.out_channels == 8
+    before = copies(trainer.task.model.network.state_dict())
+    trainer.step(1)
+    after = trainer.task.model.network.state_dict()
+    assert not any(torch.equal(after[name], before[name]) for name in before)
+    model = trainer.task.model.eval()
+    assert generate(model, ["0"], generators_for(0, 1), **build_sampling(config, model.schedule)).shape == (1, 1, 12, 12)
+
+    for word, message in (
+        ("gradient_checkpointing", "training.gradient_checkpointing=true: a plain has no such switch"),
+        ("shard_weights", r"training.shard_weights=true: a PlainNetwork does not name its blocks\(\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny_trainer(override(config, [f"training.{word}=true"], "test"))
+    with pytest.raises(ConfigError, match=r"model\.network\.channels is unknown"):
+        tiny_config("model.network.kind=plain", "model.network.channels=[8]")

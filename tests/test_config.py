@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 from tiny import SMALLEST
 
-from xdiffusion.build import SCHEMA, load_config
+from xdiffusion.build import SCHEMA, clip_config, load_config
 from xdiffusion.config import resolve, with_overrides
 from xdiffusion.config_files import ConfigError, parse_overrides
 
@@ -46,6 +46,25 @@ def test_a_key_given_with_the_new_kind_is_not_dropped():
 def test_the_same_kind_again_drops_nothing():
     config = {"data": {"kind": "image/digits", "misspelt": 3}}
     assert with_overrides(config, parse_overrides(["data.kind=image/digits"]), SCHEMA) == config
+
+
+def test_a_kind_that_a_file_changes_takes_the_keys_of_its_base_s_away(write_yaml):
+    base = SMALLEST.replace("v}", "v, schedule: {kind: betas, spacing: linear}}") + "sampling: {times: {kind: karras, rho: 5}}"
+    changed = "base: below.yaml\nsampling: {times: {kind: uniform}}\ndiffusion: {schedule: {kind: cosine}}"
+    config = load_config(write_yaml(below=base, above=changed))
+    assert config.sampling.times == {"kind": "uniform", "t_max": 1.0}
+    assert config.diffusion.schedule.kind == "cosine" and "spacing" not in config.diffusion.schedule
+    with pytest.raises(ConfigError, match=r"above\.yaml: diffusion\.schedule\.spacing is unknown"):
+        load_config(write_yaml(below=base, above=changed.replace("cosine", "cosine, spacing: linear")))
+
+
+def test_the_tiny_clip_is_the_same_whatever_optimizes_the_model(write_yaml):
+    path = write_yaml(config=SMALLEST + "clip: {optimizer: {learning_rate: 0.5}, training: {batch_size: 4}}")
+    words = ["optimizer.max_grad_norm=0.5", "optimizer.final_factor=0.5", "optimizer.learning_rate=0.1",
+             "training.gradient_accumulation_steps=2", "training.batch_size=8"]  # fmt: skip
+    plain, changed = (clip_config(load_config(path, given)) for given in ([], words))
+    assert plain == changed and plain.optimizer.learning_rate == 0.5
+    assert clip_config(load_config(path, ["clip.optimizer.max_grad_norm=0.5"])).optimizer.max_grad_norm == 0.5
 
 
 def test_an_override_of_one_list_item_is_refused():

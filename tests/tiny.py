@@ -50,6 +50,19 @@ def tiny_images(train: int = 60, test: int = 20, seed: int = 0) -> ImageSet:
     return ImageSet("image/digits", split(train), split(test), PROMPT_TABLES["image/digits"])
 
 
+class PlainNetwork(torch.nn.Module):
+    """A network with nothing but the contract's call."""
+
+    def __init__(self, in_channels: int, context_dim: int, width: int = 4):
+        super().__init__()
+        self.conv_in = torch.nn.Conv2d(in_channels, width, 3, padding=1)
+        self.to_context = torch.nn.Linear(context_dim, width)
+        self.conv_out = torch.nn.Conv2d(width, in_channels, 3, padding=1)
+
+    def forward(self, xt, time, context):
+        return self.conv_out((self.conv_in(xt) + self.to_context(context.mean(1))[:, :, None, None]).relu())
+
+
 def tiny_model(config: DictConfig) -> DiffusionModel:
     """The same weights on every call, none of them the zeros that a fresh network starts from."""
     torch.manual_seed(0)

@@ -128,7 +128,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), use_lora_traini
     Raises:
         ConfigError: for any key or value that the schema does not allow.
     """
-    config = load_yaml(path)
+    config = written_config(path)
     if use_lora_training:
         of_lora = parse_overrides([o for o in overrides if o.startswith("lora.")])
         config = with_overrides(config, of_lora, SCHEMA)
@@ -139,9 +139,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), use_lora_traini
     return override(config, overrides, str(path))
 
 
+def written_config(path: str | Path) -> dict[str, Any]:
+    """What a YAML file and those below it say, unchecked; a kind that one changes takes the old one's own keys away."""
+    return load_yaml(path, lambda source, below, above: with_overrides(below, above, SCHEMA, source))
+
+
 def clip_config(config: DictConfig) -> DictConfig:
-    """The config of the run that trains the tiny CLIP: `clip.training` and `clip.optimizer` over the sections themselves."""
-    written = as_written(config)
+    """The config of the run that trains the tiny CLIP: `clip.training` over the section itself, `clip.optimizer` alone.
+
+    It is another text encoder for another CLIP: how a run's batches are cut and what optimizes it does not change it.
+    """
+    written = as_written(config) | {"optimizer": {}}
+    del written["training"]["gradient_accumulation_steps"]
     return resolved(merge("clip:", written, _laid_over(written, "clip")), "clip:")
 
 
@@ -223,7 +232,7 @@ def _build_model(config: DictConfig, schedule: Schedule) -> DiffusionModel:
         in_channels=autoencoder.latent_channels,
         context_dim=text_encoder.width,
     )
-    given = parts.network.out_channels
+    given = parts.network.get("out_channels")
     if given not in (None, autoencoder.latent_channels):
         raise ConfigError(
             f"model.network.out_channels={given} must be null or {autoencoder.latent_channels}, as many as what is denoised has"

@@ -84,8 +84,13 @@ def without_unknown(content: Mapping[str, Any], schema: Schema, sections: Sequen
     return known
 
 
-def with_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
-    """overrides on top of config; where they change a slot's kind, keys that the new kind does not have are dropped."""
+def with_overrides(
+    config: Mapping[str, Any], overrides: Mapping[str, Any], schema: Schema, source: str | None = None
+) -> dict[str, Any]:
+    """overrides on top of config; where they change a slot's kind, keys that the new kind does not have are dropped.
+
+    `source` is named in errors, by default the overrides themselves.
+    """
     merged = as_written(config)
     for path, slot in _slots(schema):
         kind, given = _at(overrides, f"{path}.kind"), _at(merged, path)
@@ -94,7 +99,7 @@ def with_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any], sche
             kept = {*signature(target), *slot.extra} if target else set(given)
             for key in given.keys() - kept:
                 del given[key]
-    return merge(f"the overrides {overrides}", merged, overrides)
+    return merge(source or f"the overrides {overrides}", merged, overrides)
 
 
 def as_written(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from itertools import count
 from pathlib import Path
@@ -55,13 +55,17 @@ def _quoted(key: str, value: Any) -> str:
     return quoted.strip()
 
 
-def load_yaml(path: str | Path) -> dict[str, Any]:
+def load_yaml(path: str | Path, over: Callable[[str, dict, dict], dict[str, Any]] | None = None) -> dict[str, Any]:
     """One YAML file on top of the files it names under `base:`.
+
+    Args:
+        path: of the file.
+        over: (source, below, above) -> above on top of below; default: `merge`.
 
     Raises:
         ConfigError: if a file is missing, is no YAML mapping, names itself, or holds more than values.
     """
-    return merge(str(path), *_layers(Path(path), (), [], count(1)))
+    return reduce(partial(over or merge, str(path)), _layers(Path(path), (), [], count(1)), {})
 
 
 def _layers(path: Path, readers: tuple[Path, ...], read: list[Path], values: Iterator[int]) -> list[dict]:

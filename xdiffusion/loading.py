@@ -13,14 +13,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from xdiffusion.build import SCHEMA, build_model, image_shape, load_config, resolved
+from xdiffusion.build import SCHEMA, build_model, image_shape, load_config, resolved, written_config
 from xdiffusion.checkpoints.drawing_settings import DRAWN_BY, value_at
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_formats.native import trained_config
 from xdiffusion.checkpoints.native import ModelFile, load_model_file
 from xdiffusion.checkpoints.stable_diffusion_files import StableDiffusionFile, part_alone
 from xdiffusion.config import with_overrides, without_unknown
-from xdiffusion.config_files import ConfigError, check_values, load_yaml, merge, nested
+from xdiffusion.config_files import ConfigError, check_values, merge, nested
 from xdiffusion.model import DiffusionModel
 
 RECORDS = ("training", "optimizer", "checkpoints", "cache", "clip", "lora")  # sections that say how a model was made
@@ -102,7 +102,7 @@ def config_of(file: ModelFile, config_path: str | Path | None = None) -> DictCon
 
 def _sampled_as(config: DictConfig, config_path: str | Path) -> DictConfig:
     """A checkpoint's config with the section sampling: of a YAML on top; what this changes is told on stderr."""
-    section = {key: value for key, value in load_yaml(config_path).items() if key == "sampling"}
+    section = {key: value for key, value in written_config(config_path).items() if key == "sampling"}
     chosen = resolved(with_overrides(config, section, SCHEMA), str(config_path))
     changed = [f"{key}={theirs} ({ours} there)" for key, ours, theirs in config_differences(config, chosen, ["sampling"])]
     if changed:

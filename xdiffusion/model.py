@@ -102,8 +102,13 @@ class DiffusionModel(nn.Module):
         self.offload_to: torch.device | None = None
         self.image_shape = tuple(image_shape)
         _, height, width = self.latent_shape
-        if height % network.patch_size or width % network.patch_size:
-            raise ValueError(f"patch_size={network.patch_size} does not divide the image size {height}x{width}")
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"patch_size={self.patch_size} does not divide the image size {height}x{width}")
+
+    @property
+    def patch_size(self) -> int:
+        """What the sides of the network's input are multiples of; 1 for a network that does not say."""
+        return getattr(self.network, "patch_size", 1)
 
     def resize(self, height: int, width: int) -> None:
         """Draw images of another size from now on.
@@ -111,7 +116,7 @@ class DiffusionModel(nn.Module):
         Raises:
             ValueError: if the sides are not multiples of what the autoencoder and the network's patches take.
         """
-        unit = self.autoencoder.pixels_per_latent * self.network.patch_size
+        unit = self.autoencoder.pixels_per_latent * self.patch_size
         if height < unit or width < unit or height % unit or width % unit:
             raise ValueError(f"height={height}, width={width}: the sides of an image must be multiples of {unit}")
         self.image_shape = (self.image_shape[0], height, width)

@@ -46,6 +46,8 @@ class DiffusionTask(Task[Part]):
         self.class_images = class_images
         self.settings = settings_of(config, "training")
         self.optimizer_settings = settings_of(config, "optimizer")
+        if self.settings.gradient_checkpointing and not hasattr(self.network, "gradient_checkpointing"):
+            raise ValueError(f"training.gradient_checkpointing=true: a {config.model.network.kind} has no such switch")
         self.rows = self.settings.batch_size
         self.objective = {key: value for key, value in config.diffusion.items() if key != "schedule"}
         self.embedding_lock = Lock()  # a cache of embeddings grows as it is asked, by several threads

@@ -27,6 +27,8 @@ def check_can_be_sharded(task: Task) -> None:
             "training.shard_weights=true is for runs that train all of the network; a LoRA, a learned word or the tiny CLIP "
             "is small: leave it false, and every process keeps the whole of it (DDP)"
         )
+    if not hasattr(task.network, "blocks"):
+        raise ValueError(f"training.shard_weights=true: a {type(task.network).__name__} does not name its blocks()")
     for key, value, instead in (
         ("training.mixed_precision", settings.mixed_precision, {"fp16": "bf16"}),
         ("training.compile", settings.compile, {True: "false"}),
