@@ -27,7 +27,7 @@ def write_run(folder, rate, segments, losses):
 
 @pytest.fixture
 def runs(tmp_path):
-    git = {"commit": "a" * 40, "dirty": True}
+    git = {"commit": "a" * 40, "dirty": True, "diff": "0123456789abcdef"}
     whole = {
         "status": "finished",
         "first_step": 1,
@@ -71,7 +71,7 @@ def test_the_table_says_what_differs_and_what_came_of_it(runs, tmp_path, capsys)
     assert found["peak memory, MB"] == ["3", "1"]
     assert found["starts"] == ["1", "2"]
     assert found["conditions changed at step"] == ["-", "11"]
-    assert found["commit"] == ["aaaaaaaaa + changes", "-"]
+    assert found["commit"] == ["aaaaaaaaa + changes 012345", "-"]
     with Image.open(picture) as page:
         assert len(page.convert("RGB").getcolors(1 << 20)) > 10
 

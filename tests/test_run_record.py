@@ -123,14 +123,25 @@ def test_the_commit_and_whether_files_differ_from_it(tmp_path):
     git("commit", "-m", "first")
     state = git_state(tmp_path)
     assert (len(state["commit"]), state["dirty"]) == (40, False)
-    (tmp_path / "a").write_text("2")
-    assert git_state(tmp_path) == state | {"dirty": True}
+    assert state["diff"] is None
+    diffs = set()
+    for content in ("2", "3"):
+        (tmp_path / "a").write_text(content)
+        changed = git_state(tmp_path)
+        assert changed == state | {"dirty": True, "diff": changed["diff"]}
+        diffs.add(changed["diff"])
     (tmp_path / "a").write_text("1")
     (tmp_path / "notes").write_text("not a source")
     assert git_state(tmp_path) == state
     (tmp_path / "xdiffusion").mkdir()
-    (tmp_path / "xdiffusion/extra.py").touch()
-    assert git_state(tmp_path) == state | {"dirty": True}
+    for content in ("", "1"):
+        (tmp_path / "xdiffusion/extra.py").write_text(content)
+        assert git_state(tmp_path)["dirty"]
+        diffs.add(git_state(tmp_path)["diff"])
+    assert len(diffs) == 4 and None not in diffs
+    one, two, *_ = diffs
+    before, now = ({"config": {}, "data": {}, "segments": [{"packages": {}, "git": {"diff": diff}}]} for diff in (one, two))
+    assert run_differences(before, now) == [f"git.diff={one} before, {two} now"]
 
 
 def test_settings_are_the_same_wherever_the_files_lie():

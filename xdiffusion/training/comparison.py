@@ -88,6 +88,7 @@ def outcome(run: Run) -> dict[str, str]:
     last = segments[-1]
     peak = max(segment.get("peak_memory_bytes", 0) for segment in segments)
     git = last.get("git") or {}
+    changes = f" + changes {(git.get('diff') or '')[:6]}".rstrip() if git.get("dirty") else ""
     return {
         "status": last["status"],
         "steps": f"{steps[-1]:.0f}",
@@ -99,7 +100,8 @@ def outcome(run: Run) -> dict[str, str]:
         "starts": str(len(segments)),
         "conditions changed at step": ", ".join(str(s["first_step"]) for s in segments if s.get("changes")) or "-",
         "device": last.get("device", "-"),
-        "commit": git.get("commit", "-")[:9] + (" + changes" if git.get("dirty") else ""),
+        "commit": git.get("commit", "-")[:9]
+        + (f" + changes {(git.get('diff') or '')[:6]}".rstrip() if git.get("dirty") else ""),
         "data": run.record.get("data", {}).get("fingerprint", "-")[:9],
     }
 

@@ -218,7 +218,7 @@ def _check(run: Any) -> None:
     for segment in run["segments"]:
         needed = {"seconds": ("first_step", "last_step"), "changes": ("first_step",)}
         _check_kinds(segment, SEGMENT, ("status", *chain.from_iterable(needed[key] for key in needed if key in segment)))
-        _check_kinds(segment.get("git") or {}, {"commit": str})
+        _check_kinds(segment.get("git") or {}, {"commit": str, "diff": str | None})
 
 
 def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Any], needed: Sequence[str] = ()) -> None:
@@ -254,17 +254,23 @@ def run_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """The commit, and whether tracked files differ from it, or sources are not tracked; None outside a repository or without
-    git."""
+    """The commit, whether tracked files differ from it or sources are not tracked, and a hash of how (None if not).
 
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True, timeout=10)
+    None outside a repository or without git.
+    """
+
+    def git(*words: str) -> bytes:
+        done = subprocess.run(["git", "-C", folder, *words], capture_output=True, check=True, timeout=10)
         return done.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        untracked = git("ls-files", "--others", "--exclude-standard", "--", *SOURCES)
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed or untracked)}
+        changed = git("diff", "HEAD", "--no-ext-diff", "--full-index")
+        untracked = git("ls-files", "--others", "--exclude-standard", "-z", "--", *SOURCES)
+        commit, diff = git("rev-parse", "HEAD").decode(), hashlib.blake2b(changed + untracked, digest_size=8)
+        for name in filter(None, untracked.decode(errors="surrogateescape").split("\0")):
+            diff.update((folder / name).read_bytes())
+        is_dirty = bool(changed or untracked)
+        return {"commit": commit, "dirty": is_dirty, "diff": diff.hexdigest() if is_dirty else None}
     except (OSError, subprocess.SubprocessError):
         return None
 
