@@ -94,6 +94,18 @@ def test_a_base_run_and_a_lora_run_write_what_they_promise(tiny_run):
     assert OmegaConf.to_container(config) == load_model_file(tiny_run.checkpoint).config
 
 
+def test_keys_of_loras_that_a_base_run_does_not_read_are_named(tiny_run, work_folder, capsys):
+    overrides = [*tiny_run.overrides, "lora.rank=2", "optimizer.lora_plus_ratio=4"]
+    words = ["--config_path", tiny_run.config_path, *set_words(overrides)]
+    assert run_script(TRAIN, *words) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if "nothing reads" in line]
+    assert note.startswith("note: without --use_lora_training nothing reads lora.")
+    assert note.endswith("lora.rank=2, optimizer.lora_plus_ratio=4")
+    base = ["--load_model_weights_from_checkpoint", tiny_run.checkpoint]
+    assert run_script(TRAIN, *words, "--use_lora_training", *base) == 0
+    assert "nothing reads" not in capsys.readouterr().out
+
+
 def test_a_dry_run_tells_and_writes_nothing(tiny_run, work_folder, capsys):
     words = ["--config_path", tiny_run.config_path, *set_words(tiny_run.overrides), "--dry_run"]
     assert run_script(TRAIN, *words, "--use_lora_training", "--batch_size", 7) == 0

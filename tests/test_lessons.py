@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 from commands import set_words
 from lora_cases import factors
+from omegaconf import OmegaConf
 from picture_folders import write_discs
 from sd_files import write_native
 
+from xdiffusion.build import build_model, image_shape, load_config
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import sd_layer_table, write_lora
+from xdiffusion.checkpoints.native import save_model
 from xdiffusion.cli import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,6 +151,10 @@ def test_every_python_block_runs(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if any(STABLE_DIFFUSION in block for block in blocks(document, "python")):
         write_stable_diffusion(tmp_path)
+    for path in {Path(p) for block in blocks(document, "python") for p in re.findall(r'load_model\("(output/.+?)"\)', block)}:
+        config = load_config(ROOT / f"configs/image/digits/{path.parent.name}.yaml", ["model.text_encoder.pretrained=null"])
+        plain, shape = OmegaConf.to_container(config), image_shape(config)
+        save_model(path, build_model(config).state_dict(), config=plain, image_shape=shape, step=0)
 
     def attention() -> nn.Module:
         return nn.ModuleDict({name: nn.Linear(4, 4) for name in ("to_q", "to_k")})

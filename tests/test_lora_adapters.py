@@ -172,14 +172,14 @@ def test_unmerging_the_rest_or_all():
 
 def test_merging_one_in_the_wrong_state_is_an_error():
     model = two_adapters()
-    with pytest.raises(LoRAError, match="no LoRA adapter named 'c' to merge"):
+    with pytest.raises(LoRAError, match=r"no LoRA adapter named 'c' to merge$"):
         merge_lora_weights(model, "c")
     with pytest.raises(LoRAError, match="'a' is not merged"):
         unmerge_lora_weights(model, "a")
     merge_lora_weights(model, "a")
     with pytest.raises(LoRAError, match="'b' is not merged"):
         unmerge_lora_weights(model, "b")
-    with pytest.raises(LoRAError, match="no LoRA adapter named 'a' to merge"):
+    with pytest.raises(LoRAError, match="no LoRA adapter named 'a' to merge: it is merged already"):
         merge_lora_weights(model, "a")
     dora = adapted({"a": "all", "b": "all"}, use_dora=True)
     with pytest.raises(LoRAError, match=r"0 has a DoRA adapter, .*: merge all at once"):

@@ -163,7 +163,7 @@ def test_setting_what_is_not_there_is_an_error(setting, value):
 
 def test_merging_and_unmerging_in_the_wrong_state_is_an_error():
     model = small_model()
-    with pytest.raises(LoRAError, match="no LoRA adapter to merge"):
+    with pytest.raises(LoRAError, match=r"no LoRA adapter to merge$"):
         merge_lora_weights(model)
     with pytest.raises(LoRAError, match="is not merged"):
         unmerge_lora_weights(model)
@@ -171,7 +171,7 @@ def test_merging_and_unmerging_in_the_wrong_state_is_an_error():
     with pytest.raises(LoRAError, match="is not merged"):
         unmerge_lora_weights(model)
     merge_lora_weights(model)
-    with pytest.raises(LoRAError, match="no LoRA adapter to merge"):
+    with pytest.raises(LoRAError, match="no LoRA adapter to merge: it is merged already"):
         merge_lora_weights(model)
     for doing in (set_lora_enabled, partial(set_lora_scale, scale=0.0), lambda m: lora_disabled(m).__enter__()):
         with pytest.raises(LoRAError, match=r"a\.to_q is merged: call unmerge_lora_weights before (switching|changing)"):

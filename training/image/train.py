@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from xdiffusion.training.run import Draw
 
 SCRIPT = "training/image/train.py"
+OF_LORA = ("lora.", "text_encoder_lora.", "optimizer.lora_plus_ratio=")  # keys that nothing else reads
 FLAG_KEYS = {
     "dataset_name": "data.kind",
     "data_dir": "data.data_dir",
@@ -191,6 +192,7 @@ def set_up_and_train(
     rounded = config.training.half_frozen_weights and config.training.mixed_precision != "no"
     frozen_hash = content_hash(model.base_weights()) if adapts and rounded else base_hash
     print(describe_model(model))
+    tell_unread(args)
 
     trainer = Trainer(DiffusionTask(model, data, config, class_images=class_images), force_cpu=args.force_cpu)
     checkpoints = RunCheckpoints(folder, kind(config, base_hash if adapts else None))
@@ -199,6 +201,13 @@ def set_up_and_train(
     if adapts and content_hash(model.base_weights()) != frozen_hash:
         raise RuntimeError("the run changed its frozen base: what it learned belongs to no base that there is")
     return status
+
+
+def tell_unread(args: argparse.Namespace) -> None:
+    """Name the flags that only a LoRA run would read."""
+    of_lora = [o for o in overrides_from_flags(args, FLAG_KEYS) if o.startswith(OF_LORA)]
+    if of_lora and not args.use_lora_training:
+        print(f"note: without --use_lora_training nothing reads {', '.join(of_lora)}")
 
 
 def trains_tiny_clip(config: DictConfig, args: argparse.Namespace) -> bool:

@@ -27,7 +27,8 @@ def merge_lora_weights(model: nn.Module, adapter_name: str | None = None) -> Non
         LoRAError: if there is nothing to merge, or only some of the adapters where one of them is DoRA.
     """
     new = {}
-    for name, layer in layers_with(model, adapter_name, " to merge").items():
+    merged = any(adapter_name in (None, *m.merged_from[0].adapters) for m in model.modules() if hasattr(m, "merged_from"))
+    for name, layer in layers_with(model, adapter_name, f" to merge{': it is merged already' * merged}").items():
         apart = [n for n in layer.adapters if adapter_name not in (None, n)]
         if apart and any(settings.use_dora for settings in layer.adapters.values()):
             raise LoRAError(f"{name} has a DoRA adapter, which acts on the others' updates too: merge all at once")

@@ -100,8 +100,7 @@ def outcome(run: Run) -> dict[str, str]:
         "starts": str(len(segments)),
         "conditions changed at step": ", ".join(str(s["first_step"]) for s in segments if s.get("changes")) or "-",
         "device": last.get("device", "-"),
-        "commit": git.get("commit", "-")[:9]
-        + (f" + changes {(git.get('diff') or '')[:6]}".rstrip() if git.get("dirty") else ""),
+        "commit": git.get("commit", "-")[:9] + changes,
         "data": run.record.get("data", {}).get("fingerprint", "-")[:9],
     }
 

@@ -97,8 +97,9 @@ def train_tiny_clip(
     """
     if not isinstance(data, ImageSet):
         raise ValueError(
-            f"pretrained=tiny is trained on a set with classes, which {data.name} is not: load a trained model with "
-            "--load_model_weights_from_checkpoint"
+            f"pretrained=tiny is trained on a set with classes, which {data.name} is not: take a text encoder of your own "
+            "(--set model.text_encoder.pretrained=FILE.safetensors), a random one (=null), a published CLIP (kind=open_clip "
+            "and a model_name), or load a trained model with --load_model_weights_from_checkpoint"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
