@@ -37,8 +37,9 @@ def check_base(lora: LoRAFile, base_hash: str | None, weights: Mapping[str, Tens
     Raises:
         LoRAError: if it was trained on others.
     """
-    if not lora.base_hash or base_hash == lora.base_hash or not (base_hash or lora.base_sample):
-        return None
+    weights = {name: weight for name, weight in weights.items() if weight.is_floating_point() and not weight.is_meta}
+    if not lora.base_hash or base_hash == lora.base_hash or not (base_hash or (lora.base_sample and weights)):
+        return None  # quantized weights, and those that are not there yet, have no values to compare
     sample = {exchange_name(name): values for name, values in lora.base_sample.items()}
     if weights and all(_is_sample(sample.get(exchange_name(name)), weight) for name, weight in weights.items()):
         return OTHER_FORM if base_hash else None
