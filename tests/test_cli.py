@@ -28,7 +28,7 @@ from commands import (
 from omegaconf import OmegaConf
 from PIL import Image, ImageSequence
 
-from xdiffusion import scoring
+from xdiffusion import pictures, scoring
 from xdiffusion.checkpoints.native import load_model_file, save_model
 from xdiffusion.data.digits import load_digits
 from xdiffusion.data.image_set import invert
@@ -180,6 +180,26 @@ def test_sampling_with_a_lora_pairs_it_with_the_base(tiny_run, work_folder, caps
     assert np.array_equal(plain, off)
     assert np.abs(plain - pixels(work_folder / "on/lora.png")).max() > 20
     assert pixels(work_folder / "on/paired.png").shape[0] > 4 * 72  # base, x 0.8, x 1, x 1.2
+
+
+def test_each_grid_is_called_by_its_own_strength(tiny_run, work_folder, monkeypatch):
+    titles, rows = [], []
+    grid, labelled_rows = pictures.grid, pictures.labelled_rows
+
+    def named_grid(*given, title="", **more):
+        titles.append(title)
+        return grid(*given, title=title, **more)
+
+    def named_rows(images, labels, captions):
+        rows.extend(labels)
+        return labelled_rows(images, labels, captions)
+
+    monkeypatch.setattr(pictures, "grid", named_grid)
+    monkeypatch.setattr(pictures, "labelled_rows", named_rows)
+    words = ["--checkpoint", tiny_run.checkpoint, "--num_samples", 2, "--lora_path", f"{tiny_run.lora}:2"]
+    assert run_script(SAMPLE, *words, "--output_path", "on") == 0
+    assert [title for title in titles if title] == ["base", "LoRA x 2"]  # the rows are grids too
+    assert rows == ["base", "LoRA x 1.6", "LoRA x 2", "LoRA x 2.4"]
 
 
 def test_a_film_goes_from_noise_to_the_images_whatever_the_batch(tiny_run, work_folder):

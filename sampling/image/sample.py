@@ -301,14 +301,14 @@ def write_grids(folder: Path, by_share: dict, scales: list[float], prompts: list
 
     columns = min(len(prompts), 10)
     images = by_share[1.0]
-    labels = [strength_label(share, scales) for share in by_share]
+    labels = {share: strength_label(share, scales) for share in by_share}
     if len(by_share) == 1:
         pictures = {"samples.png": grid(images, prompts, columns=columns)}
     else:
         pictures = {
-            "base.png": grid(by_share[0.0], prompts, columns=columns, title=labels[0]),
-            "lora.png": grid(images, prompts, columns=columns, title=labels[-1]),
-            "paired.png": labelled_rows([rows[:columns] for rows in by_share.values()], labels, prompts[:columns]),
+            "base.png": grid(by_share[0.0], prompts, columns=columns, title=labels[0.0]),
+            "lora.png": grid(images, prompts, columns=columns, title=labels[1.0]),
+            "paired.png": labelled_rows([rows[:columns] for rows in by_share.values()], [*labels.values()], prompts[:columns]),
         }
     for file_name, picture in pictures.items():
         save_png(picture, folder / file_name, recipe)
