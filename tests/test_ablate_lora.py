@@ -4,6 +4,7 @@ import json
 import math
 import re
 import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,15 +109,18 @@ def test_said_before_the_first_run_is_paid_for(tiny_run, work_folder, capsys):
     assert not files_in(work_folder)
 
 
-def test_a_regular_expression_is_no_folder_and_sampling_reaches_the_scores(tiny_run, work_folder, capsys, monkeypatch):
+def test_a_list_or_an_expression_is_no_folder_and_sampling_reaches_the_scores(tiny_run, work_folder, capsys, monkeypatch):
     monkeypatch.setattr(scoring, "train_judge", lambda *arguments: train_judge(*arguments, steps=5))
     kept = [override for override in tiny_run.overrides if not override.startswith("lora.target_modules")]
     words = ["--checkpoint", tiny_run.checkpoint, "--num_samples", 10, "--ranks", 1, *set_words(kept)]
-    more = [r"--targets", r".*\.(to_q|to_v)", r".*\.to_[qv]", *set_words(["sampling.cfg_scale=3"])]
+    blocks = [f"{block}.attentions.0.transformer_blocks.0" for block in ("down_blocks.0", "down_blocks.1", "mid_block")]
+    targets = [f"[to_q, {', '.join(f'{b}.attn{i}.to_k' for b in blocks for i in (1, 2))}]", r".*\.to_[qv]"]
+    more = ["--targets", *targets, *set_words(["sampling.cfg_scale=3"])]
     assert run_script(ABLATE, *words, *more) == 0
     scored = [line for line in capsys.readouterr().out.splitlines() if line.startswith("$ python sampling/image/evaluate.py")]
     assert len(scored) == 2 and all("--set sampling.cfg_scale=3" in line for line in scored)
     found = [json.loads(line) for line in (work_folder / "output/ablation/results.jsonl").read_text().splitlines()]
-    assert [r["target"] for r in found] == [r".*\.(to_q|to_v)", r".*\.to_[qv]"]
+    assert [r["target"] for r in found] == targets
+    assert [len(read_lora(Path(r["file"])).modules) for r in found] == [20, 28]
     folders = [path.name for path in (work_folder / "output/ablation").iterdir() if path.is_dir()]
     assert len(folders) == 2 and all(re.fullmatch(r"[\w-]+", name) and name[0].isalpha() for name in folders)

@@ -98,6 +98,19 @@ def test_what_is_trained_and_from_where_is_a_difference_too(tmp_path, capsys):
     assert found["begins from"] == ["a.safetensors", "a.safetensors", "b.safetensors", "-"]
 
 
+def test_an_average_that_the_losses_do_not_show(runs, tmp_path, capsys):
+    for folder, decay in zip(runs, (0.0, 0.999)):
+        record = json.loads((folder / "run.json").read_text())
+        record["config"]["training"]["ema_decay"] = decay
+        (folder / "run.json").write_text(json.dumps(record))
+    assert run_script(COMPARE, *runs, "--output_path", tmp_path / "c.png") == 0
+    printed = capsys.readouterr()
+    assert cells(printed.out)["training.ema_decay"] == ["0.0", "0.999"]
+    assert "training.ema_decay differs: these losses are of the weights before the average" in printed.err
+    assert run_script(COMPARE, runs[0], "--output_path", tmp_path / "c.png") == 0
+    assert "ema_decay" not in capsys.readouterr().err
+
+
 def test_one_run_may_be_looked_at_alone(runs, tmp_path, capsys):
     assert run_script(COMPARE, runs[0], "--output_path", tmp_path / "c.png") == 0
     assert "optimizer" not in capsys.readouterr().out

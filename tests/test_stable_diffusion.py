@@ -256,6 +256,8 @@ def test_no_prompt_and_seeds_that_no_generator_takes(ckpt_path):
     with pytest.raises(ValueError, match=r"strength=0.4 of 2 steps is less than one"):
         start = StartImage(torch.zeros(1, 3, 64, 64), 0.4)
         generate("a fox", models=models, start_image=start, **FEW)
+    with pytest.raises(ValueError, match=r"start_image=tensor\(.* is no StartImage\(images\) of xdiffusion.samplers"):
+        generate("a fox", models=models, start_image=torch.zeros(1), **FEW)
 
 
 def test_mistakes_leave_the_models_as_they_were(ckpt_path, work_folder, generator):

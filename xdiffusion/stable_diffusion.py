@@ -181,6 +181,8 @@ def generate(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if not isinstance(start_image, StartImage | None):
+        raise ValueError(f"start_image={start_image!r:.80} is no StartImage(images) of xdiffusion.samplers.image_to_image")
     model = models["model"]
     plain = {key: v.item() if hasattr(v, "item") else v for key, v in sampling.items()}  # numpy's numbers
     assignments = [assignment(f"sampling.{key}", value) for key, value in plain.items()]

@@ -20,6 +20,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,8 +48,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=["attention", "config"],
         metavar="T",
-        help="presets, or regular expressions that match whole names such as '.*\\.to_q'; config: what the config says "
-        "(attention config)",
+        help="presets, lists of name endings such as '[to_q, to_v]', or regular expressions that match whole names such as "
+        "'.*\\.to_q'; config: what the config says (attention config)",
     )
     add(
         "--variants",
@@ -128,8 +129,8 @@ def train_and_score(
     """Run the two commands; returns the scores, the file and its bytes, and the seconds of the training steps."""
     from xdiffusion.training.records import read_metrics
 
-    target = re.sub(r"\W+", "-", combination["target"]).strip("-")
-    if target != combination["target"]:  # of an expression: no characters that a shell reads, and two are not one
+    target = re.sub(r"\W+", "-", combination["target"]).strip("-")[:80]
+    if target != combination["target"]:  # of a list or an expression: no characters that a shell reads, and two are not one
         target += f"-{hashlib.blake2b(combination['target'].encode(), digest_size=3).hexdigest()}"
     folder = args.output_path / f"{target}-{combination['variant']}-rank{combination['rank']}-seed{combination['seed']}"
     lora = folder / f"diffusion-{steps}-lora.safetensors"
@@ -166,6 +167,8 @@ def settings(combination: Mapping[str, Any], config: Mapping[str, Any]) -> list[
     }
     target = combination["target"]
     of_target = [] if target == "config" else [assignment("lora.target_modules", target)]
+    if re.fullmatch(r"\[[\w., ]*\]", target):
+        of_target = [f"lora.target_modules={target}"]  # YAML's list, as --set takes it
     return [f"lora.rank={combination['rank']}", *of_target, *of_variant[combination["variant"]]]
 
 
@@ -194,7 +197,7 @@ def write_report(folder: Path, results: Sequence[Mapping[str, Any]]) -> None:
     for axes, (score, label) in zip(figure.subplots(2, 2).flat, SCORES.items()):
         for name, by_rank in lines.items():
             means = [sum(r[score] for r in same) / len(same) for same in by_rank.values()]
-            axes.plot(list(by_rank), means, marker="o", label=name)
+            axes.plot(list(by_rank), means, marker="o", label=textwrap.fill(name, 40))
         ranks = sorted({r["rank"] for r in results})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ranks, ranks)

@@ -30,10 +30,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    from xdiffusion.training.comparison import as_text, comparison_table, draw_curves, read_runs
+    from xdiffusion.training.comparison import as_text, comparison_table, draw_curves, read_runs, remark
 
     runs = read_runs(args.runs)
     print(as_text(comparison_table(runs)))
+    if note := remark(runs):
+        print(note, file=sys.stderr)
     draw_curves(runs, args.output_path)
     print(args.output_path)
     return 0

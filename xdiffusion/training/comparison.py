@@ -62,6 +62,13 @@ def comparison_table(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     return rows + [(name, *(o[name] for o in outcomes)) for name in outcomes[0]]
 
 
+def remark(runs: Sequence[Run]) -> str | None:
+    """What the table and the curves do not show of a difference between the runs; None where they show all."""
+    if len({flat(run.record["config"]).get("training.ema_decay") for run in runs}) < 2:
+        return None
+    return "training.ema_decay differs: these losses are of the weights before the average; evaluate.py scores the average"
+
+
 def origin(run: Run) -> dict[str, str]:
     """What is trained, and from where: the config of a LoRA is also that of a model."""
     base, words = run.record.get("base"), list(map(str, run.record["segments"][0].get("command", [])))
