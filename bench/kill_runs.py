@@ -188,9 +188,9 @@ def evidence(folder: Path) -> dict:
 
 def content(path: Path) -> object:
     """What a file holds; the entries of a safetensors header have no order, so bytes tell nothing."""
-    from xdiffusion.checkpoints.hashes import content_hash, file_hash
+    from xdiffusion.checkpoints.hashes import content_hash, file_hash, plain_and_tensors
     from xdiffusion.checkpoints.reading import load_safetensors
-    from xdiffusion.training.state import plain_and_tensors, whole_state
+    from xdiffusion.training.state import whole_state
 
     if path.suffix == ".safetensors":
         tensors, header = load_safetensors(path)

@@ -1,6 +1,7 @@
 """The training command, stopped and resumed: every file is, bit for bit, that of the run which nobody stopped."""
 
 import shlex
+import shutil
 import signal
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,22 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(words, tmp_path, evidence, 
     assert {name: found[name] for name in expected} == expected
     statuses = [(s["status"], s["first_step"], s["last_step"]) for s in read_run(tmp_path / "cut")["segments"]]
     assert statuses == [("interrupted", 1, 3), ("interrupted", 4, 4), ("finished", 5, 5)]
+
+
+def test_a_run_that_was_moved_goes_on_with_the_text_encoder_of_its_checkpoint(work_folder, evidence, signals, capfd):
+    """Another machine has no tiny CLIP, and would train one that differs by rounding; nor can it always download one."""
+    clip = ["clip.training.num_training_steps=2", "clip.training.batch_size=10", "clip.optimizer.warmup_steps=0"]
+    words = [*COMMON, *set_words(["model.text_encoder.pretrained=tiny", *clip]), "--output_path"]
+    assert run_script(TRAIN, *words, "whole") == 0
+    signals[3] = signal.SIGINT
+    assert run_script(TRAIN, *words, "cut") == 130
+    shutil.rmtree("output")
+    capfd.readouterr()
+    assert run_script(TRAIN, *words, "cut", "--resume_from", "auto") == 0
+    assert "text encoder: that of cut/diffusion-3.safetensors" in capfd.readouterr().out
+    assert not Path("output").exists()
+    expected, found = evidence(Path("whole")), evidence(Path("cut"))
+    assert {name: found[name] for name in expected} == expected
 
 
 def test_a_folder_by_another_name_is_the_same_run_s(tmp_path, monkeypatch):

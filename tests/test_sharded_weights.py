@@ -12,12 +12,12 @@ from test_multiprocess import BOUND, curve, finish, start
 from test_resume import COMMON
 from tiny import tiny_config, tiny_model, tiny_trainer
 
+from xdiffusion.checkpoints.hashes import plain_and_tensors
 from xdiffusion.checkpoints.reading import load_pickled, load_safetensors
 from xdiffusion.training.processes import check_shares
 from xdiffusion.training.records import read_metrics
 from xdiffusion.training.settings import TrainingSettings
 from xdiffusion.training.sharded_weights import laid_out_as
-from xdiffusion.training.state import plain_and_tensors
 
 STEPS = 3  # with a checkpoint at 2
 WORDS = [

@@ -170,14 +170,17 @@ def set_up_and_train(
     folder = run_folder(config, args.config_path, args.output_path, lora=args.use_lora_training)
     kind = AdapterWeights if args.use_lora_training else TokenWeights if adapts else ModelWeights
     check_folder(folder, kind)
-    base = base_file(config, args, says=process.is_main_process) if start else None  # known not to fit before a download
+    if start:  # known not to fit before a download
+        base = base_file(config, args, says=process.is_main_process)
+    else:
+        base = None if adapts else begun_model(config, args, folder)
     if config.data.kind == "image/folder" and config.data.data_dir:
         check_outside(folder, Path(config.data.data_dir), "what the run draws")
     with first_ones_first(process):  # the others find what the first has downloaded
         data = build_data(config)
     check_captions(data, config, model.text_encoder.context_length)
     clip = None
-    if trains_tiny_clip(config, args):
+    if base is None and trains_tiny_clip(config, args):
         clip, status = tiny_clip(config, data, process, words, force_cpu=args.force_cpu)
         if status:
             return status
@@ -274,6 +277,22 @@ def base_file(config: DictConfig, args: argparse.Namespace, *, says: bool) -> Mo
         if file.words:
             left_out = f"its words {', '.join(file.words)} are left out: a run has those that it learns"
             print(f"{file.path}: {left_out}", file=sys.stderr)
+    return file
+
+
+def begun_model(config: DictConfig, args: argparse.Namespace, folder: Path) -> ModelFile | None:
+    """The checkpoint that a run goes on from, if it does: its text encoder is in there, wherever it came from at first."""
+    from xdiffusion.checkpoints.native import load_model_file
+    from xdiffusion.loading import check_same_architecture
+    from xdiffusion.training.state import RunCheckpoints
+    from xdiffusion.training.weights_files import ModelWeights
+
+    path = RunCheckpoints(folder, ModelWeights(config)).weights_to_go_on_from(args.resume_from)
+    if path is None:
+        return None
+    file = load_model_file(path)
+    check_same_architecture(config, file)
+    print(f"text encoder: that of {path}")
     return file
 
 

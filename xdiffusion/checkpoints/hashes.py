@@ -1,10 +1,12 @@
-"""Hashes of weights and of files."""
+"""Hashes of weights, of states and of files."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,28 @@ def content_hash(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def state_hash(state: Mapping[str, Any]) -> str:
+    """A hash of nested dicts and lists of plain values and tensors: 32 hex digits."""
+    plain, tensors = plain_and_tensors(state)
+    text = torch.frombuffer(bytearray(json.dumps(plain, default=str).encode()), dtype=torch.uint8)
+    return content_hash(tensors | {"plain": text})
+
+
+def plain_and_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The plain values and the tensors of nested dicts and lists, by path."""
+    leaves = dict(_leaves(state, ""))
+    tensors = {name: value for name, value in leaves.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in leaves.items() if name not in tensors}, tensors
+
+
+def _leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, (dict, list, tuple)):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _leaves(value, f"{name}/{key}")
+    else:
+        yield name, tree
 
 
 def file_hash(path: Path) -> str:

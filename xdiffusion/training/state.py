@@ -10,10 +10,10 @@ written after the weights, so a run that is killed in between leaves no state, o
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from xdiffusion.checkpoints.errors import CheckpointError
-from xdiffusion.checkpoints.hashes import content_hash, file_hash
+from xdiffusion.checkpoints.hashes import file_hash, state_hash
 from xdiffusion.checkpoints.paths import weights_file
 from xdiffusion.checkpoints.reading import load_pickled
 from xdiffusion.checkpoints.writing import save_pickled
@@ -153,6 +153,16 @@ class RunCheckpoints:
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} does not belong to this run: {error}") from error
 
+    def weights_to_go_on_from(self, resume_from: str | None) -> Path | None:
+        """The weights file that `resume` would take, or refuse; None where the run begins anew."""
+        if resume_from != "auto":
+            return weights_file(resume_from) if resume_from else None
+        for path in map(self.path, reversed(self._steps())):
+            with suppress(CheckpointError):  # `resume` names it
+                whole_state(path)
+                return path
+        return None
+
     def newest_step(self, before: float = math.inf) -> int:
         """The step of the newest whole checkpoint before a step; 0 where there is none."""
         found = self._newest_whole(before)
@@ -248,7 +258,7 @@ class RunCheckpoints:
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write the state that belongs to the weights file at `path`, with both hashes."""
     state = state | {"weights_hash": file_hash(path)}
-    state["hash"] = _hash_of(state)
+    state["hash"] = state_hash(state)
     save_pickled(state_path(path), state)
 
 
@@ -265,7 +275,7 @@ def whole_state(path: Path) -> dict[str, Any]:
             f"no file at {beside}: a run begun anew has set it aside; rename {aside.name} to {beside.name} to go on from it"
         )
     state = load_pickled(beside)
-    if not isinstance(state, dict) or state.pop("hash", None) != _hash_of(state):
+    if not isinstance(state, dict) or state.pop("hash", None) != state_hash(state):
         raise CheckpointError(f"{beside} is damaged: its content does not have the hash that it carries")
     if file_hash(path) != state.get("weights_hash"):
         raise CheckpointError(f"{path} is damaged: it is not the file that {beside.name} was written for")
@@ -286,27 +296,6 @@ def aside_path(weights: Path) -> Path:
 def frozen_factors(trainer: Trainer) -> dict[str, Tensor]:
     """What a LoRA keeps frozen beside the base: PiSSA's first factors, which an SVD elsewhere would round otherwise."""
     return {n: p.data for n, p in trainer.model.named_parameters() if ".lora_" in n and not p.requires_grad}
-
-
-def plain_and_tensors(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The plain values and the tensors of nested dicts and lists, by path."""
-    leaves = dict(_leaves(state, ""))
-    tensors = {name: value for name, value in leaves.items() if isinstance(value, Tensor)}
-    return {name: value for name, value in leaves.items() if name not in tensors}, tensors
-
-
-def _hash_of(state: dict[str, Any]) -> str:
-    plain, tensors = plain_and_tensors(state)
-    text = torch.frombuffer(bytearray(json.dumps(plain, default=str).encode()), dtype=torch.uint8)
-    return content_hash(tensors | {"plain": text})
-
-
-def _leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, (dict, list, tuple)):
-        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _leaves(value, f"{name}/{key}")
-    else:
-        yield name, tree
 
 
 def _check_frozen(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
