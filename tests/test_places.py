@@ -1,8 +1,10 @@
 """Where samples go, by the name of what drew them."""
 
+from pathlib import Path
+
 import pytest
 
-from xdiffusion.places import sample_folder
+from xdiffusion.places import nothing_at, sample_folder
 
 RUN = "output/image/digits/tiny/diffusion-10.safetensors"
 
@@ -21,3 +23,14 @@ def test_samples_are_called_after_the_run_the_config_the_file_or_the_folder(chec
     (tmp_path / "models/sd.v2").mkdir(parents=True)
     folder = sample_folder("image/digits", tmp_path / checkpoint, config_path, in_run=in_run)
     assert folder.as_posix() == f"output/image/digits/sample/{name}"
+
+
+def test_an_ending_alone_makes_no_file_the_one_that_was_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mkdocs.yml", "mnist.yaml", "mnist.yml"):
+        (tmp_path / name).touch()
+    assert (
+        nothing_at(Path("nope.yaml"), "config", (".yaml", ".yml"))
+        == f"no config at nope.yaml (in the working folder {tmp_path})"
+    )
+    assert "; there are: mnist.yaml, mnist.yml" in nothing_at(Path("mnits.yaml"), "config", (".yaml", ".yml"))

@@ -101,8 +101,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(name, work_folder, capsys):
     (work_folder / "folder").mkdir()
     for line, message in (
         (
-            "sd convert none.safetensors out.safetensors --to native",
-            "no checkpoint at none.safetensors; there are: model",
+            "sd convert modle.safetensors out.safetensors --to native",
+            "no checkpoint at modle.safetensors; there are: model",
         ),
         ("sd convert model.safetensors folder --to diffusers", "folder is there already; a folder is not overwritten"),
         ("sd convert model.safetensors out.txt --to original", "out.txt: an original file ends in .safetensors or .pt"),

@@ -32,6 +32,7 @@ def nothing_at(path: Path, what: str, suffixes: Sequence[str]) -> str:
     there.sort(key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)])
     if is_folder:
         return f"{path} is a folder, not a {what}; " + (f"it holds: {', '.join(there[-5:])}" if there else "it holds none")
-    near = difflib.get_close_matches(path.name, there, n=5, cutoff=0.5)
-    found = f"; there are: {', '.join(name for name in there if name in near)}" if near else ""
+    stems = {name: Path(name).stem for name in there}
+    near = difflib.get_close_matches(path.stem, stems.values(), n=5, cutoff=0.5)  # by whole names all of one ending are near
+    found = f"; there are: {', '.join(name for name, stem in stems.items() if stem in near)}" if near else ""
     return f"no {what} at {path}{found}" + ("" if path.is_absolute() else f" (in the working folder {Path.cwd()})")
