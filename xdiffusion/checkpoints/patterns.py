@@ -11,7 +11,7 @@ import re
 
 MAX_LENGTH = 300  # of a pattern, and of the name that is compared with it
 MAX_ALTERNATIVES = 16
-_LIMITS = {r"[*+{]": 2, r"\?": 2, r"\(": 3}  # of an alternative
+_LIMITS = {r"[*+{]": 2, r"(?<!\()\?": 2, r"\(": 3}  # of an alternative; that of (?: repeats nothing
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 _FLAGS = re.compile(r"\(\?[aiLmsux-]+[:)]")  # of which x lets blanks and comments stand before a repetition
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\\\]])*\]|.", re.DOTALL)  # an escape, a set of characters, a character

@@ -87,6 +87,7 @@ def remove_lora(model: nn.Module, adapter_name: str | None = None) -> None:
     """
     layers = layers_with(model, adapter_name)
     for name, layer in layers.items():
+        check_layer(name, layer)
         if hasattr(layer, "merged_from"):
             raise LoRAError(f"{name} is merged: call unmerge_lora_weights before removing an adapter")
     for layer in layers.values():

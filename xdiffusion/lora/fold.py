@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdiffusion.lora.inject import layers_with, replace_modules
+from xdiffusion.lora.inject import check_layer, layers_with, replace_modules
 from xdiffusion.lora.layers import LoRALayer
 from xdiffusion.lora.settings import LoRAError
 
@@ -29,6 +29,7 @@ def merge_lora_weights(model: nn.Module, adapter_name: str | None = None) -> Non
     new = {}
     merged = any(adapter_name in (None, *m.merged_from[0].adapters) for m in model.modules() if hasattr(m, "merged_from"))
     for name, layer in layers_with(model, adapter_name, f" to merge{': it is merged already' * merged}").items():
+        check_layer(name, layer)
         apart = [n for n in layer.adapters if adapter_name not in (None, n)]
         if apart and any(settings.use_dora for settings in layer.adapters.values()):
             raise LoRAError(f"{name} has a DoRA adapter, which acts on the others' updates too: merge all at once")
@@ -63,11 +64,12 @@ def fold_lora_weights(model: nn.Module) -> None:
     Raises:
         LoRAError: if the model has no LoRA, merged or not.
     """
-    layers = [m for m in model.modules() if isinstance(m, LoRALayer) or hasattr(m, "merged_from")]
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoRALayer) or hasattr(m, "merged_from")}
     if not layers:
         raise LoRAError(f"{type(model).__name__} has no LoRA to fold")
     new = {}
-    for layer in layers:
+    for name, layer in layers.items():
+        check_layer(name, layer)
         original = _original(layer)
         new[layer] = _with_updates(original, list(original.adapters)).train(layer.training)
     replace_modules(model, new)
@@ -99,6 +101,7 @@ def _original(layer: nn.Module) -> LoRALayer:
     return original.to(layer.weight.device)
 
 
+@torch.inference_mode(False)  # whose tensors no training could use any more
 @torch.no_grad()
 def _with_updates(original: LoRALayer, names: list[str]) -> nn.Module:
     """The plain layer with these adapters in its weight."""

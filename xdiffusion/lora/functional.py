@@ -49,7 +49,7 @@ def lora_linear(
     if not holds_updates(weight, lora_A):
         x = x.to(_dtype_to_compute_in(x))  # once for W and A
         return plain_lora_linear(x, x, weight, bias, lora_A, lora_B, scaling)
-    if _trains(weight, bias) or not merging_pays(x.numel() // x.shape[-1], weight):
+    if _is_exported() or _trains(weight, bias) or not merging_pays(x.numel() // x.shape[-1], weight):
         return plain_lora_linear(x, x, weight, bias, lora_A, lora_B, scaling)
     if x.numel() * len(weight) <= SMALL_PRODUCT:
         return F.linear(x, merged_weight(weight, lora_A, lora_B, scaling), bias)
@@ -87,9 +87,9 @@ def lora_conv(
     if not holds_updates(weight, lora_A):
         x = x.to(_dtype_to_compute_in(x))
         return plain_lora_conv(x, x, weight, bias, lora_A, lora_B, scaling, geometry, convolve)
-    positions = x[:, 0].numel() // math.prod(geometry.stride)
     # convolutions reorder their weight on every call: measured, W' pays from about four times the positions on
-    if _trains(weight, bias) or not merging_pays(positions // 4, weight):
+    least_positions = 4 * math.prod(geometry.stride)
+    if _is_exported() or _trains(weight, bias) or not merging_pays(x[:, 0].numel() // least_positions, weight):
         return plain_lora_conv(x, x, weight, bias, lora_A, lora_B, scaling, geometry, convolve)
     return _merged_conv(x.to(_dtype_to_compute_in(x)), weight, bias, lora_A, lora_B, scaling, *geometry)
 
@@ -106,7 +106,7 @@ def plain_lora_conv(
     convolve: Callable[..., Tensor] | None = None,
 ) -> Float[Tensor, "B O *out_size"]:
     """conv(x, W) + b + scaling conv(conv(branch_x, A), B); branch_x is x, or x after dropout."""
-    of_torch = F.conv2d if weight.dim() == 4 else F.conv1d
+    of_torch = _convolution_of(weight)
     branch = of_torch(of_torch(branch_x, lora_A.to(x.dtype), None, *geometry), lora_B.to(x.dtype))
     return (convolve or of_torch)(x, weight, bias, *geometry) + scaling * branch
 
@@ -138,15 +138,22 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
     """W + scaling B A of any kernel shape, computed in the finer dtype of W and the factors, in W's dtype and layout."""
     with _without_autocast(weight.device.type):
         if weight.dim() == 2 and weight.dtype == lora_A.dtype:  # the usual case, without a call that does nothing
-            return torch.addmm(weight, lora_B, lora_A, alpha=scaling)
-        channels_last = _lies_channels_last(weight)
+            return _laid_out_as(weight, torch.addmm(weight, lora_B, lora_A, alpha=scaling))
+        own, channels_last = weight, _lies_channels_last(weight)
         if channels_last:  # contiguous where the channels are moved to the end
             weight, lora_A = weight.movedim(1, -1), lora_A.movedim(1, -1)
         finer = torch.promote_types(weight.dtype, lora_A.dtype)
         flat, lora_A, lora_B = (tensor.flatten(1).to(finer) for tensor in (weight, lora_A, lora_B))
         merged = torch.addmm(flat, lora_B, lora_A, alpha=scaling)
     merged = merged.to(weight.dtype).view(weight.shape)
-    return merged.movedim(-1, 1) if channels_last else merged
+    return _laid_out_as(own, merged.movedim(-1, 1) if channels_last else merged)
+
+
+def _laid_out_as(weight: Tensor, merged: Tensor) -> Tensor:
+    """W' with the strides of W, on which the kernel depends that torch chooses, and by it the last bits."""
+    if merged.stride() == weight.stride():
+        return merged
+    return torch.empty_strided(weight.shape, weight.stride(), dtype=merged.dtype, device=merged.device).copy_(merged)
 
 
 def _lies_channels_last(weight: Tensor) -> bool:
@@ -187,7 +194,13 @@ def _trains(weight: Tensor, bias: Tensor | None) -> bool:
 
 def _dtype_to_compute_in(x: Tensor) -> torch.dtype:
     device = x.device.type
-    return torch.get_autocast_dtype(device) if _autocasts(device) else x.dtype
+    casts = _autocasts(device) and x.dtype != torch.float64  # which autocast leaves alone
+    return torch.get_autocast_dtype(device) if casts else x.dtype
+
+
+def _is_exported() -> bool:
+    """Whether the call is written down for other sizes, or for a program without our Functions: by the one plain formula."""
+    return torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", bool)()  # torch 2.6 has none
 
 
 def _autocasts(device: str) -> bool:
@@ -205,13 +218,18 @@ class _MergedLinear(torch.autograd.Function):
     Hessian) would reach the factors.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling):
+    def forward(x, weight, bias, lora_A, lora_B, scaling):
         with _without_autocast(x.device.type):
             merged = merged_weight(weight, lora_A, lora_B, scaling).to(x.dtype)
-            ctx.save_for_backward(x, weight, lora_A, lora_B)
-            ctx.scaling = scaling
             return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, lora_A, lora_B, ctx.scaling = inputs
+        ctx.save_for_backward(x, weight, lora_A, lora_B)
 
     @staticmethod
     def backward(ctx, grad):
@@ -232,14 +250,18 @@ class _MergedLinear(torch.autograd.Function):
 class _MergedConv(torch.autograd.Function):
     """As `_MergedLinear`: x has the dtype to compute in, the gradients of the factors have theirs."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, geometry):
+    def forward(x, weight, bias, lora_A, lora_B, scaling, geometry):
         with _without_autocast(x.device.type):
             merged = merged_weight(weight, lora_A, lora_B, scaling).to(x.dtype)
-            ctx.save_for_backward(x, weight, lora_A, lora_B)
-            ctx.scaling, ctx.geometry = scaling, geometry
-            ctx.convolve = F.conv2d if weight.dim() == 4 else F.conv1d
-            return ctx.convolve(x, merged, None if bias is None else bias.to(x.dtype), *geometry)
+            return _convolution_of(weight)(x, merged, None if bias is None else bias.to(x.dtype), *geometry)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, lora_A, lora_B, ctx.scaling, ctx.geometry = inputs
+        ctx.save_for_backward(x, weight, lora_A, lora_B)
 
     @staticmethod
     def backward(ctx, grad):
@@ -254,9 +276,13 @@ class _MergedConv(torch.autograd.Function):
             grad_low = (grad_rows @ up).mul_(ctx.scaling).view(len(x), *grad.shape[2:], -1).movedim(-1, 1)
             grad_A = _conv_gradient(grad_low, x, down, ctx.geometry, of_input=False).to(lora_A.dtype)
         if ctx.needs_input_grad[4]:
-            low = ctx.convolve(x, down, None, *ctx.geometry).movedim(1, -1).flatten(0, -2)  # (positions, R)
+            low = _convolution_of(weight)(x, down, None, *ctx.geometry).movedim(1, -1).flatten(0, -2)  # (positions, R)
             grad_B = (grad_rows.T @ low).mul_(ctx.scaling).view_as(lora_B).to(lora_B.dtype)
         return grad_x, None, None, grad_A, grad_B, None, None
+
+
+def _convolution_of(weight: Tensor) -> Callable[..., Tensor]:
+    return F.conv2d if weight.dim() == 4 else F.conv1d
 
 
 def _conv_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, *, of_input: bool) -> Tensor:

@@ -8,6 +8,7 @@ orthogonal   random A and B, neither zero, in orthogonal halves of the rank, so 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,11 @@ def initial_factors(weight: Tensor, rank: int, scaling: float, init: Init) -> tu
     Raises:
         LoRAError: for a scaling of zero or below with "pissa", and for another init.
     """
+    as_factors = {"dtype": torch.float32, "device": weight.device}
     if init == "zero_b":
-        lora_A = torch.empty(rank, *weight.shape[1:], device=weight.device)
+        lora_A = torch.empty(rank, *weight.shape[1:], **as_factors)
         nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-        lora_B = torch.zeros(len(weight), rank, device=weight.device)
+        lora_B = torch.zeros(len(weight), rank, **as_factors)
     elif init == "pissa":
         lora_A, lora_B = _principal(weight, rank, scaling)
     elif init == "orthogonal":
@@ -54,7 +56,8 @@ def _principal(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tenso
 def _orthogonal(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A from the even rows of an orthogonal (rank, rank) matrix, B from its odd ones; the factor 1/10 is peft's."""
     out_size, in_size = weight.flatten(1).shape
-    rows, _ = torch.linalg.qr(torch.randn(rank, rank, device=weight.device))
+    draw = partial(torch.randn, dtype=torch.float32, device=weight.device)
+    rows, _ = torch.linalg.qr(draw(rank, rank))
     half = rank // 2
-    lora_A = (torch.randn(in_size, half, device=weight.device) @ rows[0::2] / 10).T
-    return lora_A, torch.randn(out_size, half, device=weight.device) @ rows[1::2] / 10
+    lora_A = (draw(in_size, half) @ rows[0::2] / 10).T
+    return lora_A, draw(out_size, half) @ rows[1::2] / 10

@@ -25,12 +25,15 @@ WRAPPERS: dict[type[nn.Module], type[LoRALayer]] = {
 ATTENTION = ("to_q", "to_k", "to_v", "to_out", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 MLP = ("proj_in", "proj_out", "ff.proj_in", "ff.proj_out", "ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2")
 PRESETS = ("attention", "attention+mlp", "all-linear", "all")
-# Parts of open_clip and torchvision that hand the weights of their linear layers on.
-READ_WITHOUT_A_CALL = (
-    "open_clip.modified_resnet.AttentionPool2d",
-    "torchvision.models.swin_transformer.ShiftedWindowAttention",
-    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2",
-)
+# Parts of other libraries that hand the weights of these layers on; timm's call them where there is no q_bias to add.
+READ_WITHOUT_A_CALL = {
+    "open_clip.modified_resnet.AttentionPool2d": ("q_proj", "k_proj", "v_proj", "c_proj"),
+    "timm.models.beit.Attention": ("qkv",),
+    "timm.models.eva.EvaAttention": ("qkv",),
+    "timm.models.swin_transformer_v2.WindowAttention": ("qkv",),
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
+    "transformers.models.mobilebert.modeling_mobilebert.MobileBertLMPredictionHead": ("dense", "decoder"),
+}
 # Classes of diffusers whose forward, while their `lora_layer` is None, only repeats that of their base.
 REPEATS_ITS_BASE = ("LoRACompatibleLinear", "LoRACompatibleConv")
 
@@ -114,11 +117,11 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str]) -> list[
         )
     if not isinstance(target_modules, str):
         _check_each_matches(type(model).__name__, list(layers), target_modules)
-    left_out = [n for n in found if has_own_forward(layers[n])] if target_modules in PRESETS else []
+    left_out = [n for n in found if target_modules in PRESETS and (has_own_forward(layers[n]) or reader_of(model, n))]
     if 0 < len(left_out) < len(found):
         warnings.warn(
-            f"the LoRA targets {target_modules!r} pass by {len(left_out)} layers with a forward of their own, such as "
-            f"{left_out[0]}, a {type(layers[left_out[0]]).__name__}",
+            f"the LoRA targets {target_modules!r} pass by {len(left_out)} layers with a forward of their own, or that are "
+            f"not called, such as {left_out[0]}, a {type(layers[left_out[0]]).__name__}",
             stacklevel=3,
         )
         found = [n for n in found if n not in left_out]
@@ -224,14 +227,25 @@ def check_adapter(
             f"{name} has an adapter named {adapter_name!r} already: take it away with "
             f"remove_lora(model, {adapter_name!r}), or choose another adapter_name"
         )
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if (kind := f"{type(parent).__module__}.{type(parent).__name__}") in READ_WITHOUT_A_CALL:
+    if init == "pissa" and not (layer.weight.is_meta or layer.weight.isfinite().all()):
+        raise LoRAError(f"init='pissa' of {name}: its weight is not finite")
+    if kind := reader_of(model, name):
         raise LoRAError(f"{name}: {kind} reads its weight without calling it, so that a LoRA would have no effect")
+    parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise LoRAError(
             f"{name}: the fast path of nn.TransformerEncoderLayer reads its weight without calling it, so that a "
             "LoRA would have no effect in evaluation; call torch.backends.mha.set_fastpath_enabled(False) first"
         )
+
+
+def reader_of(model: nn.Module, name: str) -> str | None:
+    """The class that reads the weight of a layer without calling it; None where it is called, as far as is known."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    kinds = [f"{kind.__module__}.{kind.__name__}" for kind in type(parent).__mro__]
+    readers = (kind for kind in kinds if child in READ_WITHOUT_A_CALL.get(kind, ()))
+    return next(readers, None) if getattr(parent, "q_bias", True) is not None else None
 
 
 def check_unmerged(model: nn.Module, adapter_name: str | None, doing: str) -> None:

@@ -10,9 +10,9 @@ DoRA gives each output's weight the length m: W' = m (W + s B A) / |W + s B A| (
 lies between W and that W'. Where several adapters are on they act in the order in which they were added, each on what
 those before it made of W, as in peft; DoRA's norm is taken of W alone. Without DoRA the order does not matter.
 
-W is never changed. An adapter that starts with B = 0, DoRA too, changes no bit of the output; PiSSA, whose B A starts as
-a part of W, subtracts its first product and so changes the output by rounding only: s (B A - B_0 A_0), which is a plain
-LoRA of twice the rank and is saved as one.
+W is never changed. An adapter that starts with B = 0, DoRA too while W's dtype stays, changes no bit of the output; PiSSA,
+whose B A starts as a part of W, subtracts its first product and so changes the output by rounding only: s (B A - B_0 A_0),
+which is a plain LoRA of twice the rank and is saved as one.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ from xdiffusion.lora.settings import (
 )
 from xdiffusion.lora.subclasses import lora_class
 
+OWN_ATTRIBUTES = ("adapters", "keeps_weight", "kept_weight", "_compiled_call_impl")  # that a plain layer does not keep
+
 
 class LoRALayer(nn.Module):
     """The adapters of one layer, mixed into the layer's own class.
@@ -79,7 +81,7 @@ class LoRALayer(nn.Module):
         """A LoRA layer without adapters that holds the very parameters, hooks and settings of `layer`."""
         kind = lora_class(cls, type(layer))
         wrapped = kind.__new__(kind)
-        wrapped.__dict__ = layer.__dict__.copy()
+        wrapped.__dict__ = layer.__dict__ | {"_compiled_call_impl": None}  # that is of the plain forward
         wrapped._parameters = layer._parameters.copy()
         wrapped._modules = layer._modules.copy()
         wrapped._init_adapters()
@@ -88,7 +90,7 @@ class LoRALayer(nn.Module):
     def unwrap(self) -> nn.Module:
         """The plain layer again, with the very parameters, hooks and settings of this one."""
         plain = self.base_class.__new__(self.base_class)
-        plain.__dict__ = {k: v for k, v in self.__dict__.items() if k not in ("adapters", "keeps_weight", "kept_weight")}
+        plain.__dict__ = {k: v for k, v in self.__dict__.items() if k not in OWN_ATTRIBUTES}
         plain._parameters = self._parameters.copy()
         plain._modules = {k: v for k, v in self._modules.items() if not k.startswith("lora_")}
         return plain
@@ -230,8 +232,8 @@ class LoRALayer(nn.Module):
             products.append((self.lora_A_initial[name], self.lora_B_initial[name], -strength))
         return products
 
-    def forward(self, x: Tensor) -> Tensor:
-        names = self.enabled_adapters()
+    def forward(self, input: Tensor) -> Tensor:
+        x, names = input, self.enabled_adapters()
         if not names:
             return self._base_forward(x, self.weight, self.bias)
         if self.keeps_weight and self._holds_updates(names):
