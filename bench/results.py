@@ -56,7 +56,6 @@ PEER_SAMPLING = [
     "sampling.sampler={kind: ddim}",
     "sampling.times={kind: uniform}",
     "sampling.steps=50",
-    "sampling.clip_x0=false",
 ]
 COLUMNS = {
     "prompt_accuracy": "prompt accuracy",
@@ -67,6 +66,8 @@ COLUMNS = {
     "data_copying": "data copying",
     "gap_closed": "gap closed",
 }
+REAL = {"prompt_accuracy": "judge_accuracy", "frechet_distance": "frechet_floor_balanced"}
+REAL |= {name: f"{name}_real" for name in ("precision", "recall", "coverage")}
 OWN_LOSS = " Gap closed is in each side's own loss (ours v, cosine; theirs eps, linear betas): no comparison of sides."
 Row = dict[str, Any]
 
@@ -280,20 +281,23 @@ def document(rows: Sequence[Row], args: argparse.Namespace) -> str:
     for name in dict.fromkeys(r["data"] for r in rows):
         for kind, title in (("base", "base models"), ("lora", "LoRAs of the inverted style")):
             chosen = [r for r in rows if (r["data"], r["kind"]) == (name, kind)]
-            floor = sum(r["frechet_floor"] for r in chosen) / len(chosen)
+            floors = [sum(r[key] for r in chosen) / len(chosen) for key in ("frechet_floor", "frechet_floor_balanced")]
             columns = {k: v for k, v in COLUMNS.items() if chosen[0].get(k) is not None}
             sides = {s: [r for r in chosen if r["side"] == s] for s in dict.fromkeys(r["side"] for r in chosen)}
             means = [
                 [side, f"{of[0]['parameters']:,}", over_seeds(of, "seconds"), *(over_seeds(of, k) for k in columns)]
                 for side, of in sides.items()
             ]
+            real = [f"{sum(r[REAL[k]] for r in chosen) / len(chosen):.3g}" if REAL.get(k) in chosen[0] else "" for k in columns]
+            means.append(["real images", "", "", *real])
             each = [[r["side"], r["seed"], *(with_interval(r, k) for k in columns)] for r in chosen]
             steps = chosen[0]["budget"]["steps"][kind == "lora"]
             parts += [
-                f"\n## {name}: {title}\n\n{steps:,} steps. Means over seeds, and the least and the largest. Real images "
-                f"have a Frechet distance of {floor:.2f} from the held-out ones.{OWN_LOSS * (kind == 'lora')}\n\n",
+                f"\n## {name}: {title}\n\n{steps:,} steps. Means over seeds, and the least and the largest. Training images, "
+                f"which the judge has seen, have a Frechet distance of {floors[0]:.2f} from the held-out ones, or "
+                f"{floors[1]:.2f} where they are as many of each class as the samples.{OWN_LOSS * (kind == 'lora')}\n\n",
                 table(["side", "parameters", "seconds", *columns.values()], means),
-                "\nEach run, with intervals of 95% for the chance of all images (not of the training):\n\n",
+                "\nEach run, with intervals of 95%, not for the chance of the training (see the help of `evaluate.py`):\n\n",
                 table(["side", "seed", *columns.values()], each),
             ]
     return "".join(parts)

@@ -78,6 +78,27 @@ def test_each_set_is_drawn_by_its_own_groups():
     assert len({tuple(pairs.tolist()) for _, pairs in drawn}) > 5
 
 
+def test_strata_keep_their_numbers(generator):
+    """As the classes of samples do; else their numbers, which are no chance, make the interval of a mean twice as wide."""
+    classes = torch.arange(400) % 2
+    rows = 3.0 * classes + torch.randn(400, generator=generator)
+    drawn = []
+    interval(lambda index: drawn.append(classes[index].sum().item()) or 0.0, torch.arange(400), strata=[classes], resamples=20)
+    assert set(drawn) == {200}
+    low, high = interval(lambda r: r.mean().item(), rows, strata=[classes], resamples=2000)
+    within = sum(rows[classes == c].var().item() / 200 for c in range(2)) ** 0.5 / 2
+    assert high - low == pytest.approx(2 * 1.96 * within, rel=0.1)
+
+
+def test_strata_of_other_orders_and_sizes_are_drawn_from_themselves(generator):
+    classes = torch.tensor([5, 1, 5, 5, 9, 1])
+    seen = []
+    interval(lambda index: seen.append(index) or 0.0, torch.arange(6), strata=[classes], resamples=200)
+    for index in seen:
+        assert classes[index].sort().values.tolist() == [1, 1, 5, 5, 5, 9]
+    assert torch.cat(seen).unique().tolist() == list(range(6))
+
+
 def test_a_function_of_its_seed_that_leaves_the_global_one_alone():
     rows, state = torch.arange(20.0), torch.get_rng_state()
     first, again, other = (mean_interval(rows, resamples=20, seed=seed) for seed in (0, 0, 1))

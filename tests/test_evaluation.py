@@ -201,8 +201,8 @@ def test_the_scores_of_a_model(good_judge, tmp_path):
     model = tiny_model(tiny_config()).eval()
     scores = scored(model, tiny_images(), tmp_path)
     assert scores.keys() == {
-        "prompt_accuracy", "frechet_distance", "frechet_floor", "background", "gap_closed", "seconds_per_image",
-        "judge_accuracy", "dataset", "num_samples", "real_images", "seed",
+        "prompt_accuracy", "frechet_distance", "frechet_floor", "frechet_floor_balanced", "background", "gap_closed",
+        "seconds_per_image", "judge_accuracy", "dataset", "num_samples", "real_images", "seed",
     }  # fmt: skip
     assert scores["gap_closed"] is None
     assert (scores["dataset"], scores["num_samples"], scores["seed"]) == ("image/digits", 20, 0)

@@ -23,6 +23,7 @@ from xdiffusion.evaluation.background import background_brightness, background_m
 from xdiffusion.evaluation.bootstrap import interval
 from xdiffusion.evaluation.clip_score import clip_score
 from xdiffusion.evaluation.diversity import diversity
+from xdiffusion.evaluation.frechet import frechet_distance
 from xdiffusion.evaluation.gap import fixed_draws
 from xdiffusion.evaluation.judge import Judge, accuracy, judge_features, train_judge
 from xdiffusion.evaluation.loss_curve import LossCurve
@@ -34,6 +35,7 @@ from xdiffusion.lora.adapters import lora_disabled
 from xdiffusion.model import DiffusionModel, generate, generators_for
 
 BLOCK = 128
+FLOOR_DRAWS = 10
 NEAREST_BLOCK = 8192
 SUSPECTS = 12
 REASONS = {  # why a score of a set with classes may be None
@@ -207,9 +209,39 @@ def image_scores(samples: Samples, data: ImageSet, normal: ImageSet, judge: Judg
     if mask.any():
         rows["background"] = background_brightness(samples.images, mask)
     scores = {"background": None} | mean_scores(rows, resamples, seed)
-    known = judge_features(judge, normal.train.floats(samples.real))
-    scores |= frechet_scores(Features(features, held_out, known, normal.test.groups), resamples, seed)
+    compared = Features(features, held_out, None, normal.test.groups)
+    scores |= frechet_scores(compared, resamples, seed, samples.labels)
+    scores |= floor_scores(samples.labels, normal, judge, held_out, seed)
     return scores | ({"resamples": resamples} if resamples else {})
+
+
+def floor_scores(
+    labels: Int[Tensor, " N"], data: ImageSet, judge: Judge, held_out: Float[Tensor, "M D"], seed: int
+) -> dict[str, float]:
+    """The Frechet distance of as many training images as samples, the mean of some draws: one alone is off by a seventh.
+
+    frechet_floor: of any of them. frechet_floor_balanced: of as many of each class as the samples have, in their features
+    the larger part of what is between two sets of real images.
+    """
+    generator, train = torch.Generator().manual_seed(seed), data.train
+    counts = labels.bincount(minlength=data.prompts.num_classes).tolist()
+
+    def shuffled() -> Tensor:
+        return torch.randperm(len(train), generator=generator)
+
+    def balanced(order: Tensor) -> Tensor:
+        return torch.cat([order[train.labels[order] == c][:count] for c, count in enumerate(counts)])
+
+    draws = {
+        "frechet_floor": [shuffled()[: len(labels)] for _ in range(FLOOR_DRAWS)],
+        "frechet_floor_balanced": [balanced(shuffled()) for _ in range(FLOOR_DRAWS)],
+    }
+    used = torch.cat([index for drawn in draws.values() for index in drawn]).unique()
+    features = torch.cat([judge_features(judge, train.floats(index)) for index in used.split(NEAREST_BLOCK)])
+    return {
+        name: sum(frechet_distance(features[torch.searchsorted(used, index)], held_out) for index in drawn) / FLOOR_DRAWS
+        for name, drawn in draws.items()
+    }
 
 
 def full_scores(

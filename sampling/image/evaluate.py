@@ -6,13 +6,16 @@
 
 prompt_accuracy: share of samples in which the judge, a classifier of the real images, sees the prompted class.
 frechet_distance: between the judge's features of the samples and of the held-out images; frechet_floor: the same for
-real_images training images, as many as samples or all that there are. background: mean brightness in [0, 1] over the pixels
+as many training images as samples, or all that there are, the mean of ten draws; frechet_floor_balanced: with as many of each
+class as the samples, which is what samples without a fault would have. background: mean brightness in [0, 1] over the pixels
 that are background in 99% of the images. gap_closed (a LoRA on an inverted set): share of the way from the base's loss there
 to its loss on its own images. For an inverted set the judge sees the samples un-inverted.
 
---intervals adds intervals of 95%, for the chance of the samples and the held-out images, not of the training: of shares by
-counting, of other scores by the bootstrap, of gap_closed over its fixed images and noise. Held-out images that are variants
-of one digit count as one. What a score is read beside (frechet_floor, judge_accuracy, NAME_real) has none. --full adds:
+--intervals adds intervals of 95%, for the chance of the images, not of the training: of shares by counting, of other scores by
+the bootstrap, of gap_closed over its fixed images and noise. Those of frechet_distance and data_copying are of the chance of
+samples and held-out images; those of precision, recall, density, coverage and diversity of one of the two, given the other.
+Held-out images that are variants of one digit count as one. What a score is read beside (frechet_floor, judge_accuracy,
+NAME_real: of images that the judge has seen in its training) has none. --full adds:
 precision, recall, density and coverage of the samples' features against held-out images; diversity within a class over the
 data's; data_copying, copies and nearest_distance, a check for memorised training images; loss_curve, the held-out loss by
 log-SNR; bits_per_dim of discrete DDPMs. NAME_real is the same score of those training images. --report writes all of it, with

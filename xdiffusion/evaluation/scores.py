@@ -21,7 +21,7 @@ OF_HELD_OUT = ("recall", "coverage")  # whose rows are of held-out images, not o
 class Features(NamedTuple):
     """Rows of features that are compared.
 
-    known: of training images, for the floor and the `_real` scores.
+    known: of training images, for the floor and the `_real` scores; None where the floor is another's business.
     groups: of held-out images.
     """
 
@@ -42,15 +42,15 @@ def mean_scores(rows: Mapping[str, Tensor], resamples: int, seed: int, groups: G
     return scores
 
 
-def frechet_scores(features: Features, resamples: int, seed: int) -> dict[str, Any]:
-    """The Frechet distance to held-out images; its floor is that of training images."""
+def frechet_scores(features: Features, resamples: int, seed: int, classes: Groups | None = None) -> dict[str, Any]:
+    """The Frechet distance to held-out images; its floor is that of training images. classes: asked for, of each sample."""
     samples, held_out, known, groups = features
     scores: dict[str, Any] = {"frechet_distance": frechet_distance(samples, held_out)}
     if known is not None:
         scores["frechet_floor"] = frechet_distance(known, held_out)
     if resamples:
-        drawn = {"groups": [None, groups], "centred": True, "resamples": resamples, "seed": seed}
-        scores["frechet_distance_interval"] = interval(frechet_distance, samples, held_out, **drawn)
+        drawn = {"groups": [None, groups], "strata": [classes, None], "resamples": resamples, "seed": seed}
+        scores["frechet_distance_interval"] = interval(frechet_distance, samples, held_out, centred=True, **drawn)
     return scores
 
 
