@@ -121,7 +121,7 @@ def add_layer(model, name):
     model.add_module(last, nn.Linear(4, 4))
 
 
-def test_two_names_that_other_formats_have_once_stay_two_in_ours(tmp_path):
+def test_two_names_that_other_formats_have_once_stay_two_in_ours_and_peft_s(tmp_path):
     lora = LoRAFile({name: LoRAFactors(torch.randn(1, 4), torch.randn(4, 1), 1.0) for name in ALIKE})
     assert len({exchange_name(name) for name in ALIKE}) == 1
     write_lora(lora, tmp_path / "ours.safetensors", "native")
@@ -133,7 +133,9 @@ def test_two_names_that_other_formats_have_once_stay_two_in_ours(tmp_path):
     for name in ALIKE:
         torch.testing.assert_close(model.get_submodule(name).delta("default"), lora.modules[name].delta())
     with pytest.raises(CheckpointError, match="has one name for two of the 2 modules"):
-        write_lora(lora, tmp_path / "theirs", "peft")
+        write_lora(lora, tmp_path / "theirs.safetensors", "kohya")
+    write_lora(lora, tmp_path / "theirs", "peft")  # in which a model of its own has its own names
+    assert_equal_products(read_lora(tmp_path / "theirs"), lora)
 
 
 @pytest.mark.parametrize("alpha", ["nan", "inf"])

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from xdiffusion.checkpoints.component_names import COMPONENTS, component_of, name_in_component
+from xdiffusion.checkpoints.component_names import COMPONENTS, component_of, in_components, name_in_component
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats.factors import assemble
@@ -31,7 +31,12 @@ METADATA = "lora_adapter_metadata"
 
 
 def read(loose: Loose, metadata: Mapping[str, str], path: Path) -> dict[str, LoRAFactors]:
-    """Factors by exchange name; alphas from the header, from `.alpha` tensors, else alpha = rank."""
+    """Factors by exchange name; alphas from the header, from `.alpha` tensors, else alpha = rank.
+
+    A file without a header may be of any model, as peft's `get_peft_model_state_dict` gives it: then names are the file's own.
+    """
+    if METADATA not in metadata and not in_components(loose.parts):
+        return assemble(loose.parts, path, loose.repairs)
     parts = named_as_exchanged(loose, path)
     if METADATA not in metadata:
         return assemble(parts, path, loose.repairs)

@@ -2,8 +2,9 @@
 
 Keys are `base_model.model.<path>.lora_A.weight`; scaling is lora_alpha / r or, with use_rslora, lora_alpha / sqrt(r),
 where rank_pattern and alpha_pattern name the modules that differ. A LoRA of a pipeline goes to `unet/` and
-`text_encoder/` below the folder; one of any other model into the folder itself. The text encoder's keys are written as
-transformers 5 names its modules, without `text_model.`, and read with it too; with transformers 4 peft takes them by
+`text_encoder/` below the folder; one of any other model, and of a text encoder alone, into the folder itself, with that
+model's own names. The keys of a pipeline's text encoder are written as transformers 5 names its modules, without
+`text_model.`, and read with it too; with transformers 4 peft takes them by
 `PeftModel.from_pretrained(..., key_mapping={"^encoder": "text_model.encoder"})` (peft 0.16 and later).
 """
 
@@ -18,7 +19,13 @@ from typing import Any
 
 from torch import Tensor
 
-from xdiffusion.checkpoints.component_names import COMPONENTS, component_of, exchange_name, name_in_component
+from xdiffusion.checkpoints.component_names import (
+    COMPONENTS,
+    component_of,
+    exchange_name,
+    name_in_component,
+    of_pipeline,
+)
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats.factors import assemble
@@ -45,7 +52,9 @@ def read_folder(path: Path) -> LoRAFile:
     if not is_adapter_folder(path):
         raise CheckpointError(f"no LoRA in the folder {path}: neither it nor its unet or text_encoder has {CONFIG}")
     if (path / CONFIG).is_file():
-        modules = {exchange_name(name): factors for name, factors in _read_one(path, repairs, metadata).items()}
+        modules = _read_one(path, repairs, metadata)
+        if of_pipeline(modules):
+            modules = {exchange_name(name): factors for name, factors in modules.items()}
     for component in COMPONENTS:
         if (path / component / CONFIG).is_file():
             found = _read_one(path / component, repairs, metadata)
@@ -54,14 +63,16 @@ def read_folder(path: Path) -> LoRAFile:
 
 
 def write_folder(lora: LoRAFile, path: Path) -> None:
-    """Write the folder, or a folder for each component.
+    """Write the folder, or a folder for each component: names are exchange names, or all of them those of another model.
 
     Raises:
         CheckpointError: if it cannot be written, or some modules only have a magnitude, which peft's config cannot say.
     """
     parts: dict[str | None, dict[str, LoRAFactors]] = {}
+    pipeline = of_pipeline(lora.modules)
     for name, factors in lora.modules.items():
-        parts.setdefault(component_of(name), {})[name_in_component(name)] = factors
+        component = component_of(name) if pipeline else None
+        parts.setdefault(component, {})[name_in_component(name) if component else name] = factors
     for component in {None, *COMPONENTS} - parts.keys():
         refuse_leftover((path / component if component else path) / CONFIG)
     for component, modules in parts.items():
