@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from xdiffusion.checkpoints.component_names import exchange_name
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
+from xdiffusion.checkpoints.reading import load_safetensors
 from xdiffusion.commands import lora_add
 from xdiffusion.commands.base_weights import fold, open_base
 from xdiffusion.lora import (
@@ -59,6 +61,37 @@ def test_peft_folders_say_what_is_wrong(tmp_path):
         config.write_text(json.dumps(json.loads(config.read_text()) | change))
         with pytest.raises(CheckpointError, match=message):
             read_lora(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("alora_invocation_tokens", [5, 6]),
+        ("use_bdlora", {"nblocks": 2, "target_modules_bd_a": ["to_q"]}),
+        ("kasa_config", {"beta": 1e-4}),
+        ("use_qalora", True),
+        ("arrow_config", {"top_k": 3}),
+        ("layer_replication", [[0, 1], [0, 1]]),
+    ],
+)
+def test_options_of_peft_that_make_another_update_are_refused(field, value, tmp_path):
+    """In a folder's config and in diffusers' header; what stands there for "not used" is none."""
+    folder, path = tmp_path / "peft", tmp_path / "a.safetensors"
+    write_lora(replace(mixed(), tokens={}), folder, "peft")
+    write_lora(replace(mixed(), tokens={}), path, "diffusers")
+    config, (tensors, header) = folder / "unet/adapter_config.json", load_safetensors(path)
+    plain, fields = json.loads(config.read_text()), json.loads(header["lora_adapter_metadata"])
+    for off in (None, False):
+        config.write_text(json.dumps(plain | {field: off}))
+        assert_equal_products(read_lora(folder), mixed())
+    config.write_text(json.dumps(plain | {field: value}))
+    said = json.dumps(fields | {f"unet.{field}": value})
+    save_file(dict(tensors), tmp_path / "b.safetensors", header | {"lora_adapter_metadata": said})
+    for name in ("peft", "b.safetensors"):
+        with pytest.raises(
+            CheckpointError, match=rf"{name}.* has {field}={re.escape(repr(value))}: .*, which is not read here"
+        ):
+            read_lora(tmp_path / name)
 
 
 @pytest.mark.parametrize("format", ["cloneofsimo-pt", "positional", "kohya", "peft"])

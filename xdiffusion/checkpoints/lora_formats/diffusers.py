@@ -23,7 +23,7 @@ from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats.factors import assemble
 from xdiffusion.checkpoints.lora_formats.keys import Loose, named_as_exchanged
-from xdiffusion.checkpoints.lora_formats.peft import alpha_from, check_init, config_of, magnitude_of
+from xdiffusion.checkpoints.lora_formats.peft import alpha_from, check_config, config_of, magnitude_of
 from xdiffusion.checkpoints.native import reading_header
 from xdiffusion.checkpoints.writing import save_safetensors
 
@@ -43,7 +43,7 @@ def read(loose: Loose, metadata: Mapping[str, str], path: Path) -> dict[str, LoR
     with reading_header(path):
         configs = _by_component(json.loads(metadata[METADATA]))
         for config in configs.values():
-            check_init(config, path)
+            check_config(config, path)
 
         def alpha_of(module: str, rank: int) -> tuple[float, bool]:
             component, _, name = module.partition(".")

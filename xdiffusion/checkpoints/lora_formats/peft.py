@@ -37,6 +37,14 @@ from xdiffusion.checkpoints.reading import load_pickled, load_safetensors, read_
 from xdiffusion.checkpoints.writing import save_safetensors, write_text
 
 REPEATED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that change the base, which peft repeats on loading
+OTHER_UPDATES = {  # options of a LoraConfig with which A and B mean something else
+    "alora_invocation_tokens": "the update counts from these tokens on",
+    "arrow_config": "each token has a mixture of adapters of its own",
+    "kasa_config": "the base loses singular values, and factors of others stand between A and B",
+    "layer_replication": "the layers are those of a model in which some stand twice",
+    "use_bdlora": "the factors are diagonals of blocks",
+    "use_qalora": "A takes means of inputs",
+}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -120,12 +128,15 @@ def config_of(modules: Mapping[str, LoRAFactors]) -> dict[str, Any]:
     }
 
 
-def check_init(config: Mapping[str, Any], path: Path) -> None:
-    """Complain of factors that belong to another base than the model itself.
+def check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Complain of factors that belong to another base than the model itself, or are no plain LoRA's.
 
     Raises:
         CheckpointError: if a LoraConfig says so.
     """
+    for field, meaning in OTHER_UPDATES.items():
+        if config.get(field):
+            raise CheckpointError(f"{path} has {field}={config[field]!r:.100}: {meaning}, which is not read here")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(REPEATED):
         raise CheckpointError(
@@ -153,7 +164,7 @@ def _read_one(folder: Path, repairs: list[str], metadata: dict[str, str]) -> dic
         config = read_json(path)
         if config["peft_type"] != "LORA":
             raise CheckpointError(f"{path} is of the method {config['peft_type']!r}, not LORA")
-        check_init(config, path)
+        check_config(config, path)
     if (folder / WEIGHTS).is_file():
         tensors, header = load_safetensors(folder / WEIGHTS)
     else:
