@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lora_files import SD15, WRITTEN, assert_equal_products, mixed, path_of
+from lora_files import SD15, WRITTEN, assert_equal_products, mixed, path_of, random_factors
 from safetensors.torch import load_file, save_file
 from sd_files import sd_config
 from torch import nn
@@ -16,7 +16,7 @@ from xdiffusion.build import build_model
 from xdiffusion.checkpoints.component_names import exchange_name
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
-from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
+from xdiffusion.checkpoints.lora_formats import LayerTable, read_lora, write_lora
 from xdiffusion.checkpoints.reading import load_safetensors
 from xdiffusion.commands import lora_add
 from xdiffusion.commands.base_weights import fold, open_base
@@ -92,6 +92,19 @@ def test_options_of_peft_that_make_another_update_are_refused(field, value, tmp_
             CheckpointError, match=rf"{name}.* has {field}={re.escape(repr(value))}: .*, which is not read here"
         ):
             read_lora(tmp_path / name)
+
+
+@pytest.mark.parametrize("others", [{}, {"mid_block.resnets.0.conv1": (4, 4, 3, 3)}], ids=["alone", "beside a UNet's"])
+def test_layers_that_cloneofsimo_does_not_count(others, tmp_path):
+    """Layers of the table that belong to neither component: a DiT's, or those of an XL beside the UNet's blocks."""
+    shapes = {"add_embedding.linear_1": (4, 4), **others}
+    table = LayerTable((exchange_name(name), shape) for name, shape in shapes.items())
+    lora = LoRAFile({name: random_factors(exchange_name(name), 2, 1.0, table) for name in shapes})
+    with pytest.raises(CheckpointError, match=r"no place for add_embedding\.linear_1"):
+        write_lora(lora, path_of("cloneofsimo", tmp_path), "cloneofsimo", table)
+    assert list(tmp_path.iterdir()) == []
+    write_lora(lora, path_of("positional", tmp_path), "positional", table)  # has a place for every layer
+    assert len(read_lora(path_of("positional", tmp_path), table).modules) == len(shapes)
 
 
 @pytest.mark.parametrize("format", ["cloneofsimo-pt", "positional", "kohya", "peft"])
