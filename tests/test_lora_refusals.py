@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 from lora_files import SD15, WRITTEN, assert_equal_products, mixed, path_of, random_factors
@@ -92,6 +93,14 @@ def test_options_of_peft_that_make_another_update_are_refused(field, value, tmp_
             CheckpointError, match=rf"{name}.* has {field}={re.escape(repr(value))}: .*, which is not read here"
         ):
             read_lora(tmp_path / name)
+
+
+def test_peft_s_convolutions_with_groups_are_called_so(tmp_path):
+    """Its A reaches over all inputs and its B is in groups; ours are the other way round."""
+    model = nn.ModuleDict({"conv": nn.Conv2d(8, 16, 3, groups=2)})
+    peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["conv"])).save_pretrained(tmp_path / "peft")
+    with pytest.raises(CheckpointError, match=r"no common rank: .*, as peft's of a convolution with 2 groups"):
+        read_lora(tmp_path / "peft")
 
 
 @pytest.mark.parametrize("others", [{}, {"mid_block.resnets.0.conv1": (4, 4, 3, 3)}], ids=["alone", "beside a UNet's"])
