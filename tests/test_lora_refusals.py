@@ -2,11 +2,13 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
-from lora_files import SD15, WRITTEN, assert_equal_products, mixed, path_of
+from lora_files import SD15, WRITTEN, assert_equal_products, mixed, path_of, random_factors
 from safetensors.torch import load_file, save_file
 from sd_files import sd_config
 from torch import nn
@@ -15,7 +17,8 @@ from xdiffusion.build import build_model
 from xdiffusion.checkpoints.component_names import exchange_name
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
-from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
+from xdiffusion.checkpoints.lora_formats import LayerTable, read_lora, write_lora
+from xdiffusion.checkpoints.reading import load_safetensors
 from xdiffusion.commands import lora_add
 from xdiffusion.commands.base_weights import fold, open_base
 from xdiffusion.lora import (
@@ -59,6 +62,58 @@ def test_peft_folders_say_what_is_wrong(tmp_path):
         config.write_text(json.dumps(json.loads(config.read_text()) | change))
         with pytest.raises(CheckpointError, match=message):
             read_lora(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("alora_invocation_tokens", [5, 6]),
+        ("use_bdlora", {"nblocks": 2, "target_modules_bd_a": ["to_q"]}),
+        ("kasa_config", {"beta": 1e-4}),
+        ("use_qalora", True),
+        ("arrow_config", {"top_k": 3}),
+        ("layer_replication", [[0, 1], [0, 1]]),
+    ],
+)
+def test_options_of_peft_that_make_another_update_are_refused(field, value, tmp_path):
+    """In a folder's config and in diffusers' header; what stands there for "not used" is none."""
+    folder, path = tmp_path / "peft", tmp_path / "a.safetensors"
+    write_lora(replace(mixed(), tokens={}), folder, "peft")
+    write_lora(replace(mixed(), tokens={}), path, "diffusers")
+    config, (tensors, header) = folder / "unet/adapter_config.json", load_safetensors(path)
+    plain, fields = json.loads(config.read_text()), json.loads(header["lora_adapter_metadata"])
+    for off in (None, False):
+        config.write_text(json.dumps(plain | {field: off}))
+        assert_equal_products(read_lora(folder), mixed())
+    config.write_text(json.dumps(plain | {field: value}))
+    said = json.dumps(fields | {f"unet.{field}": value})
+    save_file(dict(tensors), tmp_path / "b.safetensors", header | {"lora_adapter_metadata": said})
+    for name in ("peft", "b.safetensors"):
+        with pytest.raises(
+            CheckpointError, match=rf"{name}.* has {field}={re.escape(repr(value))}: .*, which is not read here"
+        ):
+            read_lora(tmp_path / name)
+
+
+def test_peft_s_convolutions_with_groups_are_called_so(tmp_path):
+    """Its A reaches over all inputs and its B is in groups; ours are the other way round."""
+    model = nn.ModuleDict({"conv": nn.Conv2d(8, 16, 3, groups=2)})
+    peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["conv"])).save_pretrained(tmp_path / "peft")
+    with pytest.raises(CheckpointError, match=r"no common rank: .*, as peft's of a convolution with 2 groups"):
+        read_lora(tmp_path / "peft")
+
+
+@pytest.mark.parametrize("others", [{}, {"mid_block.resnets.0.conv1": (4, 4, 3, 3)}], ids=["alone", "beside a UNet's"])
+def test_layers_that_cloneofsimo_does_not_count(others, tmp_path):
+    """Layers of the table that belong to neither component: a DiT's, or those of an XL beside the UNet's blocks."""
+    shapes = {"add_embedding.linear_1": (4, 4), **others}
+    table = LayerTable((exchange_name(name), shape) for name, shape in shapes.items())
+    lora = LoRAFile({name: random_factors(exchange_name(name), 2, 1.0, table) for name in shapes})
+    with pytest.raises(CheckpointError, match=r"no place for add_embedding\.linear_1"):
+        write_lora(lora, path_of("cloneofsimo", tmp_path), "cloneofsimo", table)
+    assert list(tmp_path.iterdir()) == []
+    write_lora(lora, path_of("positional", tmp_path), "positional", table)  # has a place for every layer
+    assert len(read_lora(path_of("positional", tmp_path), table).modules) == len(shapes)
 
 
 @pytest.mark.parametrize("format", ["cloneofsimo-pt", "positional", "kohya", "peft"])
@@ -121,7 +176,7 @@ def add_layer(model, name):
     model.add_module(last, nn.Linear(4, 4))
 
 
-def test_two_names_that_other_formats_have_once_stay_two_in_ours(tmp_path):
+def test_two_names_that_other_formats_have_once_stay_two_in_ours_and_peft_s(tmp_path):
     lora = LoRAFile({name: LoRAFactors(torch.randn(1, 4), torch.randn(4, 1), 1.0) for name in ALIKE})
     assert len({exchange_name(name) for name in ALIKE}) == 1
     write_lora(lora, tmp_path / "ours.safetensors", "native")
@@ -133,7 +188,9 @@ def test_two_names_that_other_formats_have_once_stay_two_in_ours(tmp_path):
     for name in ALIKE:
         torch.testing.assert_close(model.get_submodule(name).delta("default"), lora.modules[name].delta())
     with pytest.raises(CheckpointError, match="has one name for two of the 2 modules"):
-        write_lora(lora, tmp_path / "theirs", "peft")
+        write_lora(lora, tmp_path / "theirs.safetensors", "kohya")
+    write_lora(lora, tmp_path / "theirs", "peft")  # in which a model of its own has its own names
+    assert_equal_products(read_lora(tmp_path / "theirs"), lora)
 
 
 @pytest.mark.parametrize("alpha", ["nan", "inf"])

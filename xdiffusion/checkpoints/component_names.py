@@ -9,6 +9,7 @@ in diffusers' pipeline parts, and in a UNet or a text encoder alone. Names of an
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -30,7 +31,9 @@ _TEXT_LAYER = {  # ours, and the oldest diffusers scripts' -> transformers
     "self_attn.to_v": "self_attn.v_proj",
     "self_attn.to_out.0": "self_attn.out_proj",
 }
-_TEXT_LAYER |= {theirs: theirs for theirs in (*_TEXT_LAYER.values(), "mlp.fc1", "mlp.fc2")}
+_TRANSFORMERS = {*_TEXT_LAYER.values(), "mlp.fc1", "mlp.fc2"}
+_TEXT_LAYER |= {theirs: theirs for theirs in _TRANSFORMERS}
+_SECOND_TEXT_ENCODER = "text_encoder_2."  # of Stable Diffusion XL, in the files of diffusers
 
 
 def exchange_name(name: str) -> str:
@@ -42,6 +45,26 @@ def exchange_name(name: str) -> str:
         ours = unet_name_from_diffusers(f"{part[1] or part[2]}.")  # the tables' pairs end in a dot
         return f"unet.{unet_name_to_diffusers(ours)[:-1]}"
     return name
+
+
+def in_components(names: Iterable[str]) -> bool:
+    """Whether all modules, in any spelling, have a name that a UNet or a text encoder could have."""
+    return all(component_of(exchange_name(name)) or name.startswith(_SECOND_TEXT_ENCODER) for name in names)
+
+
+def of_pipeline(names: Iterable[str]) -> bool:
+    """Whether the modules of a LoRA are Stable Diffusion's: `in_components`, and one at least can be no other model's.
+
+    Layers of many transformers are named as CLIP's, Llama's `layers.0.self_attn.q_proj` too. Where all are so, without
+    `text_encoder.` in front, they may be any model's.
+    """
+    names = list(names)
+    return in_components(names) and not all(_is_any_transformer_s(name) for name in names)
+
+
+def _is_any_transformer_s(name: str) -> bool:
+    layer = _IN_TEXT_LAYER.fullmatch(name)
+    return layer is not None and layer[2] in _TRANSFORMERS and not name.startswith("text_encoder.")
 
 
 def name_in_component(name: str) -> str:

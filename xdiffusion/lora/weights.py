@@ -186,7 +186,7 @@ def _by_own_names(
     exact = {plain_name(model, name): name for name in layers}
     own = {exchange_name(plain): name for plain, name in exact.items()}
     components = {component_of(name) for name in own}
-    found, absent, unexpected = {}, {}, []
+    found, absent, unexpected, of_another_model = {}, {}, [], False
     for name, factors in sorted(modules.items()):
         exchange = exchange_name(name)
         if exchange not in own:  # of a file that was saved with a wrapper's names
@@ -194,12 +194,15 @@ def _by_own_names(
         component = component_of(exchange)
         if place := exact.get(name) or own.get(exchange):
             found[place] = factors
+            of_another_model |= component is None
         elif component and component not in components:
             absent.setdefault(component, []).append(name)
         else:
             unexpected.append(name)
+    if of_another_model:  # its layers can be named as a text encoder's, Llama's `layers.0.self_attn.q_proj`
+        unexpected += [name for part, names in absent.items() for name in names if not name.startswith(f"{part}.")]
     if unexpected or not found:
-        missing = unexpected + [name for names in absent.values() for name in names]
+        missing = list(dict.fromkeys(unexpected + [name for names in absent.values() for name in names]))
         raise LoRAError(
             f"{path} does not fit this model: {len(missing)} of its {len(modules)} modules are not there"
             + (f", such as {missing[0]}" if missing else "")

@@ -18,12 +18,12 @@ from typing import Any
 
 from torch import Tensor
 
-from xdiffusion.checkpoints.component_names import COMPONENTS, component_of, name_in_component
+from xdiffusion.checkpoints.component_names import COMPONENTS, component_of, in_components, name_in_component
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats.factors import assemble
 from xdiffusion.checkpoints.lora_formats.keys import Loose, named_as_exchanged
-from xdiffusion.checkpoints.lora_formats.peft import alpha_from, check_init, config_of, magnitude_of
+from xdiffusion.checkpoints.lora_formats.peft import alpha_from, check_config, config_of, magnitude_of
 from xdiffusion.checkpoints.native import reading_header
 from xdiffusion.checkpoints.writing import save_safetensors
 
@@ -31,14 +31,19 @@ METADATA = "lora_adapter_metadata"
 
 
 def read(loose: Loose, metadata: Mapping[str, str], path: Path) -> dict[str, LoRAFactors]:
-    """Factors by exchange name; alphas from the header, from `.alpha` tensors, else alpha = rank."""
+    """Factors by exchange name; alphas from the header, from `.alpha` tensors, else alpha = rank.
+
+    A file without a header may be of any model, as peft's `get_peft_model_state_dict` gives it: then names are the file's own.
+    """
+    if METADATA not in metadata and not in_components(loose.parts):
+        return assemble(loose.parts, path, loose.repairs)
     parts = named_as_exchanged(loose, path)
     if METADATA not in metadata:
         return assemble(parts, path, loose.repairs)
     with reading_header(path):
         configs = _by_component(json.loads(metadata[METADATA]))
         for config in configs.values():
-            check_init(config, path)
+            check_config(config, path)
 
         def alpha_of(module: str, rank: int) -> tuple[float, bool]:
             component, _, name = module.partition(".")

@@ -169,11 +169,21 @@ def _same_dimensions(lora_A: Tensor, lora_B: Tensor, name: str, path: Path, repa
     if not 2 <= lora_A.dim() <= 4 or lora_B.dim() < 2 or lora_B.shape[2:].numel() != 1:
         raise CheckpointError(f"{path}: the factors of {name} are no low-rank pair: {shapes}")
     if lora_A.shape[0] != lora_B.shape[1] or 0 in lora_A.shape or 0 in lora_B.shape:
-        raise CheckpointError(f"{path}: the factors of {name} have no common rank: {shapes}")
+        raise CheckpointError(f"{path}: the factors of {name} have no common rank: {shapes}{_said_of_groups(lora_A, lora_B)}")
     if lora_A.dim() != lora_B.dim():
         repairs.append(f"{name}: factors of different dimensions: {shapes}")
         lora_B = lora_B.reshape(*lora_B.shape[:2], *[1] * (lora_A.dim() - 2))
     return lora_A, lora_B
+
+
+def _said_of_groups(lora_A: Tensor, lora_B: Tensor) -> str:
+    """The end of an error's sentence for factors of a convolution with groups by peft: "" for others.
+
+    Its A reaches over all inputs and its B is in groups, (out, rank / groups, 1, 1), which is no product of two matrices.
+    """
+    groups, rest = divmod(lora_A.shape[0], lora_B.shape[1] or 1)
+    of_groups = lora_A.dim() > 2 and groups > 1 and not rest
+    return f", as peft's of a convolution with {groups} groups, which are not read here" if of_groups else ""
 
 
 def _stored_alpha(tensors: Mapping[str, Tensor], rank: int, name: str, path: Path, repairs: list[str]) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from xdiffusion.checkpoints.component_names import exchange_name
+from xdiffusion.checkpoints.component_names import exchange_name, of_pipeline
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import diffusers, kohya, native, peft, positions
@@ -81,7 +81,7 @@ def write_lora(
     if not lora.modules:
         raise CheckpointError(f"{path} is not written: the LoRA holds no factors")
     modules = dict(lora.modules)
-    if format != "native":
+    if format != "native" and (format != "peft" or of_pipeline(modules)):
         modules = {exchange_name(name): factors for name, factors in modules.items()}
         if len(modules) < len(lora.modules):
             raise CheckpointError(f"the format {format} has one name for two of the {len(lora.modules)} modules")

@@ -2,8 +2,9 @@
 
 Keys are `base_model.model.<path>.lora_A.weight`; scaling is lora_alpha / r or, with use_rslora, lora_alpha / sqrt(r),
 where rank_pattern and alpha_pattern name the modules that differ. A LoRA of a pipeline goes to `unet/` and
-`text_encoder/` below the folder; one of any other model into the folder itself. The text encoder's keys are written as
-transformers 5 names its modules, without `text_model.`, and read with it too; with transformers 4 peft takes them by
+`text_encoder/` below the folder; one of any other model, and of a text encoder alone, into the folder itself, with that
+model's own names. The keys of a pipeline's text encoder are written as transformers 5 names its modules, without
+`text_model.`, and read with it too; with transformers 4 peft takes them by
 `PeftModel.from_pretrained(..., key_mapping={"^encoder": "text_model.encoder"})` (peft 0.16 and later).
 """
 
@@ -18,7 +19,13 @@ from typing import Any
 
 from torch import Tensor
 
-from xdiffusion.checkpoints.component_names import COMPONENTS, component_of, exchange_name, name_in_component
+from xdiffusion.checkpoints.component_names import (
+    COMPONENTS,
+    component_of,
+    exchange_name,
+    name_in_component,
+    of_pipeline,
+)
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats.factors import assemble
@@ -30,6 +37,14 @@ from xdiffusion.checkpoints.reading import load_pickled, load_safetensors, read_
 from xdiffusion.checkpoints.writing import save_safetensors, write_text
 
 REPEATED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that change the base, which peft repeats on loading
+OTHER_UPDATES = {  # options of a LoraConfig with which A and B mean something else
+    "alora_invocation_tokens": "the update counts from these tokens on",
+    "arrow_config": "each token has a mixture of adapters of its own",
+    "kasa_config": "the base loses singular values, and factors of others stand between A and B",
+    "layer_replication": "the layers are those of a model in which some stand twice",
+    "use_bdlora": "the factors are diagonals of blocks",
+    "use_qalora": "A takes means of inputs",
+}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -45,7 +60,9 @@ def read_folder(path: Path) -> LoRAFile:
     if not is_adapter_folder(path):
         raise CheckpointError(f"no LoRA in the folder {path}: neither it nor its unet or text_encoder has {CONFIG}")
     if (path / CONFIG).is_file():
-        modules = {exchange_name(name): factors for name, factors in _read_one(path, repairs, metadata).items()}
+        modules = _read_one(path, repairs, metadata)
+        if of_pipeline(modules):
+            modules = {exchange_name(name): factors for name, factors in modules.items()}
     for component in COMPONENTS:
         if (path / component / CONFIG).is_file():
             found = _read_one(path / component, repairs, metadata)
@@ -54,14 +71,16 @@ def read_folder(path: Path) -> LoRAFile:
 
 
 def write_folder(lora: LoRAFile, path: Path) -> None:
-    """Write the folder, or a folder for each component.
+    """Write the folder, or a folder for each component: names are exchange names, or all of them those of another model.
 
     Raises:
         CheckpointError: if it cannot be written, or some modules only have a magnitude, which peft's config cannot say.
     """
     parts: dict[str | None, dict[str, LoRAFactors]] = {}
+    pipeline = of_pipeline(lora.modules)
     for name, factors in lora.modules.items():
-        parts.setdefault(component_of(name), {})[name_in_component(name)] = factors
+        component = component_of(name) if pipeline else None
+        parts.setdefault(component, {})[name_in_component(name) if component else name] = factors
     for component in {None, *COMPONENTS} - parts.keys():
         refuse_leftover((path / component if component else path) / CONFIG)
     for component, modules in parts.items():
@@ -109,12 +128,15 @@ def config_of(modules: Mapping[str, LoRAFactors]) -> dict[str, Any]:
     }
 
 
-def check_init(config: Mapping[str, Any], path: Path) -> None:
-    """Complain of factors that belong to another base than the model itself.
+def check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Complain of factors that belong to another base than the model itself, or are no plain LoRA's.
 
     Raises:
         CheckpointError: if a LoraConfig says so.
     """
+    for field, meaning in OTHER_UPDATES.items():
+        if config.get(field):
+            raise CheckpointError(f"{path} has {field}={config[field]!r:.100}: {meaning}, which is not read here")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(REPEATED):
         raise CheckpointError(
@@ -142,7 +164,7 @@ def _read_one(folder: Path, repairs: list[str], metadata: dict[str, str]) -> dic
         config = read_json(path)
         if config["peft_type"] != "LORA":
             raise CheckpointError(f"{path} is of the method {config['peft_type']!r}, not LORA")
-        check_init(config, path)
+        check_config(config, path)
     if (folder / WEIGHTS).is_file():
         tensors, header = load_safetensors(folder / WEIGHTS)
     else:

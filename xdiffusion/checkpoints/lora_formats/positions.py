@@ -256,7 +256,7 @@ def _in_old_order(lora: LoRAFile, names: LayerTable | None, smallest_unet: int =
     smallest_unet: the place in SETS of the first set that a UNet may have.
     """
     table = names or _sd_table_for(lora)
-    stray = _stray(lora, table)
+    stray = _stray(lora, {name: shape for name, shape in table.items() if component_of(name)})
     if stray:
         raise CheckpointError(f"cloneofsimo's formats have no place for {stray}: they count a UNet's and text encoder's")
     result = {}
