@@ -7,7 +7,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from xdiffusion.lora import apply_lora_to_model, merge_lora_weights, unmerge_lora_weights
+from xdiffusion.lora import (
+    apply_lora_to_model,
+    load_lora_weights,
+    merge_lora_weights,
+    save_lora_weights,
+    unmerge_lora_weights,
+)
 from xdiffusion.lora.adapters import remove_lora
 from xdiffusion.lora.fold import fold_lora_weights
 from xdiffusion.lora.inject import lora_layers
@@ -151,6 +157,15 @@ def test_pissa_of_a_weight_that_is_not_finite_changes_nothing():
     with pytest.raises(LoRAError, match="init='pissa' of 1: its weight is not finite"):
         apply_lora_to_model(model, target_modules="all", init="pissa")
     assert all(type(layer) is nn.Linear and layer.weight.requires_grad for layer in model)
+
+
+def test_a_lora_is_not_loaded_onto_weights_that_are_not_there(tmp_path):
+    save_lora_weights(with_effect(linear()), tmp_path / "lora.safetensors")
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(256, 512))
+    with pytest.raises(LoRAError, match="0 has no values yet, it is on the meta device"):
+        load_lora_weights(model, tmp_path / "lora.safetensors")
+    assert type(model[0]) is nn.Linear
 
 
 def test_factors_are_float32_whatever_the_default(monkeypatch):

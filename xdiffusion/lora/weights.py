@@ -115,7 +115,9 @@ def load_lora_weights(
 ) -> LoadReport:
     """Give `model` the adapter in a file, wrapping the layers it names; nothing is changed where this fails.
 
-    An adapter of that name which changes nothing yet, as `apply_lora_to_model` makes it, takes the file's factors in.
+    An adapter of that name which changes nothing yet, as `apply_lora_to_model` makes it, takes the file's factors in. The base
+    stays as trainable as it was: to train the LoRA further, freeze it (`model.requires_grad_(False)` before) or take
+    `get_lora_parameters`.
 
     Args:
         model: any module that has the layers. Stable Diffusion's are found in our spelling, in diffusers' (a UNet alone,
@@ -222,6 +224,8 @@ def _checked(
         if hasattr(layer, "merged_from"):
             raise LoRAError(f"{name} is merged: call unmerge_lora_weights before loading a LoRA")
         weight = layer.weight
+        if weight.is_meta:
+            raise LoRAError(f"{name} has no values yet, it is on the meta device: load the model's weights before a LoRA")
         checked[name] = fitted(factors, tuple(weight.shape))
         if checked[name] is None:
             raise LoRAError(
