@@ -1,6 +1,7 @@
 """Where the commands put what they make, unless a flag or a config says otherwise, and what they say of a place without it."""
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +12,17 @@ PATHS = ("data.data_dir", "cache.folder", "prior.data_dir", "model.text_encoder.
 CACHE_FOLDER = "output/cache"  # a literal: the schema of configs reads it from this source
 
 
-def sample_folder(dataset: str, checkpoint: Path, config_path: str | None, *, in_run: bool) -> Path:
+def sample_folder(dataset: str, checkpoint: Path, config_path: str | None, *, ours: bool) -> Path:
     """Where a checkpoint's samples go.
 
+    In the folder of its run that is named by the config; other files lie beside each other, and have names of their own.
+
     Args:
-        in_run: it lies in the folder of its run, which is named by the config; other files lie beside each other.
+        ours: it is of a run of this project; else no name makes it one.
     """
-    path = checkpoint.absolute()
-    if in_run:
+    path = Path(os.path.abspath(checkpoint))  # noqa: PTH100  absolute() keeps `..`, which would be a name
+    in_run = (path.parent / "run.json").is_file() or re.fullmatch(r"diffusion-[0-9]+", path.stem)
+    if ours and in_run:
         name = Path(config_path).stem if config_path else path.parent.name
     else:
         name = path.name if path.is_dir() else path.stem
