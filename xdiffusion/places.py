@@ -39,4 +39,9 @@ def nothing_at(path: Path, what: str, suffixes: Sequence[str]) -> str:
     stems = {name: Path(name).stem for name in there}
     near = difflib.get_close_matches(path.stem, stems.values(), n=5, cutoff=0.5)  # by whole names all of one ending are near
     found = f"; there are: {', '.join(name for name, stem in stems.items() if stem in near)}" if near else ""
-    return f"no {what} at {path}{found}" + ("" if path.is_absolute() else f" (in the working folder {Path.cwd()})")
+    return f"no {what} at {path}{found}{looked_for_in(path)}"
+
+
+def looked_for_in(path: Path) -> str:
+    """What a message on a path that is not there adds: where it was looked for, if the path does not say so itself."""
+    return "" if path.is_absolute() else f" (in the working folder {Path.cwd()})"

@@ -132,6 +132,9 @@ class RunCheckpoints:
         else:
             path = weights_file(resume_from)
             averaged = self.files.read(path)
+            if self.files.start_flag and not (state_path(path).exists() or aside_path(path).exists()):
+                alone = f"to begin a run with its weights alone, name {path.name} with {self.files.start_flag}"
+                raise CheckpointError(f"no file at {state_path(path)}, without which no run goes on; {alone}")
             state = whole_state(path)
             self.origin = self.folder if path.parent.resolve() == self.folder.resolve() else path.parent
         own_base = self.files.base_hash

@@ -8,6 +8,7 @@ from typing import Any
 
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.hashes import file_hash, state_hash
+from xdiffusion.checkpoints.paths import STATE
 from xdiffusion.checkpoints.reading import load_pickled
 from xdiffusion.checkpoints.writing import save_pickled
 
@@ -41,7 +42,7 @@ def whole_state(path: Path) -> dict[str, Any]:
 
 def state_path(weights: Path) -> Path:
     """diffusion-N.safetensors -> diffusion-N.state.pt."""
-    return weights.with_suffix(".state.pt")
+    return weights.with_suffix(STATE)
 
 
 def aside_path(weights: Path) -> Path:
