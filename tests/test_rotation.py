@@ -80,15 +80,18 @@ def test_weights_that_no_kill_explains_are_not_begun_over(step, tmp_path, capfd)
 
 
 def test_a_kill_in_the_first_checkpoint_leaves_weights_that_are_set_aside(tmp_path, capfd):
-    """At the step that is due, and at that of a signal, of which run.json tells."""
+    """Unless run.json tells that this run was saving them; then also those of a step at which a signal came."""
     words = [*COMMON, "--output_path", of_another_training(tmp_path, 2), "--num_training_steps", 2, "--resume_from", "auto"]
     assert run_script(TRAIN, *words) == 0
     assert "renamed to diffusion-2.safetensors.earlier\n" in capfd.readouterr().err
     assert kept(tmp_path) == {"diffusion-2.safetensors.earlier"}
-    _, files = fresh(of_another_training(tmp_path / "signal", 1))
+    folder = of_another_training(tmp_path / "signal", 1)
     segment = {"status": "running", "first_step": 1, "last_step": 1}
-    (tmp_path / "signal/run.json").write_text(json.dumps({"config": {}, "segments": [segment]}))
-    assert files.resume(None, "auto") == 0
+    (folder / "run.json").write_text(json.dumps({"config": {}, "segments": [segment]}))
+    assert fresh(folder)[1].resume(None, "auto") == 0  # although step 2 is the first that is due
+    often = ["--output_path", folder, "--num_training_steps", 2, "--save_and_sample_every_n", 1, "--resume_from", "auto"]
+    assert run_script(TRAIN, *COMMON, *often) == 0
+    assert not kept(folder)
 
 
 def test_weights_without_a_state_are_not_replaced(tmp_path, signals, capfd):

@@ -9,7 +9,8 @@ written after the weights, so a run that is killed in between leaves no state, o
 
 A run that begins anew in a folder puts `.earlier` behind the names of what stands there of another one: of the states of all
 its steps, as `auto` and the rotation go by them; and of weights without a state, if the run would replace them, because they
-may be the only ones of that training.
+may be the only ones of that training. Those of its own first save, which a kill cut short by what run.json says, `auto` makes
+again in their place.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class RunCheckpoints:
         self.origin, self.resumed = folder, "none"
         self.kept = CheckpointSettings(**files.config["checkpoints"])
         self.settings = TrainingSettings(**files.config["training"])
+        self.cut_short: set[int] = set()  # steps of weights that a kill kept from being whole, and this run makes again
         self._writing: Thread | None = None
         self._error: Exception | None = None
 
@@ -197,8 +199,8 @@ class RunCheckpoints:
 
     def set_weights_aside(self, steps: Iterable[int]) -> None:
         """Rename the weights of these steps that have no state, neither beside them nor set aside; say so on stderr."""
-        alone = [self.path(step) for step in sorted(set(self._present()).difference(self._states()).intersection(steps))]
-        names = [path.replace(free_aside(path)).name for path in alone]
+        alone = set(self._present()).difference(self._states(), self.cut_short).intersection(steps)
+        names = [path.replace(free_aside(path)).name for path in map(self.path, sorted(alone))]
         if names:
             shown = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)} files)"
             print(f"{self.folder} holds weights without a state that would be replaced: renamed to {shown}", file=sys.stderr)
@@ -216,19 +218,21 @@ class RunCheckpoints:
     def _check_that_it_may_begin(self) -> None:
         """Raise CheckpointError where a run would begin anew over checkpoints none of which is whole."""
         present = self._present()
-        if present and not (len(present) == 1 and not self._states() and self._is_first_save(present[0])):
+        if len(present) == 1 and not self._states():  # as a kill between the two files of the run's first one leaves it
+            self.cut_short = {step for step in present if self._was_saving(step)}
+            if self.cut_short or present == [min(self.settings.save_and_sample_every_n, self.settings.num_training_steps)]:
+                return
+        if present:
             raise CheckpointError(
                 f"no checkpoint in {self.folder} is whole, of {len(present)} that stand there; to start afresh, move them away"
             )
 
-    def _is_first_save(self, step: int) -> bool:
-        """Whether this run, killed between the two files of its first checkpoint, would have left weights of this step: of the
-        first one that is due, or, where a signal had come before, of the one that its run.json tells of."""
-        if step == min(self.settings.save_and_sample_every_n, self.settings.num_training_steps):
-            return True
+    def _was_saving(self, step: int) -> bool:
+        """Whether by its run.json this folder's run was killed in or after its first checkpoint, one of this step."""
         with suppress(CheckpointError):
             last = read_run(self.folder)["segments"][-1]
-            return last["status"] == "running" and (last["first_step"], last.get("last_step")) == (1, step)
+            ended = last["status"] in ("running", "failed")
+            return ended and (last["first_step"], last.get("last_step")) == (1, step)
         return False
 
     def rotate(self) -> None:
