@@ -231,6 +231,16 @@ def test_the_command_line_beats_the_settings_of_a_lora_run(write_yaml):
     assert load_config(path, ["lora.training.num_training_steps=4"]).training.num_training_steps == 10
 
 
+def test_the_config_of_a_lora_run_is_read_again_as_it_was(write_yaml):
+    """Else it would not repeat the run: what the command line beat would be laid over the sections once more."""
+    words = ["training.num_training_steps=3", "optimizer.learning_rate=0.00123", "lora.cache.latents=true"]
+    config = load_config(write_yaml(config=WITH_LORA), [*words, "cache.latents=false"], use_lora_training=True)
+    assert (config.lora.training.num_training_steps, config.lora.cache.latents) == (3, False)
+    assert load_config(write_yaml(written=OmegaConf.to_yaml(config)), use_lora_training=True) == config
+    clip = clip_config(config)
+    assert clip_config(load_config(write_yaml(written=OmegaConf.to_yaml(clip)))) == clip
+
+
 @pytest.mark.parametrize("section", ["", "lora: null", "lora: 5"])
 def test_a_lora_run_needs_the_section(write_yaml, section):
     with pytest.raises(ConfigError, match="has no section lora:"):

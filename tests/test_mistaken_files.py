@@ -78,6 +78,30 @@ def test_where_a_set_was_looked_for(tmp_path, load, place):
     assert "download=True" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("kind", ["image/folder", "image/shards", "image/mnist"])
+def test_a_folder_of_pictures_that_is_not_there_was_looked_for_in_the_working_folder(kind, tiny_run, work_folder, capsys):
+    """A config may name it, and be used from anywhere."""
+    words = ["--config_path", tiny_run.config_path, *set_words(tiny_run.overrides)]
+    assert run_script(TRAIN, *words, "--dataset_name", kind, *set_words(["data.data_dir=photos"])) == 2
+    assert f" (in the working folder {work_folder})" in capsys.readouterr().err
+
+
+def test_what_cannot_be_gone_on_from_says_what_can_be_named(tiny_run, work_folder, capsys):
+    words = ["--config_path", tiny_run.config_path, *set_words(tiny_run.overrides), "--resume_from"]
+    for name in ("diffusion-2.safetensors", "diffusion-3.safetensors", "diffusion-3.state.pt"):
+        (work_folder / name).write_bytes(tiny_run.checkpoint.read_bytes())
+    assert run_script(TRAIN, *words, "diffusion-2.safetensors") == 2
+    assert "no file at diffusion-2.state.pt, without which no run goes on; to begin a run with its weights alone, name " in (
+        err := capsys.readouterr().err
+    ) and err.endswith("diffusion-2.safetensors with --load_model_weights_from_checkpoint\n")
+    assert run_script(TRAIN, *words, "diffusion-3.state.pt") == 2
+    said = "diffusion-3.state.pt is the state of a run, not a checkpoint: name diffusion-3.safetensors, whose state this is"
+    assert said in capsys.readouterr().err
+    write_lora(LoRAFile({"a": LoRAFactors(torch.ones(1, 2), torch.ones(2, 1), 1.0)}), work_folder / "a.safetensors", "native")
+    assert run_script(TRAIN, *words, "a.safetensors") == 2
+    assert "to go on training it, name it with --resume_from and --use_lora_training" in capsys.readouterr().err
+
+
 def test_a_size_that_is_no_multiple_names_the_keys_to_set(tiny_run, work_folder, capsys):
     words = ["--config_path", tiny_run.config_path, *set_words(tiny_run.overrides)]
     (work_folder / "photos").mkdir()

@@ -162,6 +162,21 @@ def test_resuming_under_other_conditions_is_said(tmp_path, signals, capfd):
     assert (tmp_path / "config.yaml").read_text() == config
 
 
+def test_the_config_yaml_of_a_lora_run_repeats_it(tmp_path, signals, capfd):
+    """What the command line beat of lora.training and lora.optimizer is not laid over it once more."""
+    base, folder = tmp_path / "base", tmp_path / "lora"
+    assert run_script(TRAIN, *COMMON, "--num_training_steps", 1, "--output_path", base) == 0
+    words = ["--use_lora_training", "--load_model_weights_from_checkpoint", base / "diffusion-1.safetensors"]
+    words += ["--force_cpu", "--output_path", folder]
+    signals[3] = signal.SIGINT
+    assert run_script(TRAIN, *COMMON, *words, *set_words(["optimizer.learning_rate=0.00123"])) == 130
+    capfd.readouterr()
+    assert run_script(TRAIN, "--config_path", folder / "config.yaml", *words, "--resume_from", "auto") == 0
+    assert "other conditions" not in capfd.readouterr().err
+    config = read_run(folder)["config"]
+    assert (config["optimizer"]["learning_rate"], config["training"]["num_training_steps"]) == (0.00123, STEPS)
+
+
 def test_training_on_from_a_files_weights_leaves_the_file(tmp_path):
     """They are mapped from it, and changed in memory alone."""
     first, second = tmp_path / "first", tmp_path / "second"

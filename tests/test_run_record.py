@@ -124,6 +124,8 @@ def test_the_commit_and_whether_files_differ_from_it(tmp_path):
     state = git_state(tmp_path)
     assert (len(state["commit"]), state["dirty"]) == (40, False)
     assert state["diff"] is None
+    (tmp_path / "site-packages").mkdir()  # of a project in whose folder the package is installed
+    assert git_state(tmp_path / "site-packages") is None
     diffs = set()
     for content in ("2", "3"):
         (tmp_path / "a").write_text(content)

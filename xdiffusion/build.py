@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from xdiffusion.config import Overlay, Section, Slot, as_written, resolve, with_home, with_overrides
+from xdiffusion.config import Overlay, Section, Slot, as_it_holds, as_written, laid_over, resolve, with_home, with_overrides
 from xdiffusion.config_files import ConfigError, load_yaml, merge, parse_overrides
 from xdiffusion.places import PATHS
 from xdiffusion.signatures import Parameter, signature
@@ -123,7 +123,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), use_lora_traini
     Args:
         path: the YAML file.
         overrides: applied last, in order.
-        use_lora_training: lay `lora.training`, `lora.optimizer` and `lora.cache` over the sections of these names first.
+        use_lora_training: lay `lora.training`, `lora.optimizer` and `lora.cache` over the sections of these names first; what
+            then beats them stands there too, so that the config, written and read again so, is the same.
 
     Raises:
         ConfigError: for any key or value that the schema does not allow.
@@ -135,8 +136,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), use_lora_traini
         if not isinstance(config.get("lora"), dict):
             raise ConfigError(f"{path} has no section lora:, which --use_lora_training reads")
         resolved(config, str(path))  # so that a mistake in what is laid over others is said of its own place
-        config = merge(str(path), config, _laid_over(config, "lora"))
-    return override(config, overrides, str(path))
+        config = merge(str(path), config, laid_over(config, "lora", SCHEMA))
+    chosen = override(config, overrides, str(path))
+    return resolved(as_it_holds(chosen, "lora", SCHEMA), str(path)) if use_lora_training else chosen
 
 
 def written_config(path: str | Path) -> dict[str, Any]:
@@ -151,12 +153,7 @@ def clip_config(config: DictConfig) -> DictConfig:
     """
     written = as_written(config) | {"optimizer": {}}
     del written["training"]["gradient_accumulation_steps"]
-    return resolved(merge("clip:", written, _laid_over(written, "clip")), "clip:")
-
-
-def _laid_over(config: Mapping[str, Any], section: str) -> dict[str, Any]:
-    """What a section lays over others of the config."""
-    return {key: config[section][key] for key in SCHEMA[section].children if key in config[section]}
+    return resolved(merge("clip:", written, laid_over(written, "clip", SCHEMA)), "clip:")
 
 
 def override(config: Mapping[str, Any], overrides: Sequence[str], source: str) -> DictConfig:

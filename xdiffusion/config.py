@@ -107,6 +107,20 @@ def as_written(config: Mapping[str, Any]) -> dict[str, Any]:
     return OmegaConf.to_container(config) if isinstance(config, DictConfig) else deepcopy(dict(config))
 
 
+def laid_over(config: Mapping[str, Any], section: str, schema: Schema) -> dict[str, Any]:
+    """What a section of overlays lays over others of the config, by their names."""
+    overlays = schema[section].children.items()
+    return {overlay.section: config[section][key] for key, overlay in overlays if key in config[section]}
+
+
+def as_it_holds(config: Mapping[str, Any], section: str, schema: Schema) -> dict[str, Any]:
+    """The config with what a section of overlays lays over others changed to what holds there now."""
+    plain = as_written(config)
+    for name, overlay in laid_over(plain, section, schema).items():
+        overlay.update({key: plain[name][key] for key in overlay})
+    return plain
+
+
 def _at(config: Mapping[str, Any], path: str) -> Any:
     """The value at a dotted path; None where a section on the way is none, which `resolve` will say."""
     value: Any = config

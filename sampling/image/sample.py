@@ -82,7 +82,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--strength", "S", "how much of it is drawn anew: 0 = nothing, 1 = all (0.8)", type=float)
     add("--mask_image", "FILE", "of the same size: bright where it is drawn anew, dark or transparent where it stays")
     add("--seed", "N", "image i is drawn from the noise of seed + i", type=seed_number, default=0)
-    by_name = "<that of --config_path, else of the checkpoint's folder; of a file of Stable Diffusion its own>"
+    by_name = "<in the folder of its run that of --config_path, else of this folder; of another file its own>"
     add("--output_path", "DIR", f"default: output/<dataset>/sample/<name>; the name is {by_name}")
     add("--save_trajectory", help="also write a film of the denoising (GIF)", **switch)
     add("--mixed_precision", help="of the network and the text encoder (no); the autoencoder stays in float32", **half)
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = start_image(model, args, len(build_sampling(config, model.schedule)["times"]) - 1)
     blocks = {"start_image": start, "batch_size": args.batch_size or (100 if table else 4)}
     stored = load_model_file(checkpoint, args.ema)  # mapped, and not in --mixed_precision
-    usual = sample_folder(config.data.kind, checkpoint, args.config_path, in_run=stored.stable_diffusion is None)
+    usual = sample_folder(config.data.kind, checkpoint, args.config_path, ours=stored.stable_diffusion is None)
     folder = Path(args.output_path) if args.output_path else usual
 
     base_hash = content_hash(stored.tensors, torch.float32) if loras and not args.allow_other_base else None

@@ -148,7 +148,7 @@ def reading_header(path: Path) -> Iterator[None]:
 def _is_a_lora(path: Path) -> CheckpointError:
     return CheckpointError(
         f"{path} is a LoRA, not a model: sample.py and evaluate.py take it as --lora_path, beside its base model; to go on "
-        "training it, name it with --resume_from"
+        "training it, name it with --resume_from and --use_lora_training"
     )
 
 

@@ -10,6 +10,7 @@ from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.places import nothing_at
 
 SAFETENSORS = ".safetensors"
+STATE = ".state.pt"  # of a run, beside its weights
 PICKLED = (".pt", ".ckpt", ".bin", ".pth")
 
 
@@ -19,8 +20,11 @@ def existing_weights(path: Path, what: str = "checkpoint") -> tuple[Path, str | 
     Lessons and older commands name `diffusion-10000.pt` where this project writes `diffusion-10000.safetensors`.
 
     Raises:
-        CheckpointError: if neither exists, calling it `what`; up to five files there of a similar name are listed.
+        CheckpointError: if neither exists, calling it `what`, of which up to five there of a similar name are listed; for a
+            run's state, naming the weights beside it.
     """
+    if path.name.endswith(STATE) and (weights := path.with_name(path.name.removesuffix(STATE) + SAFETENSORS)).is_file():
+        raise CheckpointError(f"{path} is the state of a run, not a {what}: name {weights.name}, whose state this is")
     if path.is_file() or is_adapter_folder(path) or is_pipeline_folder(path):
         return path, None
     if path.suffix in PICKLED and path.with_suffix(SAFETENSORS).is_file():

@@ -20,6 +20,7 @@ from xdiffusion.data.bounded_lines import MAX_ROW, BoundedLines
 from xdiffusion.data.captioned_images import CaptionedImages
 from xdiffusion.data.captions import MAX_CAPTION
 from xdiffusion.data.image_files import DamagedImage, Picture, open_file
+from xdiffusion.places import looked_for_in
 
 MAX_ABSENT = 1000  # pictures that a list names, are not there, and are remembered by name
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -57,7 +58,7 @@ def load_image_folder(
         raise ValueError("image/folder needs the folder of the pictures: --data_dir FOLDER")
     folder = Path(data_dir)
     if not folder.is_dir():
-        raise ValueError(f"--data_dir {folder} is no folder")
+        raise ValueError(f"--data_dir {folder} is no folder{looked_for_in(folder)}")
     files = picture_files(folder, SUFFIXES + UNREAD)
     if not files:
         raise ValueError(f"--data_dir {folder} holds no picture; the endings looked for are {', '.join(SUFFIXES)}")

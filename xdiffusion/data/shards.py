@@ -29,6 +29,7 @@ from xdiffusion.data.captions import PREVIEWED, fault_in, preview_table
 from xdiffusion.data.image_files import DamagedImage, Picture
 from xdiffusion.data.image_set import Batch, to_unit_range
 from xdiffusion.data.tar_members import BLOCK, Member, tar_members
+from xdiffusion.places import looked_for_in
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "json")
@@ -129,9 +130,11 @@ class Shards:
         self.random_crop = random_crop
         self.flip = flip
         self.damaged: dict[str, str] = {}
-        missing = [str(shard) for shard in self.shards if not shard.is_file()]
-        if missing or not self.shards:
-            raise ShardError(f"no shard at {', '.join(missing[:3])}" if missing else "no shards are named")
+        if not self.shards:
+            raise ShardError("no shards are named")
+        missing = [shard for shard in self.shards if not shard.is_file()]
+        if missing:
+            raise ShardError(f"no shard at {', '.join(map(str, missing[:3]))}{looked_for_in(missing[0])}")
         if buffer < 1:
             raise ShardError(f"data.buffer={buffer} must be at least 1")
         usable = (picture for picture in read_shard(self.shards[0]) if picture.caption is not None)

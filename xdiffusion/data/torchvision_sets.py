@@ -17,7 +17,7 @@ from torch import Tensor
 from xdiffusion.data.captions import PROMPT_TABLES
 from xdiffusion.data.image_set import ImageSet, Split, check_fits, in_blocks
 from xdiffusion.downloads import impatient
-from xdiffusion.places import OUTPUT_ROOT
+from xdiffusion.places import OUTPUT_ROOT, looked_for_in
 
 DOWNLOAD_ROOT = OUTPUT_ROOT / "datasets"
 PLACES = {  # of the files below a root
@@ -69,7 +69,8 @@ def _load(name: str, torchvision_name: str, image_size: int, data_dir: str | Non
         reason = textwrap.shorten(said, 200, placeholder=" ...") or "damaged files"
         if data_dir is None:
             _remove_empty(root)
-        where = f"cannot be read from --data_dir {root}, in {root / PLACES[name]}" if data_dir else "cannot be downloaded"
+        at = f"in {root / PLACES[name]}{'' if root.is_dir() else looked_for_in(root)}"
+        where = f"cannot be read from --data_dir {root}, {at}" if data_dir else "cannot be downloaded"
         raise DatasetUnavailable(
             f"{name} {where} ({reason}). Point --data_dir at a folder that "
             f"torchvision.datasets.{torchvision_name}(root=FOLDER) reads, or use --dataset_name image/digits, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -124,7 +125,7 @@ def begin_with_metrics_of(origin: Path, folder: Path) -> None:
 
 def run_name(folder: Path) -> str:
     """What a run is called: its folder's name; a LoRA in the folder lora of its config goes by the config's."""
-    folder = folder.absolute()
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100  absolute() keeps `..`, which would be a name
     return f"{folder.parent.name}, LoRA" if folder.name == "lora" else folder.name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -256,7 +257,7 @@ def run_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 def git_state(folder: Path) -> dict[str, Any] | None:
     """The commit, whether tracked files differ from it or sources are not tracked, and a hash of how (None if not).
 
-    None outside a repository or without git.
+    None without git, or where the folder is not that of a repository but lies in one: the code is installed there.
     """
 
     def git(*words: str) -> bytes:
@@ -264,6 +265,8 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return done.stdout.strip()
 
     try:
+        if not folder.samefile(os.fsdecode(git("rev-parse", "--show-toplevel"))):
+            return None
         changed = git("diff", "HEAD", "--no-ext-diff", "--full-index")
         untracked = git("ls-files", "--others", "--exclude-standard", "-z", "--", *SOURCES)
         commit, diff = git("rev-parse", "HEAD").decode(), hashlib.blake2b(changed + untracked, digest_size=8)

@@ -6,13 +6,18 @@ follow from the seed and the step.
 
 A checkpoint is whole if its state says so: it carries a hash of all it holds, and one of the weights file's bytes. It is
 written after the weights, so a run that is killed in between leaves no state, or one that does not agree with them.
+
+A run that begins anew in a folder puts `.earlier` behind the names of what stands there of another one: of the states of all
+its steps, as `auto` and the rotation go by them; and of weights without a state, if the run would replace them, because they
+may be the only ones of that training. Those of its own first save, which a kill cut short by what run.json says, `auto` makes
+again in their place.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -22,14 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from xdiffusion.checkpoints.errors import CheckpointError
-from xdiffusion.checkpoints.hashes import file_hash, state_hash
 from xdiffusion.checkpoints.paths import weights_file
-from xdiffusion.checkpoints.reading import load_pickled
-from xdiffusion.checkpoints.writing import save_pickled
 from xdiffusion.training.exports import export_paths
 from xdiffusion.training.loop import Trainer
-from xdiffusion.training.settings import CheckpointSettings
+from xdiffusion.training.run_record import read_run
+from xdiffusion.training.settings import CheckpointSettings, TrainingSettings
 from xdiffusion.training.sharded_weights import host_copy, laid_out_as, local, rows_of
+from xdiffusion.training.state_files import aside_path, free_aside, state_path, whole_state, write_state
 from xdiffusion.training.weights_files import WeightsFiles
 
 
@@ -49,6 +53,8 @@ class RunCheckpoints:
         self.folder, self.files = folder, files
         self.origin, self.resumed = folder, "none"
         self.kept = CheckpointSettings(**files.config["checkpoints"])
+        self.settings = TrainingSettings(**files.config["training"])
+        self.cut_short: set[int] = set()  # steps of weights that a kill kept from being whole, and this run makes again
         self._writing: Thread | None = None
         self._error: Exception | None = None
 
@@ -69,6 +75,8 @@ class RunCheckpoints:
         """
         self.finish()
         path, writes = self.path(step), trainer.accelerator.is_main_process
+        if writes and not self.settings.is_due(step):  # which no run could tell at its start
+            self.set_weights_aside([step])
         state = host_copy(self._state(trainer, step), writes)
         write_weights = self.files.save(trainer.model, path, step, writes)
         if not writes:
@@ -126,6 +134,9 @@ class RunCheckpoints:
         else:
             path = weights_file(resume_from)
             averaged = self.files.read(path)
+            if self.files.start_flag and not (state_path(path).exists() or aside_path(path).exists()):
+                alone = f"to begin a run with its weights alone, name {path.name} with {self.files.start_flag}"
+                raise CheckpointError(f"no file at {state_path(path)}, without which no run goes on; {alone}")
             state = whole_state(path)
             self.origin = self.folder if path.parent.resolve() == self.folder.resolve() else path.parent
         own_base = self.files.base_hash
@@ -186,6 +197,14 @@ class RunCheckpoints:
             state_path(self.path(step)).replace(aside_path(self.path(step)))
         return later
 
+    def set_weights_aside(self, steps: Iterable[int]) -> None:
+        """Rename the weights of these steps that have no state, neither beside them nor set aside; say so on stderr."""
+        alone = set(self._present()).difference(self._states(), self.cut_short).intersection(steps)
+        names = [path.replace(free_aside(path)).name for path in map(self.path, sorted(alone))]
+        if names:
+            shown = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)} files)"
+            print(f"{self.folder} holds weights without a state that would be replaced: renamed to {shown}", file=sys.stderr)
+
     def _newest_whole(self, before: float = math.inf) -> tuple[Path, dict[str, Any]] | None:
         """Weights and state of the highest step before that which is whole; what is damaged or lacks one of both above it is
         named on stderr."""
@@ -199,11 +218,22 @@ class RunCheckpoints:
     def _check_that_it_may_begin(self) -> None:
         """Raise CheckpointError where a run would begin anew over checkpoints none of which is whole."""
         present = self._present()
-        cut_short = len(present) == 1 and not self._states()  # by a kill between the two files of the run's first one
-        if present and not cut_short:
+        if len(present) == 1 and not self._states():  # as a kill between the two files of the run's first one leaves it
+            self.cut_short = {step for step in present if self._was_saving(step)}
+            if self.cut_short or present == [min(self.settings.save_and_sample_every_n, self.settings.num_training_steps)]:
+                return
+        if present:
             raise CheckpointError(
                 f"no checkpoint in {self.folder} is whole, of {len(present)} that stand there; to start afresh, move them away"
             )
+
+    def _was_saving(self, step: int) -> bool:
+        """Whether by its run.json this folder's run was killed in or after its first checkpoint, one of this step."""
+        with suppress(CheckpointError):
+            last = read_run(self.folder)["segments"][-1]
+            ended = last["status"] in ("running", "failed")
+            return ended and (last["first_step"], last.get("last_step")) == (1, step)
+        return False
 
     def rotate(self) -> None:
         """Delete what checkpoints.keep_last and checkpoints.keep_every do not keep, if the newest is seen to be whole.
@@ -253,44 +283,6 @@ class RunCheckpoints:
             "losses": list(trainer.watch.losses),
             "rollbacks": trainer.rollbacks,
         }
-
-
-def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Write the state that belongs to the weights file at `path`, with both hashes."""
-    state = state | {"weights_hash": file_hash(path)}
-    state["hash"] = state_hash(state)
-    save_pickled(state_path(path), state)
-
-
-def whole_state(path: Path) -> dict[str, Any]:
-    """The state beside a weights file, both seen to be as they were written.
-
-    Raises:
-        CheckpointError: naming the file that is missing or damaged.
-    """
-    beside = state_path(path)
-    aside = aside_path(path)
-    if aside.is_file() and not beside.is_file():
-        raise CheckpointError(
-            f"no file at {beside}: a run begun anew has set it aside; rename {aside.name} to {beside.name} to go on from it"
-        )
-    state = load_pickled(beside)
-    if not isinstance(state, dict) or state.pop("hash", None) != state_hash(state):
-        raise CheckpointError(f"{beside} is damaged: its content does not have the hash that it carries")
-    if file_hash(path) != state.get("weights_hash"):
-        raise CheckpointError(f"{path} is damaged: it is not the file that {beside.name} was written for")
-    return state
-
-
-def state_path(weights: Path) -> Path:
-    """diffusion-N.safetensors -> diffusion-N.state.pt."""
-    return weights.with_suffix(".state.pt")
-
-
-def aside_path(weights: Path) -> Path:
-    """Where `RunCheckpoints.set_aside` puts the state beside a weights file."""
-    state = state_path(weights)
-    return state.with_name(f"{state.name}.earlier")
 
 
 def frozen_factors(trainer: Trainer) -> dict[str, Tensor]:

@@ -42,11 +42,13 @@ class WeightsFiles(ABC):
     Attributes:
         prefix, suffix: a step's file is <prefix>-<step><suffix>.safetensors.
         rounds: whether the file holds less than the average: the state has to hold it then.
+        start_flag: of the training command, by which another run begins with such weights alone; None where there is none.
     """
 
     prefix = "diffusion"
     suffix = ""
     rounds = False
+    start_flag: str | None = None
 
     def __init__(self, config: DictConfig, base_hash: str | None = None):
         self.config: dict[str, Any] = OmegaConf.to_container(config)
@@ -85,6 +87,8 @@ def check_folder(folder: Path, files: type[WeightsFiles]) -> None:
 
 class ModelWeights(WeightsFiles):
     """A whole diffusion model: diffusion-N.safetensors."""
+
+    start_flag = "--load_model_weights_from_checkpoint"
 
     def save(self, model: DiffusionModel, path: Path, step: int, writes: bool) -> Callable[[], None]:
         tensors = host_copy(model.state_dict(), writes)
