@@ -173,7 +173,7 @@ def set_up_and_train(
     if start:  # known not to fit before a download
         base = base_file(config, args, says=process.is_main_process)
     else:
-        base = None if adapts else begun_model(config, args, folder)
+        base = None if adapts else begun_model(config, args, folder, process)
     if config.data.kind == "image/folder" and config.data.data_dir:
         check_outside(folder, Path(config.data.data_dir), "what the run draws")
     with first_ones_first(process):  # the others find what the first has downloaded
@@ -280,14 +280,19 @@ def base_file(config: DictConfig, args: argparse.Namespace, *, says: bool) -> Mo
     return file
 
 
-def begun_model(config: DictConfig, args: argparse.Namespace, folder: Path) -> ModelFile | None:
-    """The checkpoint that a run goes on from, if it does: its text encoder is in there, wherever it came from at first."""
+def begun_model(config: DictConfig, args: argparse.Namespace, folder: Path, process: PartialState) -> ModelFile | None:
+    """The checkpoint that a run goes on from, if it does: its text encoder is in there, wherever it came from at first.
+
+    All processes go on from the same one, or all begin: those that begin train a tiny CLIP together.
+    """
     from xdiffusion.checkpoints.native import load_model_file
     from xdiffusion.loading import check_same_architecture
+    from xdiffusion.training.processes import check_same_everywhere
     from xdiffusion.training.state import RunCheckpoints
     from xdiffusion.training.weights_files import ModelWeights
 
-    path = RunCheckpoints(folder, ModelWeights(config)).weights_to_go_on_from(args.resume_from)
+    path, said = RunCheckpoints(folder, ModelWeights(config)).weights_to_go_on_from(args.resume_from)
+    check_same_everywhere(process, {"checkpoint": said})
     if path is None:
         return None
     file = load_model_file(path)

@@ -159,20 +159,19 @@ class RunCheckpoints:
                 trainer.accelerator.scaler.load_state_dict(state["scaler"])
             trainer.watch.restore(state["losses"])
             trainer.rollbacks = int(state["rollbacks"])
-            self.resumed = f"step {state['step']}, {state['weights_hash']:.8}"
+            self.resumed = _said(state)
             return int(state["step"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} does not belong to this run: {error}") from error
 
-    def weights_to_go_on_from(self, resume_from: str | None) -> Path | None:
-        """The weights file that `resume` would take, or refuse; None where the run begins anew."""
-        if resume_from != "auto":
-            return weights_file(resume_from) if resume_from else None
-        for path in map(self.path, reversed(self._steps())):
+    def weights_to_go_on_from(self, resume_from: str | None) -> tuple[Path | None, str]:
+        """The weights file that `resume` would take, or refuse, and what `resumed` will be; None where the run begins anew."""
+        named = weights_file(resume_from) if resume_from not in (None, "auto") else None
+        of_folder = map(self.path, reversed(self._steps())) if resume_from == "auto" else ()
+        for path in [named] if named else of_folder:
             with suppress(CheckpointError):  # `resume` names it
-                whole_state(path)
-                return path
-        return None
+                return path, _said(whole_state(path))
+        return named, "none"
 
     def newest_step(self, before: float = math.inf) -> int:
         """The step of the newest whole checkpoint before a step; 0 where there is none."""
@@ -283,6 +282,10 @@ class RunCheckpoints:
             "losses": list(trainer.watch.losses),
             "rollbacks": trainer.rollbacks,
         }
+
+
+def _said(state: Mapping[str, Any]) -> str:
+    return f"step {state['step']}, {state['weights_hash']:.8}"
 
 
 def frozen_factors(trainer: Trainer) -> dict[str, Tensor]:
