@@ -9,6 +9,7 @@ from torch import nn
 from xdiffusion import scoring
 from xdiffusion.evaluation.frechet import frechet_distance
 from xdiffusion.evaluation.judge import Judge
+from xdiffusion.evaluation.scores import Features, frechet_scores
 from xdiffusion.scoring import floor_scores
 
 
@@ -75,3 +76,22 @@ def test_a_class_of_few_training_images_gives_all_that_it_has(generator):
     held_out = of_classes(torch.arange(30) % 2, generator)
     assert all(value > 0 for value in floor_scores(torch.arange(20) % 2, data, Identity(), held_out, 0).values())
     assert {50, 51, 52} <= data.train.drawn
+
+
+def test_samples_are_drawn_again_within_their_classes(shares, generator, monkeypatch):
+    """Their numbers are no chance, and the interval is narrower for it."""
+    _, held_out, labels = shares
+    compared = Features(of_classes(labels, generator), held_out, None)
+    within, across = (frechet_scores(compared, 200, 0, c)["frechet_distance_interval"] for c in (labels, None))
+    assert within[1] - within[0] < 0.9 * (across[1] - across[0])
+
+    given = []
+    monkeypatch.setattr(scoring, "frechet_scores", lambda *arguments: given.append(arguments) or {})
+    monkeypatch.setattr(scoring, "floor_scores", lambda *_: {})
+    judge = Identity()
+    judge.head = nn.Identity()
+    images = torch.zeros(400, 2, 1, 1)
+    split = SimpleNamespace(images=images.byte(), floats=lambda: images, groups=torch.arange(400))
+    data = SimpleNamespace(inverted=False, train=split, test=split)
+    scoring.image_scores(SimpleNamespace(images=images, labels=labels), data, data, judge, 20, 0)
+    assert torch.equal(given[0][3], labels)

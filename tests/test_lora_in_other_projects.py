@@ -121,6 +121,15 @@ def test_weights_that_lie_in_another_order_give_the_same_bits(layer, generator):
     assert model[0].weight.stride() == layer.weight.stride()
 
 
+def test_a_weight_whose_values_share_memory_is_no_error():
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(torch.ones(8, 1).expand(8, 8))
+    model = nn.Sequential(layer)
+    x = torch.randn(64, 8)
+    before = model(x)
+    torch.testing.assert_close(apply_lora_to_model(model, target_modules="all")(x), before)
+
+
 def test_float64_is_never_autocast():
     model = linear().double()
     x = torch.randn(LARGE, dtype=torch.float64)

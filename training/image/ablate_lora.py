@@ -166,9 +166,9 @@ def settings(combination: Mapping[str, Any], config: Mapping[str, Any]) -> list[
         "lora+": [f"optimizer.lora_plus_ratio={LORA_PLUS_RATIO}", f"optimizer.learning_rate={rate}"],
     }
     target = combination["target"]
-    of_target = [] if target == "config" else [assignment("lora.target_modules", target)]
-    if re.fullmatch(r"\[[\w., ]*\]", target):
-        of_target = [f"lora.target_modules={target}"]  # YAML's list, as --set takes it
+    listed = re.fullmatch(r"\[[\w., ]*\]", target)  # as YAML has it, and --set
+    value = f"lora.target_modules={target}" if listed else assignment("lora.target_modules", target)
+    of_target = [] if target == "config" else [value]
     return [f"lora.rank={combination['rank']}", *of_target, *of_variant[combination["variant"]]]
 
 

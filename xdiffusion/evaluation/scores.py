@@ -21,7 +21,7 @@ OF_HELD_OUT = ("recall", "coverage")  # whose rows are of held-out images, not o
 class Features(NamedTuple):
     """Rows of features that are compared.
 
-    known: of training images, for the floor and the `_real` scores; None where the floor is another's business.
+    known: of training images, for the floor and the `_real` scores; without them there are none.
     groups: of held-out images.
     """
 

@@ -138,7 +138,7 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
     """W + scaling B A of any kernel shape, computed in the finer dtype of W and the factors, in W's dtype and layout."""
     with _without_autocast(weight.device.type):
         if weight.dim() == 2 and weight.dtype == lora_A.dtype:  # the usual case, without a call that does nothing
-            return _laid_out_as(weight, torch.addmm(weight, lora_B, lora_A, alpha=scaling))
+            return in_layout_of(weight, torch.addmm(weight, lora_B, lora_A, alpha=scaling))
         own, channels_last = weight, _lies_channels_last(weight)
         if channels_last:  # contiguous where the channels are moved to the end
             weight, lora_A = weight.movedim(1, -1), lora_A.movedim(1, -1)
@@ -146,14 +146,12 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
         flat, lora_A, lora_B = (tensor.flatten(1).to(finer) for tensor in (weight, lora_A, lora_B))
         merged = torch.addmm(flat, lora_B, lora_A, alpha=scaling)
     merged = merged.to(weight.dtype).view(weight.shape)
-    return _laid_out_as(own, merged.movedim(-1, 1) if channels_last else merged)
+    return in_layout_of(own, merged.movedim(-1, 1) if channels_last else merged)
 
 
-def _laid_out_as(weight: Tensor, merged: Tensor) -> Tensor:
-    """W' with the strides of W, on which the kernel depends that torch chooses, and by it the last bits."""
-    if merged.stride() == weight.stride():
-        return merged
-    return torch.empty_strided(weight.shape, weight.stride(), dtype=merged.dtype, device=merged.device).copy_(merged)
+def in_layout_of(weight: Tensor, other: Tensor) -> Tensor:
+    """Values of a weight's shape in its memory layout, by which torch chooses kernels, and the last bits are decided."""
+    return other if other.stride() == weight.stride() else torch.empty_like(weight, dtype=other.dtype).copy_(other)
 
 
 def _lies_channels_last(weight: Tensor) -> bool:

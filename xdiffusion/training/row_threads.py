@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from xdiffusion.lora.formed_weights import formed_once
+from xdiffusion.lora.functional import in_layout_of
 from xdiffusion.lora.layers import LoRALayer
 from xdiffusion.training.task import Task
 
@@ -67,7 +68,8 @@ class RowThreads:
                 torch._foreach_add_([leaves[k].grad for k in reached], [share[k] for k in reached])
         for k in set(own).difference(begun):
             if parts := [share[k] for share in gradients if share[k] is not None]:
-                leaves[k].grad = _laid_out_as(leaves[k], reduce(torch.add, parts))
+                # `backward()` would see to the layout, on which the fused AdamW relies
+                leaves[k].grad = in_layout_of(leaves[k], reduce(torch.add, parts))
 
     @contextmanager
     def as_one_of_them(self) -> Iterator[None]:
@@ -82,12 +84,6 @@ class RowThreads:
             yield
         finally:
             torch.set_num_threads(before)
-
-
-def _laid_out_as(leaf: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient in its parameter's memory layout, which the fused AdamW relies on and `backward()` would see to."""
-    same = gradient.stride() == leaf.stride()
-    return gradient if same else torch.empty_like(leaf).copy_(gradient)
 
 
 def shares_of_a_step(task: Task, device: torch.device, processes: int) -> int:
