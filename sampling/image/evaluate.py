@@ -8,8 +8,9 @@ prompt_accuracy: share of samples in which the judge, a classifier of the real i
 frechet_distance: between the judge's features of the samples and of the held-out images; frechet_floor: the same for
 as many training images as samples, or all that there are, the mean of ten draws (of captioned pictures one);
 frechet_floor_balanced: with as many of each class as the samples, which is what samples without a fault would have.
-background: mean brightness in [0, 1] over the pixels that are background in 99% of the images. gap_closed (a LoRA on an inverted set): share of the way from the base's loss there
-to its loss on its own images. For an inverted set the judge sees the samples un-inverted.
+background: mean brightness in [0, 1] over the pixels that are background in 99% of the images. gap_closed (a LoRA on an
+inverted set): share of the way from the base's loss there to its loss on its own images. For an inverted set the
+judge sees the samples un-inverted.
 
 --intervals adds intervals of 95%, for the chance of the images, not of the training: of shares by counting, of other scores by
 the bootstrap, of gap_closed over its fixed images and noise. Those of frechet_distance and data_copying are of the chance of

@@ -71,9 +71,8 @@ def begin(trainer: Trainer, checkpoints: RunCheckpoints, config: DictConfig, com
             )
         if moved or first_step == 1:
             last = max(trainer.settings.num_training_steps, first_step - 1)  # a resumed one is copied here, too
-            checkpoints.set_weights_aside(
-                step for step in range(max(1, first_step - 1), last + 1) if trainer.settings.is_due(step)
-            )
+            steps = range(max(1, first_step - 1), last + 1)
+            checkpoints.set_weights_aside(lambda step: step in steps and trainer.settings.is_due(step))
         if moved:
             begin_with_metrics_of(origin, folder)
     device, processes = trainer.accelerator.device, trainer.accelerator.num_processes

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -76,7 +76,7 @@ class RunCheckpoints:
         self.finish()
         path, writes = self.path(step), trainer.accelerator.is_main_process
         if writes and not self.settings.is_due(step):  # which no run could tell at its start
-            self.set_weights_aside([step])
+            self.set_weights_aside(lambda present: present == step)
         state = host_copy(self._state(trainer, step), writes)
         write_weights = self.files.save(trainer.model, path, step, writes)
         if not writes:
@@ -196,10 +196,10 @@ class RunCheckpoints:
             state_path(self.path(step)).replace(aside_path(self.path(step)))
         return later
 
-    def set_weights_aside(self, steps: Iterable[int]) -> None:
-        """Rename the weights of these steps that have no state, neither beside them nor set aside; say so on stderr."""
-        alone = set(self._present()).difference(self._states(), self.cut_short).intersection(steps)
-        names = [path.replace(free_aside(path)).name for path in map(self.path, sorted(alone))]
+    def set_weights_aside(self, are_replaced: Callable[[int], bool]) -> None:
+        """Rename the weights of such steps that have no state, neither beside them nor set aside; say so on stderr."""
+        alone = set(self._present()).difference(self._states(), self.cut_short)
+        names = [path.replace(free_aside(path)).name for path in map(self.path, sorted(filter(are_replaced, alone)))]
         if names:
             shown = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)} files)"
             print(f"{self.folder} holds weights without a state that would be replaced: renamed to {shown}", file=sys.stderr)
