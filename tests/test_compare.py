@@ -11,6 +11,7 @@ from PIL import Image
 
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.training.comparison import as_text, outcome, read_runs
+from xdiffusion.training.folder_lock import held
 
 COMPARE = "training/image/compare.py"
 
@@ -109,6 +110,19 @@ def test_an_average_that_the_losses_do_not_show(runs, tmp_path, capsys):
     assert "training.ema_decay differs: these losses are of the weights before the average" in printed.err
     assert run_script(COMPARE, runs[0], "--output_path", tmp_path / "c.png") == 0
     assert "ema_decay" not in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_does_not_run(tmp_path, capsys):
+    """Its run.json says that it does, as it did when it was written last."""
+    folder = write_run(tmp_path / "a", 1e-3, [{"status": "running", "first_step": 1}], [2.0] * 10)
+    with held(folder):
+        assert run_script(COMPARE, folder) == 0
+    assert cells(capsys.readouterr().out)["status"] == ["running"]
+    (folder / ".lock").touch()  # which a killed run leaves
+    for _ in range(2):
+        assert run_script(COMPARE, folder) == 0
+        assert cells(capsys.readouterr().out)["status"] == ["cut short"]
+        (folder / ".lock").unlink(missing_ok=True)
 
 
 def test_one_run_may_be_looked_at_alone(runs, tmp_path, capsys):

@@ -1,7 +1,8 @@
 """Which checkpoints of a run stay: the last ones, one that the next steps have shown to be good, and what is set aside."""
 
-import json
 import signal
+import time
+from contextlib import suppress
 
 import pytest
 from commands import TRAIN, run_script
@@ -9,6 +10,7 @@ from test_resume import COMMON
 from test_state import flipped, fresh, train
 
 from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.training.records import Records
 from xdiffusion.training.state import write_state
 
 
@@ -71,7 +73,7 @@ def kept(folder):
     return {path.name for path in folder.glob("diffusion-*") if path.read_bytes() == b"the only copy"}
 
 
-@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize("step", [1, 2, 4])
 def test_weights_that_no_kill_explains_are_not_begun_over(step, tmp_path, capfd):
     """The first checkpoint of this run would be that of step 2."""
     assert run_script(TRAIN, *COMMON, "--output_path", of_another_training(tmp_path, step), "--resume_from", "auto") == 2
@@ -79,19 +81,63 @@ def test_weights_that_no_kill_explains_are_not_begun_over(step, tmp_path, capfd)
     assert kept(tmp_path) == {f"diffusion-{step}.safetensors"}
 
 
-def test_a_kill_in_the_first_checkpoint_leaves_weights_that_are_set_aside(tmp_path, capfd):
-    """Unless run.json tells that this run was saving them; then also those of a step at which a signal came."""
-    words = [*COMMON, "--output_path", of_another_training(tmp_path, 2), "--num_training_steps", 2, "--resume_from", "auto"]
+class Killed(BaseException):
+    """As nothing of the run sees it."""
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """Lets a training command end at a step's line or, by "state", where it would write its first state."""
+
+    def run(where, *words):
+        def end(*_):
+            raise Killed
+
+        def at_line(records, metrics, line=Records.step):
+            line(records, metrics)
+            if metrics.step == where:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            if where == "state":
+                patch.setattr("xdiffusion.training.state.write_state", end)
+            else:
+                patch.setattr(Records, "step", at_line)
+            patch.setattr("threading.excepthook", lambda *_: None)
+            with suppress(Killed):
+                run_script(TRAIN, *words)
+
+    return run
+
+
+def test_kills_around_the_first_checkpoint_leave_nothing_behind(killed_at, tmp_path, signals, capfd):
+    """In it, before it, and in one that a signal asks for: the run that goes on takes the steps of all again."""
+    words = [*COMMON, "--output_path", tmp_path / "run", "--resume_from", "auto"]
+    killed_at("state", *words)
+    assert (tmp_path / "run/diffusion-2.safetensors").is_file() and (tmp_path / "run/diffusion-2.saving").is_file()
+    killed_at(1, *words)
+    assert not list((tmp_path / "run").glob("diffusion-*"))
+    signals[1] = signal.SIGINT
+    killed_at("state", *words)
+    assert (tmp_path / "run/diffusion-1.safetensors").is_file()
+    signals.clear()
+    killed_at(1, *words)
     assert run_script(TRAIN, *words) == 0
-    assert "renamed to diffusion-2.safetensors.earlier\n" in capfd.readouterr().err
-    assert kept(tmp_path) == {"diffusion-2.safetensors.earlier"}
-    folder = of_another_training(tmp_path / "signal", 1)
-    segment = {"status": "running", "first_step": 1, "last_step": 1}
-    (folder / "run.json").write_text(json.dumps({"config": {}, "segments": [segment]}))
-    assert fresh(folder)[1].resume(None, "auto") == 0  # although step 2 is the first that is due
-    often = ["--output_path", folder, "--num_training_steps", 2, "--save_and_sample_every_n", 1, "--resume_from", "auto"]
-    assert run_script(TRAIN, *COMMON, *often) == 0
-    assert not kept(folder)
+    assert "earlier" not in capfd.readouterr().err
+    assert {path.suffix for path in (tmp_path / "run").glob("diffusion-*")} == {".safetensors", ".pt"}
+    words[words.index(tmp_path / "run")] = tmp_path / "whole"
+    assert run_script(TRAIN, *words) == 0
+    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("run", "whole")]
+    assert names[0] == names[1]
+
+
+def test_weights_cut_short_are_another_trainings_to_a_run_begun_anew(killed_at, tmp_path):
+    words = [*COMMON, "--output_path", tmp_path]
+    killed_at("state", *words)
+    weights = (tmp_path / "diffusion-2.safetensors").read_bytes()
+    assert run_script(TRAIN, *words, "--num_training_steps", 3) == 0
+    assert (tmp_path / "diffusion-2.safetensors.earlier").read_bytes() == weights
+    assert not list(tmp_path.glob("*.saving"))
 
 
 def test_weights_without_a_state_are_not_replaced(tmp_path, signals, capfd):
@@ -110,9 +156,35 @@ def test_weights_without_a_state_are_not_replaced(tmp_path, signals, capfd):
     assert kept(folder) == names | {"diffusion-2.safetensors.earlier-2"}
 
 
-def test_a_resumed_run_replaces_what_a_kill_has_cut_short(tmp_path):
+def test_a_resumed_run_replaces_what_a_kill_has_cut_short(killed_at, tmp_path):
     words = [*COMMON, "--output_path", tmp_path]
     assert run_script(TRAIN, *words, "--num_training_steps", 2) == 0
-    of_another_training(tmp_path, 4)
+    killed_at("state", *words, "--resume_from", "auto")
+    assert (tmp_path / "diffusion-4.saving").is_file()
     assert run_script(TRAIN, *words, "--resume_from", "auto") == 0
-    assert not kept(tmp_path) and not list(tmp_path.glob("*.earlier"))
+    assert not list(tmp_path.glob("*.earlier")) and not list(tmp_path.glob("*.saving"))
+
+
+def test_a_run_goes_on_where_its_newest_checkpoint_is_damaged_on_the_disk(tmp_path, monkeypatch, capfd):
+    """It keeps what it would have rotated away, says which is damaged, and writes the next one."""
+
+    def at_line(records, metrics, line=Records.step):
+        line(records, metrics)
+        if metrics.step == 5:
+            newest = wait_for(tmp_path / "diffusion-4.state.pt").with_name("diffusion-4.safetensors")
+            newest.write_bytes(flipped(newest.read_bytes(), 5000))
+
+    monkeypatch.setattr(Records, "step", at_line)
+    words = ["--num_training_steps", 9, "--set", "checkpoints.keep_last=1", "--output_path", tmp_path]
+    assert run_script(TRAIN, *COMMON, *words) == 0
+    err = capfd.readouterr().err
+    assert "damaged checkpoint: " in err and "diffusion-4.safetensors is damaged" in err and "those before it are kept" in err
+    assert fresh(tmp_path)[1]._steps() == [9]
+
+
+def wait_for(path):
+    until = time.monotonic() + 60
+    while not path.is_file():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    return path

@@ -13,7 +13,7 @@ from xdiffusion.checkpoints.lora_formats import read_lora
 from xdiffusion.checkpoints.native import load_model_file
 from xdiffusion.checkpoints.reading import load_pickled, load_safetensors
 from xdiffusion.training.loop import fit
-from xdiffusion.training.state import RunCheckpoints, frozen_factors, state_path
+from xdiffusion.training.state import RunCheckpoints, frozen_factors, saving_path, state_path
 from xdiffusion.training.weights_files import AdapterWeights, ModelWeights
 
 BASE_HASH = "0123456789abcdef"
@@ -194,7 +194,7 @@ def test_a_run_that_was_killed_in_its_first_checkpoint_starts_afresh(tmp_path, c
     trainer, files = fresh(tmp_path)
     train(trainer, files, stop_after=4)
     files.set_aside(after=2)
-    state_path(files.path(2)).unlink()
+    state_path(files.path(2)).rename(saving_path(files.path(2)))
     assert files.resume(trainer, "auto") == 0
     assert "no file at" in capsys.readouterr().err
 

@@ -86,6 +86,26 @@ def save_lora_weights(
         LoRAError: if no layer of the model has that adapter, one has it merged, or the model is itself a layer, without a name.
         CheckpointError: if `dtype` cannot hold the factors, or the file cannot be written.
     """
+    said = {"base_hash": base_hash, "config": config, "step": step, "tokens": tokens}
+    path = Path(path).with_suffix(SAFETENSORS) if Path(path).suffix in PICKLED else Path(path)
+    write_lora(lora_file_of(model, adapter_name=adapter_name, **said), path, "native", dtype=dtype)
+    return path
+
+
+def lora_file_of(
+    model: nn.Module,
+    *,
+    adapter_name: str = DEFAULT_ADAPTER,
+    base_hash: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    step: int = 0,
+    tokens: Mapping[str, torch.Tensor] | None = None,
+) -> LoRAFile:
+    """What `save_lora_weights` writes; the factors are those of the model, not copies.
+
+    Raises:
+        LoRAError: see there.
+    """
     check_unmerged(model, adapter_name, "saving the adapter")
     layers = {plain_name(model, name): layer for name, layer in lora_layers(model) if adapter_name in layer.adapters}
     if not layers:
@@ -97,10 +117,7 @@ def save_lora_weights(
         )
     modules = {name: layer.factors(adapter_name) for name, layer in layers.items()}
     sample = sample_of({name: layer.weight for name, layer in layers.items()}) if base_hash else {}
-    lora = LoRAFile(modules, tokens=tokens or {}, base_hash=base_hash, base_sample=sample, config=config, step=step)
-    path = Path(path).with_suffix(SAFETENSORS) if Path(path).suffix in PICKLED else Path(path)
-    write_lora(lora, path, "native", dtype=dtype)
-    return path
+    return LoRAFile(modules, tokens=tokens or {}, base_hash=base_hash, base_sample=sample, config=config, step=step)
 
 
 def load_lora_weights(

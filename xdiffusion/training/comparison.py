@@ -14,6 +14,7 @@ from jaxtyping import Float64
 
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.writing import write_atomically
+from xdiffusion.training.folder_lock import in_use
 from xdiffusion.training.records import SMOOTHING, on_a_log_scale, read_losses, smoothed
 from xdiffusion.training.run_record import flat, read_run
 
@@ -22,9 +23,13 @@ ABSENT = "-"  # a key that another run's config has
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its files tell it; name: its folder's, as short as the runs compared allow; losses: (steps, losses)."""
+    """A run as its files tell it; name: its folder's, as short as the runs compared allow; losses: (steps, losses).
+
+    status: its last segment's, or "cut short" where that still says "running" and no process has the folder.
+    """
 
     name: str
+    status: str
     record: dict[str, Any]
     losses: Float64[np.ndarray, "2 N"]
 
@@ -45,7 +50,10 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         record, losses = read_run(folder), read_losses(folder / "metrics.jsonl")
         if not losses.size:
             raise CheckpointError(f"{folder}: its metrics.jsonl has no step")
-        runs.append(Run(os.path.relpath(path, shared), record, losses))
+        status = record["segments"][-1]["status"]
+        if status == "running" and not in_use(folder):
+            status = "cut short"
+        runs.append(Run(os.path.relpath(path, shared), status, record, losses))
     return runs
 
 
@@ -97,7 +105,7 @@ def outcome(run: Run) -> dict[str, str]:
     git = last.get("git") or {}
     changes = f" + changes {(git.get('diff') or '')[:6]}".rstrip() if git.get("dirty") else ""
     return {
-        "status": last["status"],
+        "status": run.status,
         "steps": f"{steps[-1]:.0f}",
         f"loss, mean of last {SMOOTHING}": f"{math.fsum(losses[-SMOOTHING:]) / len(losses[-SMOOTHING:]):.4f}",
         "smallest smoothed loss": f"{smoothed(steps, losses)[1].min():.4f}",

@@ -41,6 +41,18 @@ def held(folder: Path) -> Iterator[None]:
                 path.unlink()
 
 
+def in_use(folder: Path) -> bool:
+    """Whether a run has a folder; also True where that cannot be told, as the disk knows no locks."""
+    try:
+        with (folder / FILE).open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 @contextmanager
 def in_turn(path: Path) -> Iterator[None]:
     """Within this block this process alone makes the file at a path: another that begins such a block waits for its end.

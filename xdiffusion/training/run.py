@@ -56,6 +56,7 @@ def begin(trainer: Trainer, checkpoints: RunCheckpoints, config: DictConfig, com
     if writes:
         for place in (folder, folder / "samples"):
             remove_leftovers(place)
+        checkpoints.clear_cut_short()
         none_left = first_step > trainer.settings.num_training_steps  # so that nothing is replaced
         earlier = [] if none_left and not moved else checkpoints.set_aside(after=0 if moved else first_step - 1)
         if earlier and (moved or first_step == 1):

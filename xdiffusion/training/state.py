@@ -9,8 +9,8 @@ written after the weights, so a run that is killed in between leaves no state, o
 
 A run that begins anew in a folder puts `.earlier` behind the names of what stands there of another one: of the states of all
 its steps, as `auto` and the rotation go by them; and of weights without a state, if the run would replace them, because they
-may be the only ones of that training. Those of its own first save, which a kill cut short by what run.json says, `auto` makes
-again in their place.
+may be the only ones of that training. Those of a checkpoint that was cut short, beside which `....saving` stands until its
+state is written, are taken away by the run that goes on, for it takes their steps again.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from torch import Tensor, nn
 
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.paths import weights_file
+from xdiffusion.checkpoints.writing import write_text
 from xdiffusion.training.exports import export_paths
 from xdiffusion.training.loop import Trainer
-from xdiffusion.training.run_record import read_run
 from xdiffusion.training.settings import CheckpointSettings, TrainingSettings
 from xdiffusion.training.sharded_weights import host_copy, laid_out_as, local, rows_of
-from xdiffusion.training.state_files import aside_path, free_aside, state_path, whole_state, write_state
+from xdiffusion.training.state_files import aside_path, free_aside, saving_path, state_path, whole_state, write_state
 from xdiffusion.training.weights_files import WeightsFiles
 
 
@@ -46,15 +46,15 @@ class RunCheckpoints:
 
     Attributes:
         origin: the folder of the run that was resumed last; another one where a file of it was named.
+        goes_on: whether it is this folder's own run that was resumed, if only from its beginning.
         resumed: what was resumed last, the same in all processes of a run: a step and a hash, or "none".
     """
 
     def __init__(self, folder: Path, files: WeightsFiles):
         self.folder, self.files = folder, files
-        self.origin, self.resumed = folder, "none"
+        self.origin, self.resumed, self.goes_on = folder, "none", False
         self.kept = CheckpointSettings(**files.config["checkpoints"])
         self.settings = TrainingSettings(**files.config["training"])
-        self.cut_short: set[int] = set()  # steps of weights that a kill kept from being whole, and this run makes again
         self._writing: Thread | None = None
         self._error: Exception | None = None
 
@@ -84,10 +84,15 @@ class RunCheckpoints:
 
         def write() -> None:
             try:
-                self.rotate()  # now that the steps since have shown the one before this to be good
+                try:
+                    self.rotate()  # now that the steps since have shown the one before this to be good
+                except CheckpointError as error:
+                    print(f"damaged checkpoint: {error}; those before it are kept", file=sys.stderr)
+                write_text(saving_path(path), "")
                 write_weights()
                 write_state(path, state)
-                aside_path(path).unlink(missing_ok=True)  # of weights that are no more
+                for outlived in (saving_path(path), aside_path(path)):  # the second is of weights that are no more
+                    outlived.unlink(missing_ok=True)
                 if on_saved is not None:
                     on_saved(path)
             except Exception as error:  # raised again where the run will see it
@@ -125,12 +130,12 @@ class RunCheckpoints:
         """
         if resume_from == "auto":
             found = self._newest_whole()
+            self.origin, self.goes_on = self.folder, True
             if found is None:
                 self._check_that_it_may_begin()
                 return 0
             path, state = found
             averaged = self.files.read(path)
-            self.origin = self.folder
         else:
             path = weights_file(resume_from)
             averaged = self.files.read(path)
@@ -138,7 +143,8 @@ class RunCheckpoints:
                 alone = f"to begin a run with its weights alone, name {path.name} with {self.files.start_flag}"
                 raise CheckpointError(f"no file at {state_path(path)}, without which no run goes on; {alone}")
             state = whole_state(path)
-            self.origin = self.folder if path.parent.resolve() == self.folder.resolve() else path.parent
+            self.goes_on = path.parent.resolve() == self.folder.resolve()
+            self.origin = self.folder if self.goes_on else path.parent
         own_base = self.files.base_hash
         if (base := state.get("base", own_base)) != own_base:
             raise CheckpointError(f"{path} is of another base: {base}, this run's is {own_base}")
@@ -198,7 +204,7 @@ class RunCheckpoints:
 
     def set_weights_aside(self, are_replaced: Callable[[int], bool]) -> None:
         """Rename the weights of such steps that have no state, neither beside them nor set aside; say so on stderr."""
-        alone = set(self._present()).difference(self._states(), self.cut_short)
+        alone = set(self._present()).difference(self._states())
         names = [path.replace(free_aside(path)).name for path in map(self.path, sorted(filter(are_replaced, alone)))]
         if names:
             shown = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)} files)"
@@ -214,25 +220,20 @@ class RunCheckpoints:
                 print(f"damaged checkpoint: {error}; trying the one before", file=sys.stderr)
         return None
 
+    def clear_cut_short(self) -> None:
+        """Take away what checkpoints that were cut short have left: of a run that goes on their weights too."""
+        for weights in map(self.path, self._numbers(".saving")):
+            if self.goes_on and not state_path(weights).exists():
+                for path in (*export_paths(weights), weights, aside_path(weights)):
+                    path.unlink(missing_ok=True)
+            saving_path(weights).unlink(missing_ok=True)
+
     def _check_that_it_may_begin(self) -> None:
         """Raise CheckpointError where a run would begin anew over checkpoints none of which is whole."""
-        present = self._present()
-        if len(present) == 1 and not self._states():  # as a kill between the two files of the run's first one leaves it
-            self.cut_short = {step for step in present if self._was_saving(step)}
-            if self.cut_short or present == [min(self.settings.save_and_sample_every_n, self.settings.num_training_steps)]:
-                return
-        if present:
+        if present := [step for step in self._present() if not saving_path(self.path(step)).exists()]:
             raise CheckpointError(
                 f"no checkpoint in {self.folder} is whole, of {len(present)} that stand there; to start afresh, move them away"
             )
-
-    def _was_saving(self, step: int) -> bool:
-        """Whether by its run.json this folder's run was killed in or after its first checkpoint, one of this step."""
-        with suppress(CheckpointError):
-            last = read_run(self.folder)["segments"][-1]
-            ended = last["status"] in ("running", "failed")
-            return ended and (last["first_step"], last.get("last_step")) == (1, step)
-        return False
 
     def rotate(self) -> None:
         """Delete what checkpoints.keep_last and checkpoints.keep_every do not keep, if the newest is seen to be whole.

@@ -1,4 +1,5 @@
-"""The state beside a weights file: its name, its hashes, and the names of what a run begun anew sets aside."""
+"""The state beside a weights file: its name, its hashes, what stands there until it is written, and the names of what a run
+begun anew sets aside."""
 
 from __future__ import annotations
 
@@ -43,6 +44,11 @@ def whole_state(path: Path) -> dict[str, Any]:
 def state_path(weights: Path) -> Path:
     """diffusion-N.safetensors -> diffusion-N.state.pt."""
     return weights.with_suffix(STATE)
+
+
+def saving_path(weights: Path) -> Path:
+    """What stands beside weights until they have their state: what it is left beside, a kill or a full disk cut short."""
+    return weights.with_suffix(".saving")
 
 
 def aside_path(weights: Path) -> Path:

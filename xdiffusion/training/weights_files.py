@@ -9,6 +9,7 @@ import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.learned_tokens import read_learned_tokens, save_learned_tokens
-from xdiffusion.checkpoints.lora_formats import read_lora
+from xdiffusion.checkpoints.lora_file import LoRAFile
+from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
 from xdiffusion.checkpoints.lora_formats.factors import RoundingError
 from xdiffusion.checkpoints.native import header, load_model_file, save_model
 from xdiffusion.checkpoints.reading import load_safetensors
 from xdiffusion.checkpoints.writing import save_safetensors
-from xdiffusion.lora.weights import save_lora_weights
+from xdiffusion.lora.weights import lora_file_of
 from xdiffusion.model import DiffusionModel
 from xdiffusion.training.exports import export_lora
 from xdiffusion.training.sharded_weights import host_copy
@@ -56,7 +58,7 @@ class WeightsFiles(ABC):
 
     @abstractmethod
     def save(self, model: nn.Module, path: Path, step: int, writes: bool) -> Callable[[], None]:
-        """Copy or write now what changes with the next step; returns what is left to do, for a thread.
+        """Copy now what changes with the next step; returns what writes it, for a thread.
 
         Every process calls it, since sharded weights are gathered from all; the one that `writes` alone writes.
         """
@@ -112,17 +114,21 @@ class AdapterWeights(WeightsFiles):
         self.dtype = getattr(torch, config.checkpoints.lora_dtype) if self.rounds else None  # None: as they are trained
 
     def save(self, model: DiffusionModel, path: Path, step: int, writes: bool) -> Callable[[], None]:
-        if writes:  # small: written here and now
-            tokens = model.text_encoder.learned_tokens()
-            said = {"base_hash": self.base_hash, "config": self.config, "step": step, "tokens": tokens}
-            try:
-                save_lora_weights(model, path, dtype=self.dtype, **said)
-            except RoundingError as error:
-                print(f"{path.name} is written in float32: {error}", file=sys.stderr)
-                save_lora_weights(model, path, **said)
-            if self.config["model"]["autoencoder"]["kind"] == "kl":
-                export_lora(path)
-        return lambda: None
+        if not writes:
+            return lambda: None
+        said = {"base_hash": self.base_hash, "config": self.config, "step": step}
+        lora = lora_file_of(model, tokens=model.text_encoder.learned_tokens(), **said)
+        lora = replace(lora, modules={name: factors.copied() for name, factors in lora.modules.items()})
+        return partial(self._write, lora, path)
+
+    def _write(self, lora: LoRAFile, path: Path) -> None:
+        try:
+            write_lora(lora, path, "native", dtype=self.dtype)
+        except RoundingError as error:
+            print(f"{path.name} is written in float32: {error}", file=sys.stderr)
+            write_lora(lora, path, "native")
+        if self.config["model"]["autoencoder"]["kind"] == "kl":
+            export_lora(path)
 
     def read(self, path: Path) -> Mapping[str, Tensor]:
         lora = read_lora(path)
@@ -141,9 +147,7 @@ class TokenWeights(WeightsFiles):
     suffix = "-tokens"
 
     def save(self, model: DiffusionModel, path: Path, step: int, writes: bool) -> Callable[[], None]:
-        if writes:
-            save_learned_tokens(path, model.text_encoder.learned_tokens())
-        return lambda: None
+        return partial(save_learned_tokens, path, model.text_encoder.learned_tokens()) if writes else lambda: None
 
     def read(self, path: Path) -> Mapping[str, Tensor]:
         return _learned_embedding(read_learned_tokens(path))
