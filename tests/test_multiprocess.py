@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from commands import ROOT, TRAIN, TRAIN_CLIP, run_script, set_words
 from test_resume import COMMON, STEPS
@@ -331,10 +330,3 @@ def test_a_network_with_nothing_to_train_is_not_wrapped():
     network = torch.nn.Linear(2, 2).requires_grad_(False)
     accelerator = SimpleNamespace(num_processes=2)
     assert spread(accelerator, network) is network
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_launch_files_are_accelerates(path):
-    config = load_config_from_file(str(path))
-    assert config.distributed_type == DistributedType.MULTI_GPU
-    assert config.num_processes == 8 * config.num_machines
