@@ -7,13 +7,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from xdiffusion.as_trained import as_trained
 from xdiffusion.build import build_model, build_sampling, load_config
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.lora_file import LoRAFactors, LoRAFile
 from xdiffusion.checkpoints.lora_formats import write_lora
 from xdiffusion.checkpoints.native import load_model_file, save_model
 from xdiffusion.config_files import ConfigError
-from xdiffusion.loading import as_trained, check_same_architecture, choices_of_run, load_model, load_weights
+from xdiffusion.loading import check_same_architecture, choices_of_run, load_model, load_weights
 from xdiffusion.model import generate, generators_for
 
 TINY = """

@@ -72,6 +72,29 @@ def test_they_are_guided_as_the_config_says(flag, tmp_path, monkeypatch, capsys)
     assert "cfg_scale=7.5" in capsys.readouterr().err
 
 
+def test_they_are_the_bases_own_whatever_the_run_trains_it_to_predict(tmp_path, monkeypatch, capsys):
+    """Else a base of eps would draw them as if it predicted v, and the run would learn its noise."""
+    write_pictures(tmp_path / "set", [(16, 16)])
+    base, ran = write_native("sd15_tiny", tmp_path / "base.safetensors"), []
+
+    def then_end(model, *arguments):
+        prepare_class_images(model, *arguments)
+        ran.append((model.prediction, model.schedule.alpha_sigma(torch.ones(1))[0].item() < 1e-3))
+        raise ValueError("drawn")
+
+    monkeypatch.setattr(prior_preservation, "prepare_class_images", then_end)
+    words = ["--config_path", ROOT / "configs/image/sd/sd15_dreambooth_lora_tiny.yaml", "--use_lora_training"]
+    words += ["--load_model_weights_from_checkpoint", base, "--data_dir", tmp_path / "set", "--output_path", tmp_path / "run"]
+    of_v = ["diffusion.prediction=v", "diffusion.schedule.zero_terminal_snr=true", "diffusion.min_snr_gamma=null"]
+    for name, process in (("eps", []), ("v", of_v)):
+        prior = [f"prior.data_dir={tmp_path / name}", "prior.num_images=2", "sampling.steps=2"]
+        assert run_script(TRAIN, *words, *set_words([*prior, *process])) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == "error: drawn"
+    assert ran == [("eps", False), ("v", True)]  # which is how the run itself goes
+    drawn = [[path.read_bytes() for path in sorted((tmp_path / name).iterdir())] for name in ("eps", "v")]
+    assert len(drawn[0]) == 2 and drawn[0] == drawn[1]
+
+
 def test_no_weight_wants_a_gradient_while_they_are_drawn(config_of, monkeypatch):
     """Autocast would keep a copy of it in half precision; afterwards all is as it was."""
     config, wanted = config_of("training.mixed_precision=bf16"), []

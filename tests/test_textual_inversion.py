@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from commands import ROOT, TRAIN, run_script, set_words
 from picture_folders import write_pictures
+from sd_files import write_native
 from tiny import copies, equal_bits
 from tiny_sd import tiny_sd_config, tiny_sd_model, tiny_sd_trainer
 
@@ -49,6 +51,17 @@ def test_only_the_word_changes_and_in_pivotal_tuning_the_lora(folder, lora):
         trainer.step(step)
     assert equal_bits(base, trainer.model.base_weights())
     assert all(not torch.equal(before[name], p) for name, p in trainer.trainable.items() if ".lora_A." not in name)
+
+
+def test_a_word_alone_is_not_trained_by_what_its_base_does_not_predict(folder, capsys):
+    """The network would stay one of eps; with a LoRA it can learn v."""
+    base = write_native("sd15_tiny", folder / "base.safetensors")
+    words = ["--config_path", ROOT / f"configs/image/sd/{NAME}.yaml", "--load_model_weights_from_checkpoint", base]
+    words += ["--data_dir", folder / "set", "--dry_run", *set_words(["diffusion.prediction=v", "data.captions=[a <cat>]"])]
+    assert run_script(TRAIN, *words) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {base}: diffusion.prediction=eps there, v in the config; a word alone leaves the network")
+    assert run_script(TRAIN, *words, "--use_lora_training") == 0
 
 
 def test_the_word_starts_from_its_initialiser():

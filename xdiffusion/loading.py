@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from xdiffusion.build import SCHEMA, build_model, image_shape, load_config, resolved, written_config
-from xdiffusion.checkpoints.drawing_settings import DRAWN_BY, value_at
+from xdiffusion.checkpoints.drawing_settings import DRAWN_BY
 from xdiffusion.checkpoints.errors import CheckpointError
-from xdiffusion.checkpoints.lora_formats.native import trained_config
 from xdiffusion.checkpoints.native import ModelFile, load_model_file
 from xdiffusion.checkpoints.stable_diffusion_files import StableDiffusionFile, part_alone
 from xdiffusion.config import with_overrides, without_unknown
-from xdiffusion.config_files import ConfigError, check_values, merge, nested
+from xdiffusion.config_files import ConfigError, check_values
 from xdiffusion.model import DiffusionModel
 
 RECORDS = ("training", "optimizer", "checkpoints", "cache", "clip", "lora")  # sections that say how a model was made
@@ -71,7 +70,7 @@ def _add_words(model: DiffusionModel, file: ModelFile) -> None:
         model.text_encoder.add_tokens(file.words)
     except ValueError as error:
         raise CheckpointError(f"{file.path}: {error}") from error
-    _to_stderr(f"{file.path} has words of its own: {', '.join(file.words)}")
+    to_stderr(f"{file.path} has words of its own: {', '.join(file.words)}")
 
 
 def config_of(file: ModelFile, config_path: str | Path | None = None) -> DictConfig:
@@ -84,7 +83,7 @@ def config_of(file: ModelFile, config_path: str | Path | None = None) -> DictCon
         CheckpointError: if its own config and the one named differ in what makes the model.
         ConfigError: if there is no config at all, or it is wrong.
     """
-    own, given = _own_config(file), load_config(config_path) if config_path is not None else None
+    own, given = own_config(file), load_config(config_path) if config_path is not None else None
     if file.config and given is not None:
         check_same_architecture(given, file)
         for choice in choices_of_run(given, file):
@@ -96,7 +95,7 @@ def config_of(file: ModelFile, config_path: str | Path | None = None) -> DictCon
         raise ConfigError(f"{file.path} carries no config: name it with --config_path")
     if file.stable_diffusion is not None and given is None:
         for note in (*file.stable_diffusion.notes, *_remarks(file.path, file.stable_diffusion, own)):
-            _to_stderr(note)
+            to_stderr(note)
     return own if given is None else given
 
 
@@ -106,11 +105,11 @@ def _sampled_as(config: DictConfig, config_path: str | Path) -> DictConfig:
     chosen = resolved(with_overrides(config, section, SCHEMA), str(config_path))
     changed = [f"{key}={theirs} ({ours} there)" for key, ours, theirs in config_differences(config, chosen, ["sampling"])]
     if changed:
-        _to_stderr(f"{config_path} beats the checkpoint: {', '.join(changed)}")
+        to_stderr(f"{config_path} beats the checkpoint: {', '.join(changed)}")
     return chosen
 
 
-def _own_config(file: ModelFile) -> DictConfig | None:
+def own_config(file: ModelFile) -> DictConfig | None:
     """What a file says of its model.
 
     Raises:
@@ -262,7 +261,7 @@ def check_same_architecture(config: DictConfig, file: ModelFile) -> None:
     Raises:
         CheckpointError: naming the first key that differs.
     """
-    stored = _own_config(file)
+    stored = own_config(file)
     if stored is not None:
         for key, ours, theirs in config_differences(config, stored, ARCHITECTURE):
             if key not in CHOICES:
@@ -276,7 +275,7 @@ def check_same_architecture(config: DictConfig, file: ModelFile) -> None:
 
 def choices_of_run(config: DictConfig, file: ModelFile) -> list[str]:
     """In what a config differs from a checkpoint of the same architecture, of what training may change: see `CHOICES`."""
-    stored = _own_config(file)
+    stored = own_config(file)
     if stored is None:
         return []
     guessed = file.stable_diffusion.guessed if file.stable_diffusion else ""
@@ -284,43 +283,9 @@ def choices_of_run(config: DictConfig, file: ModelFile) -> list[str]:
     return [f"{key}={theirs} there, {ours} in the config" for key, ours, theirs in found if key != guessed]
 
 
-def _to_stderr(line: str) -> None:
+def to_stderr(line: str) -> None:
+    """Say something that is no result."""
     print(line, file=sys.stderr)
-
-
-def as_trained(config: DictConfig, loras: Sequence[Path], tell: Callable[[str], None] = _to_stderr) -> DictConfig:
-    """A model's config that draws as its LoRAs were trained, see `DRAWN_BY`.
-
-    Args:
-        config: of the model.
-        loras: files; those that say nothing of their training change nothing.
-        tell: is called with a line for each value that changes.
-
-    Raises:
-        CheckpointError: if they were trained for different predictions or schedules, or a file is damaged.
-        ConfigError: if what a file says cannot be.
-    """
-    said = {path: trained_config(path) for path in loras}
-    trained = {path: _drawn_as(config, content, path) for path, content in said.items() if content}
-    chosen = config
-    for path, one in trained.items():
-        is_first = chosen is config
-        for key, ours, theirs in config_differences(chosen, one, DRAWN_BY):
-            if not is_first:
-                raise CheckpointError(
-                    f"these LoRAs cannot be drawn together: {path} was trained with {key}={theirs}, another with {ours}"
-                )
-            tell(f"{path} was trained with {key}={theirs}, and is drawn so but for flags; its base has {ours}")
-        chosen = one
-    return chosen
-
-
-def _drawn_as(config: DictConfig, content: Mapping[str, Any], path: Path) -> DictConfig:
-    """A config with those keys of another's that it has and that say how to draw."""
-    check_values(content, str(path))
-    keys = [key for key in DRAWN_BY if value_at(config, key) is not None and value_at(content, key) is not None]
-    chosen = merge(str(path), *(nested(key, value_at(content, key)) for key in keys))
-    return resolved(with_overrides(config, chosen, SCHEMA), str(path))
 
 
 def config_differences(config: DictConfig, other: DictConfig, keys: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:

@@ -18,11 +18,12 @@ from jaxtyping import Float
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from xdiffusion.as_trained import as_trained
 from xdiffusion.build import build_sampling, override, set_process
 from xdiffusion.checkpoints.hashes import content_hash
 from xdiffusion.checkpoints.native import lora_file
 from xdiffusion.config_files import assignment
-from xdiffusion.loading import as_trained, load_model, tell_remarks
+from xdiffusion.loading import load_model, tell_remarks
 from xdiffusion.lora.adapters import remove_lora, set_lora_enabled, set_lora_scale, swap_lora
 from xdiffusion.lora.inject import apply_lora_to_model, check_unmerged, lora_layers
 from xdiffusion.lora.settings import DEFAULT_ADAPTER, LoRAError

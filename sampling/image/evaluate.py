@@ -122,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from omegaconf import OmegaConf
 
+    from xdiffusion.as_trained import as_trained
     from xdiffusion.build import build_sampling, image_shape, override, set_process
     from xdiffusion.checkpoints.hashes import content_hash
     from xdiffusion.checkpoints.lora_formats.native import trained_config
@@ -129,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xdiffusion.checkpoints.paths import weights_file
     from xdiffusion.checkpoints.writing import ensure_writable
     from xdiffusion.data.image_set import ImageSet
-    from xdiffusion.loading import as_trained, in_file, load_model, stored_config
+    from xdiffusion.loading import in_file, load_model, stored_config
     from xdiffusion.lora.weights import load_lora_weights, parse_lora_spec
     from xdiffusion.model import at_a_time, best_device
     from xdiffusion.scoring import Depth, check_set_fits, score

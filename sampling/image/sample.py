@@ -115,13 +115,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     from omegaconf import OmegaConf
 
+    from xdiffusion.as_trained import as_trained
     from xdiffusion.build import build_sampling, override, set_process
     from xdiffusion.checkpoints.hashes import content_hash
     from xdiffusion.checkpoints.native import load_model_file, lora_file
     from xdiffusion.checkpoints.paths import weights_file
     from xdiffusion.data.captions import PROMPT_TABLES
     from xdiffusion.learned_words import add_learned_tokens
-    from xdiffusion.loading import as_trained, load_model, tell_remarks
+    from xdiffusion.loading import load_model, tell_remarks
     from xdiffusion.lora.weights import parse_lora_spec
     from xdiffusion.model import HALF, best_device
     from xdiffusion.places import sample_folder

@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_settings(clip_config(config))
         except ValueError as error:
             raise ValueError(f"clip.{error}") from error
-    sampling = sampling_of(config)
+    sampling_of(config)  # what it cannot be drawn by is said now
     torch.manual_seed(config.training.seed)
     with naming_flags(args, FLAG_KEYS):
         prompts = sample_prompts(config)
@@ -141,13 +141,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_captions(build_data(config), config, outline.text_encoder.context_length)
         return 0
     words = sys.argv[1:] if argv is None else argv
-    return leaving_together(partial(set_up_and_train, args, config, sampling, adapts, words))
+    return leaving_together(partial(set_up_and_train, args, config, adapts, words))
 
 
-def set_up_and_train(
-    args: argparse.Namespace, config: DictConfig, sampling: dict[str, Any], adapts: bool, words: Sequence[str]
-) -> int:
+def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool, words: Sequence[str]) -> int:
     """Make model, data, trainer and folder, and take the steps. Returns the exit status."""
+    from xdiffusion.as_trained import drawn_as_base
     from xdiffusion.build import build_data, build_model
     from xdiffusion.checkpoints.hashes import content_hash
     from xdiffusion.checkpoints.paths import existing_weights
@@ -186,9 +185,10 @@ def set_up_and_train(
             return status
     with first_ones_first(process):
         begin_with_weights(model, config, base, clip, process)
+        own = drawn_as_base(config, base) if "prior" in config else config
         del base
         base_hash = content_hash(model.base_weights()) if adapts or "prior" in config else None
-        prepare = partial(prepare_class_images, model, config, sampling, base_hash, process.device)
+        prepare = partial(prepare_class_images, model, own, sampling_of(own), base_hash, process.device)
         class_images = prepare() if "prior" in config else None
     check_beginning(process, config, model, data, class_images)
     make_trainable(model, config, lora=args.use_lora_training)
@@ -265,14 +265,20 @@ def sampling_of(config: DictConfig, *, guided: bool = True) -> dict[str, Any]:
 
 def base_file(config: DictConfig, args: argparse.Namespace, *, says: bool) -> ModelFile:
     """The checkpoint that the run begins with, seen to be of its architecture; in what the run goes another way is said."""
+    from xdiffusion.checkpoints.drawing_settings import PROCESS
     from xdiffusion.checkpoints.native import load_model_file
     from xdiffusion.checkpoints.paths import weights_file
     from xdiffusion.loading import check_same_architecture, choices_of_run
 
     file = load_model_file(weights_file(args.load_model_weights_from_checkpoint), args.ema)
     check_same_architecture(config, file)
+    choices = choices_of_run(config, file)
+    process = [choice for choice in choices if choice.startswith(PROCESS)]
+    if process and "textual_inversion" in config and not args.use_lora_training:
+        frozen = "a word alone leaves the network as it is: train it by those of its base, or with --use_lora_training"
+        raise ValueError(f"{file.path}: {process[0]}; {frozen}")
     if says:
-        for choice in choices_of_run(config, file):
+        for choice in choices:
             print(f"{file.path}: {choice}, by which this run goes", file=sys.stderr)
         if file.words:
             left_out = f"its words {', '.join(file.words)} are left out: a run has those that it learns"

@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from xdiffusion.as_trained import as_trained
 from xdiffusion.checkpoints.added_words import added_words
 from xdiffusion.checkpoints.component_names import COMPONENTS, component_of, exchange_name
 from xdiffusion.checkpoints.diffusers_folder import read_settings, weight_file
@@ -31,7 +32,7 @@ from xdiffusion.checkpoints.paths import PICKLED, SAFETENSORS, is_pipeline_folde
 from xdiffusion.checkpoints.streaming import StoredTensors, copy_safetensors
 from xdiffusion.checkpoints.weight_index import open_shards
 from xdiffusion.checkpoints.writing import new_folder
-from xdiffusion.loading import as_trained, config_of, stored_config
+from xdiffusion.loading import config_of, stored_config
 from xdiffusion.lora.functional import dora_weight, merged_weight
 from xdiffusion.lora.settings import LoRAError
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from xdiffusion.as_trained import as_trained
 from xdiffusion.checkpoints.component_names import exchange_name
 from xdiffusion.checkpoints.hashes import content_hash
 from xdiffusion.checkpoints.learned_tokens import read_learned_tokens
@@ -20,7 +21,7 @@ from xdiffusion.checkpoints.paths import refuse_leftover, weights_file
 from xdiffusion.commands.base_weights import BaseModel, fold, fold_into, header_as_trained, words_inside
 from xdiffusion.commands.lora_files import progress
 from xdiffusion.commands.sd_files import write_model
-from xdiffusion.loading import as_trained, check_weights_fit, config_of
+from xdiffusion.loading import check_weights_fit, config_of
 from xdiffusion.lora.base_identity import check_base
 from xdiffusion.lora.merge import joined_tokens
 

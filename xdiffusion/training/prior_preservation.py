@@ -7,7 +7,8 @@ Half of each batch are class images: pictures of the class that the base model i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from xdiffusion.build import build_schedule
 from xdiffusion.checkpoints.writing import ensure_writable, write_atomically
 from xdiffusion.data.captioned_images import CaptionedImages
 from xdiffusion.data.image_folder import load_image_folder, picture_files
@@ -38,7 +40,7 @@ def prepare_class_images(
 
     Args:
         model: the base, before it has an adapter.
-        config: resolved.
+        config: resolved; its prediction and schedule are those by which the base draws, see `drawn_as_base`.
         sampling: see `build_sampling`.
         base_hash: of the model's weights, kept in each picture that is drawn.
         device: to draw on; the model is on the CPU afterwards.
@@ -51,6 +53,7 @@ def prepare_class_images(
     folder = ensure_writable(Path(settings.data_dir))
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {"prompt": settings.prompt, "image_size": str(config.data.image_size), "base": base_hash}
+    drawn["prediction"] = config.diffusion.prediction
     _check_drawn(folder, drawn)
     free = (number for number in count() if not _path(folder, number).exists())
     missing = list(islice(free, max(0, settings.num_images - len(picture_files(folder)))))
@@ -64,7 +67,8 @@ def prepare_class_images(
         numbers = missing[start : start + block]
         generators = [generators_for(config.training.seed + number, 1)[0] for number in numbers]
         precision = HALF.get(config.training.mixed_precision)
-        images = generate(model, [settings.prompt] * len(numbers), generators, autocast=precision, **of_captions(sampling))
+        with _drawing_by(model, config):
+            images = generate(model, [settings.prompt] * len(numbers), generators, autocast=precision, **of_captions(sampling))
         for number, image in zip(numbers, images):
             write = partial(save_png, as_picture(image), metadata=drawn)
             write_atomically(_path(folder, number), write)  # the next run counts what stands there
@@ -81,6 +85,17 @@ def prepare_class_images(
         flip=config.data.flip,
         captions=[settings.prompt],
     )
+
+
+@contextmanager
+def _drawing_by(model: DiffusionModel, config: DictConfig) -> Iterator[None]:
+    """Within this block the model draws by the prediction and the schedule of a config, and by the run's own after it."""
+    of_run = model.schedule, model.prediction
+    model.schedule, model.prediction = build_schedule(config), config.diffusion.prediction
+    try:
+        yield
+    finally:
+        model.schedule, model.prediction = of_run
 
 
 def _path(folder: Path, number: int) -> Path:
