@@ -205,10 +205,12 @@ def _old_orders(
 
 def _own_orders(table: LayerTable) -> Iterator[dict[str, Shape]]:
     """Every choice of sets of the components, then the whole table, in the table's order."""
-    choices = [[r"(?!)", *(pattern for _, pattern in SETS[component])] for component in COMPONENTS]
-    for patterns in product(*choices):
-        chosen = dict(zip(COMPONENTS, patterns))
-        yield {name: shape for name, shape in table.items() if re.fullmatch(chosen.get(component_of(name), "(?!)"), name)}
+    choices = []
+    for component in COMPONENTS:
+        part = table.part(component)
+        choices.append([set(), *({name for name in part if re.fullmatch(pattern, name)} for _, pattern in SETS[component])])
+    for chosen in product(*choices):
+        yield {name: shape for name, shape in table.items() if any(name in names for names in chosen)}
     yield table
 
 
