@@ -216,6 +216,8 @@ def test_a_pt_name_stands_for_the_safetensors_file(tmp_path):
 def test_a_missing_file_is_named_with_what_there_is(tmp_path):
     with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere/a\.pt$"):
         existing_weights(tmp_path / "nowhere" / "a.pt")
+    with pytest.raises(CheckpointError, match=r"no checkpoint at some/model .*; of a name on the hub nothing is fetched"):
+        existing_weights(Path("some/model"))
     for step in (40, 80):
         write_model(tmp_path / f"diffusion-{step}.safetensors")
     with pytest.raises(CheckpointError, match=r"; there are: diffusion-40\.safetensors, diffusion-80\.safetensors$"):

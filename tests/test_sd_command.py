@@ -58,6 +58,16 @@ def test_every_layout_holds_the_same_model(name, work_folder, capsys):
     assert load_pickled(work_folder / "original.ckpt").keys() == {"state_dict"}
 
 
+@pytest.mark.parametrize(
+    ("model", "told"), [("sd15_tiny", ""), ("sd21_v_tiny", ""), ("sd21_base_tiny", "a model of v: give it config= a folder")]
+)
+def test_what_diffusers_takes_for_another_prediction_is_told(model, told, work_folder, capsys):
+    write_native(model, work_folder / "model.safetensors")
+    assert command("sd convert model.safetensors original.safetensors --to original") == 0
+    err = capsys.readouterr().err
+    assert told in err and ("from_single_file" in err) == bool(told)
+
+
 @pytest.mark.parametrize("name", ["sd15_tiny"], indirect=True)
 def test_a_weight_that_a_dtype_cannot_hold_is_named(name, work_folder, capsys):
     tensors, header = load_safetensors(work_folder / "model.safetensors")

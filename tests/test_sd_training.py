@@ -160,8 +160,9 @@ def test_diffusers_draws_the_same_pictures_from_the_exports(run, adapted, kind):
     [
         ("sd15_lora_tiny", True, ["-lora", "-lora-diffusers", "-lora-kohya"]),
         ("sd15_dreambooth_lora_tiny", True, ["-lora", "-lora-diffusers", "-lora-kohya"]),
+        ("sd15_tiny", False, [""]),
         ("sd21_base_tiny", False, [""]),
-        ("sd21_v_tiny", True, ["-lora", "-lora-diffusers", "-lora-kohya"]),
+        ("sd21_v_lora_tiny", True, ["-lora", "-lora-diffusers", "-lora-kohya"]),
         ("sd15_textual_inversion_tiny", False, ["-tokens"]),
         ("sd15_textual_inversion_tiny", True, ["-lora", "-lora-diffusers", "-lora-kohya", "-lora-tokens"]),
     ],

@@ -30,7 +30,9 @@ def existing_weights(path: Path, what: str = "checkpoint") -> tuple[Path, str | 
     if path.suffix in PICKLED and path.with_suffix(SAFETENSORS).is_file():
         twin = path.with_suffix(SAFETENSORS)
         return twin, f"{path} is not there; reading {twin.name} beside it"
-    raise CheckpointError(nothing_at(path, what, [SAFETENSORS]))
+    on_hub = "; of a name on the hub nothing is fetched: download it, and name the file or folder"
+    named_so = len(path.parts) == 2 and not path.suffix and not path.parent.exists()
+    raise CheckpointError(nothing_at(path, what, [SAFETENSORS]) + on_hub * named_so)
 
 
 def weights_file(path: str | Path, what: str = "checkpoint") -> Path:

@@ -92,6 +92,11 @@ def _write_original(file: ModelFile, config: DictConfig, output: Path, unused: M
     else:
         whole = {name: t.contiguous().clone() for name, t in (tensors | marks).items()}  # of a map, all would be saved
         save_pickled(output, {"state_dict": whole})
+    by_shapes = "eps" if openai else "v"
+    if config.diffusion.prediction != by_shapes:
+        takes = f"diffusers' from_single_file takes its shapes for a model of {by_shapes}"
+        told = "give it config= a folder that says so (--to diffusers), or its scheduler the prediction_type"
+        print(f"{output}: {takes}: {told}", file=sys.stderr)
 
 
 def _check_read_back(config: DictConfig, found: StableDiffusionFile, layout: str, output: Path) -> None:
