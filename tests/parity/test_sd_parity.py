@@ -132,7 +132,7 @@ def test_original_names_are_those_that_diffusers_converts(name):
         assert all(t.is_meta or torch.equal(t, expected[n]) for n, t in converted.items())
 
 
-@pytest.mark.parametrize("name", ["sd15_tiny", "sd21_v_tiny"])
+@pytest.mark.parametrize("name", ["sd15_tiny", "sd21_base_tiny", "sd21_v_tiny"])
 def test_exported_files_load_in_diffusers_and_give_the_same_image(name, tmp_path):
     native = write_native(name, tmp_path / "native.safetensors")
     folder, original = tmp_path / "folder", tmp_path / "original.safetensors"

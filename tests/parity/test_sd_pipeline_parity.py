@@ -128,16 +128,25 @@ def test_text_to_image(models, name):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
-def test_stable_diffusion_2_predicts_v():
-    """With linear projections, the other activation, and prompts padded with zeros."""
-    models = model_pair("sd21_v_tiny")
-    predicting_v = scheduler("dpm_solver", prediction_type="v_prediction")
-    theirs = their_images(models, StableDiffusionPipeline, predicting_v, height=SIZE, width=SIZE)
-    torch.testing.assert_close(our_images(models, "dpm_solver"), theirs, rtol=0, atol=1e-4)
-
-
 def picture():
     return torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5)) * 2 - 1
+
+
+@pytest.fixture(scope="module", params=["sd21_base_tiny", "sd21_v_tiny"])
+def models_of_2(request):
+    return model_pair(request.param)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_stable_diffusion_2(models_of_2, name):
+    """With linear projections, the other activation, and prompts padded with zeros; one predicts v."""
+    prediction = {"eps": "epsilon", "v": "v_prediction"}[models_of_2.ours.prediction]
+    of_theirs = scheduler(name, prediction_type=prediction)
+    theirs = their_images(models_of_2, StableDiffusionPipeline, of_theirs, height=SIZE, width=SIZE)
+    torch.testing.assert_close(our_images(models_of_2, name), theirs, rtol=0, atol=1e-4)
+    given, of_theirs = picture().expand(2, -1, -1, -1), scheduler(name, prediction_type=prediction)
+    theirs = their_images(models_of_2, StableDiffusionImg2ImgPipeline, of_theirs, image=given, strength=0.6)
+    torch.testing.assert_close(our_images(models_of_2, name, StartImage(picture(), 0.6)), theirs, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
