@@ -8,11 +8,16 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from commands import SAMPLE, TRAIN, run_script, set_words
+from picture_folders import write_pictures
 from test_multiprocess import BOUND, curve, finish, start
 from test_resume import COMMON
+from test_sd_training import CONFIGS
 from tiny import tiny_config, tiny_model, tiny_trainer
+from tiny_sd import SMALLER, tiny_sd_model
 
+from xdiffusion.build import load_config
 from xdiffusion.checkpoints.hashes import plain_and_tensors
+from xdiffusion.checkpoints.native import save_model
 from xdiffusion.checkpoints.reading import load_pickled, load_safetensors
 from xdiffusion.training.processes import check_shares
 from xdiffusion.training.records import read_metrics
@@ -81,6 +86,27 @@ def test_two_processes_with_half_the_weights_each_are_one_with_all(tmp_path):
     for folder in (of_one, of_two):
         assert len(curve(folder)) == STEPS
         assert_same_run(folder, tmp_path / "one")
+
+
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6's FSDP2 runs on GPUs only")
+def test_all_weights_of_stable_diffusion_are_trained_in_two_shares(work_folder):
+    """From a base, with latents of the cache that both processes fill."""
+    config = CONFIGS / "sd15_tiny.yaml"
+    model = tiny_sd_model(load_config(config, SMALLER))
+    save_model(work_folder / "base.safetensors", model.state_dict(), config={}, image_shape=model.image_shape, step=0)
+    write_pictures(work_folder / "set", [(32, 32)] * 4, ["a", "b", "c", "d"])
+    more = ["cache.latents=true", f"training.num_training_steps={STEPS}", "optimizer.learning_rate=1e-3"]
+    words = ["--config_path", config, "--data_dir", "set", "--force_cpu", *set_words([*SMALLER, *more])]
+    words += ["--load_model_weights_from_checkpoint", "base.safetensors", "--output_path"]
+    assert run_script(TRAIN, *words, "one", "--set", f"cache.folder={work_folder / 'of_one'}") == 0
+    two = start([*words, "two", "--set", f"cache.folder={work_folder / 'of_two'}", *SHARDED])
+    statuses, outputs, errors = zip(*(finish(process, 4 * BOUND) for process in two))
+    assert statuses == (0, 0), errors
+    assert "sharded weights: " in outputs[0]
+    assert curve(work_folder / "two") == pytest.approx(curve(work_folder / "one"), rel=1e-4)
+    one, shared = (load_safetensors(work_folder / f / f"diffusion-{STEPS}.safetensors")[0] for f in ("one", "two"))
+    assert one.keys() == shared.keys() and all(torch.allclose(one[n], shared[n], atol=1e-3) for n in one)
+    assert not all(torch.equal(one[n], tensor) for n, tensor in model.state_dict().items() if n.startswith("network"))
 
 
 @pytest.mark.parametrize(
