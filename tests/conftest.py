@@ -15,6 +15,12 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # threads that wait must not keep a core from other tests
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# while a hooked module is imported, bytecode has other names: what these import would be compiled again, for four seconds
+import accelerate  # noqa: F401
+import torch._dynamo
+import typechecking  # noqa: F401
+
 install_import_hook(
     [
         f"xdiffusion.{part}"
@@ -24,8 +30,6 @@ install_import_hook(
     ],
     "typechecking.check",
 )  # fmt: skip
-
-import torch
 
 # the same examples in every run; --hypothesis-profile=fresh has others each time, which --hypothesis-seed repeats
 settings.register_profile("repeatable", derandomize=True)
