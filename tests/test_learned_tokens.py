@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from lora_cases import command
+from lora_files import random_factors
 from safetensors.torch import save_file
 from sd_files import OfAMac
 
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.learned_tokens import parse_tokens_spec, read_learned_tokens, save_learned_tokens
+from xdiffusion.checkpoints.lora_file import LoRAFile
+from xdiffusion.checkpoints.lora_formats import write_lora
 
 ROWS = torch.arange(8.0).view(2, 4)
 
@@ -99,3 +103,12 @@ def test_names_on_a_command_line(tmp_path):
     for text, expected in [("e.pt", ("e.pt", None)), ("e.pt=<cat>", ("e.pt", "<cat>")), (str(odd), (str(odd), None))]:
         path, name = parse_tokens_spec(text)
         assert (str(path), name) == expected
+
+
+def test_words_that_a_lora_format_has_no_place_for_are_told_with_their_file(work_folder, capsys):
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    lora = LoRAFile({layer: random_factors(layer, 2, 2.0)}, tokens={"<s1>": torch.ones(768)})
+    write_lora(lora, work_folder / "words.safetensors", "native")
+    assert command("lora convert words.safetensors kohya.safetensors --to kohya --base sd15") == 0
+    told = "kohya.ti.pt: its learned words <s1>, for which kohya has no place\n"
+    assert told in capsys.readouterr().out and (work_folder / "kohya.ti.pt").is_file()

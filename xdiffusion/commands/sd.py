@@ -5,7 +5,7 @@
     sd convert v2-1_768-ema-pruned.ckpt sd21.safetensors --to native
 
 IN is an original single file (.safetensors, .ckpt), a folder of diffusers, or a model of this project; its shapes tell
-which model it is. Memory beyond that of Python and torch: the tensors that --dtype changes; all others are mapped.
+which model it is. Memory beyond that of Python and torch: the tensors that --dtype changes, for a .ckpt all; others are mapped.
 """
 
 from __future__ import annotations
