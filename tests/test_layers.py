@@ -62,9 +62,10 @@ MAY_IMPORT = {
         "text_encoders",
     },
     "loading": {"build", "checkpoints", "config", "config_files", "model"},
+    "as_trained": {"build", "checkpoints", "config", "config_files", "loading"},
     "learned_words": {"checkpoints", "model", "text_encoders"},
-    "stable_diffusion": {"build", "checkpoints", "config_files", "loading", "lora", "model", "samplers"},
-    "commands": {"build", "checkpoints", "cli", "loading", "lora", "text_encoders"},
+    "stable_diffusion": {"as_trained", "build", "checkpoints", "config_files", "loading", "lora", "model", "samplers"},
+    "commands": {"as_trained", "build", "checkpoints", "cli", "loading", "lora", "text_encoders"},
 }
 HEAVY = {"open_clip", "accelerate", "matplotlib", "torchvision", "tensorboard"}
 NEVER = {"diffusers", "transformers", "peft"}

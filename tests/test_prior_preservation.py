@@ -12,7 +12,7 @@ from tiny_sd import tiny_sd_config, tiny_sd_model, tiny_sd_trainer
 from xdiffusion.build import build_sampling
 from xdiffusion.checkpoints.hashes import content_hash
 from xdiffusion.pictures import read_metadata
-from xdiffusion.training import prior_preservation
+from xdiffusion.training import prior_preservation, trainable
 from xdiffusion.training.prior_preservation import prepare_class_images
 from xdiffusion.training.run import begin
 from xdiffusion.training.run_record import read_run
@@ -77,12 +77,11 @@ def test_they_are_the_bases_own_whatever_the_run_trains_it_to_predict(tmp_path, 
     write_pictures(tmp_path / "set", [(16, 16)])
     base, ran = write_native("sd15_tiny", tmp_path / "base.safetensors"), []
 
-    def then_end(model, *arguments):
-        prepare_class_images(model, *arguments)
+    def end(model, *_):
         ran.append((model.prediction, model.schedule.alpha_sigma(torch.ones(1))[0].item() < 1e-3))
         raise ValueError("drawn")
 
-    monkeypatch.setattr(prior_preservation, "prepare_class_images", then_end)
+    monkeypatch.setattr(trainable, "describe_model", end)
     words = ["--config_path", ROOT / "configs/image/sd/sd15_dreambooth_lora_tiny.yaml", "--use_lora_training"]
     words += ["--load_model_weights_from_checkpoint", base, "--data_dir", tmp_path / "set", "--output_path", tmp_path / "run"]
     of_v = ["diffusion.prediction=v", "diffusion.schedule.zero_terminal_snr=true", "diffusion.min_snr_gamma=null"]

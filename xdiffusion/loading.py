@@ -14,9 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from xdiffusion.build import SCHEMA, build_model, image_shape, load_config, resolved, written_config
-from xdiffusion.checkpoints.drawing_settings import DRAWN_BY
+from xdiffusion.checkpoints.drawing_settings import DRAWN_BY, PROCESS
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.native import ModelFile, load_model_file
+from xdiffusion.checkpoints.paths import weights_file
 from xdiffusion.checkpoints.stable_diffusion_files import StableDiffusionFile, part_alone
 from xdiffusion.config import with_overrides, without_unknown
 from xdiffusion.config_files import ConfigError, check_values
@@ -281,6 +282,34 @@ def choices_of_run(config: DictConfig, file: ModelFile) -> list[str]:
     guessed = file.stable_diffusion.guessed if file.stable_diffusion else ""
     found = config_differences(config, stored, CHOICES)
     return [f"{key}={theirs} there, {ours} in the config" for key, ours, theirs in found if key != guessed]
+
+
+def base_of_run(config: DictConfig, path: str | Path, ema: bool | None, *, lora: bool, says: bool) -> ModelFile:
+    """The checkpoint that a run begins with, seen to be of its architecture.
+
+    Args:
+        ema: see `read_stable_diffusion`.
+        lora: whether a LoRA is trained.
+        says: tell on stderr in what the run goes another way.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or of another architecture.
+        ValueError: if a learned word alone is to be trained by what the network does not predict.
+    """
+    file = load_model_file(weights_file(path), ema)
+    check_same_architecture(config, file)
+    choices = choices_of_run(config, file)
+    process = [choice for choice in choices if choice.startswith(PROCESS)]
+    if process and "textual_inversion" in config and not lora:
+        frozen = "a word alone leaves the network as it is: train it by those of its base, or with --use_lora_training"
+        raise ValueError(f"{file.path}: {process[0]}; {frozen}")
+    if says:
+        for choice in choices:
+            to_stderr(f"{file.path}: {choice}, by which this run goes")
+        if file.words:
+            left_out = f"its words {', '.join(file.words)} are left out: a run has those that it learns"
+            to_stderr(f"{file.path}: {left_out}")
+    return file
 
 
 def to_stderr(line: str) -> None:

@@ -148,7 +148,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     stored = load_model_file(checkpoint, args.ema)  # mapped, and not in --mixed_precision
     usual = sample_folder(config.data.kind, checkpoint, args.config_path, ours=stored.stable_diffusion is None)
     folder = Path(args.output_path) if args.output_path else usual
-
     base_hash = content_hash(stored.tensors, torch.float32) if loras and not args.allow_other_base else None
     hashes = {"checkpoint": [fingerprint(stored.tensors)]} | file_hashes(args)
     for flag in args.recipe.differing(hashes) if args.recipe else ():

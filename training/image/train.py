@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from xdiffusion.checkpoints.native import ModelFile
+    from xdiffusion.data.captioned_images import CaptionedImages
     from xdiffusion.model import DiffusionModel
     from xdiffusion.training.batches import Data
     from xdiffusion.training.run import Draw
@@ -153,7 +154,6 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
     from xdiffusion.training.checks import check_captions, check_outside
     from xdiffusion.training.diffusion_task import DiffusionTask
     from xdiffusion.training.loop import Trainer
-    from xdiffusion.training.prior_preservation import prepare_class_images
     from xdiffusion.training.processes import begin_process, check_precision, first_ones_first
     from xdiffusion.training.run import run_folder, train
     from xdiffusion.training.state import RunCheckpoints
@@ -185,11 +185,10 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
             return status
     with first_ones_first(process):
         begin_with_weights(model, config, base, clip, process)
-        own = drawn_as_base(config, base) if "prior" in config else config
+        own = drawn_as_base(config, base)
         del base
         base_hash = content_hash(model.base_weights()) if adapts or "prior" in config else None
-        prepare = partial(prepare_class_images, model, own, sampling_of(own), base_hash, process.device)
-        class_images = prepare() if "prior" in config else None
+        class_images = own_class_images(model, config, own, base_hash, process) if "prior" in config else None
     check_beginning(process, config, model, data, class_images)
     make_trainable(model, config, lora=args.use_lora_training)
     rounded = config.training.half_frozen_weights and config.training.mixed_precision != "no"
@@ -204,6 +203,19 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
     if adapts and content_hash(model.base_weights()) != frozen_hash:
         raise RuntimeError("the run changed its frozen base: what it learned belongs to no base that there is")
     return status
+
+
+def own_class_images(
+    model: DiffusionModel, config: DictConfig, own: DictConfig, base_hash: str, process: PartialState
+) -> CaptionedImages:
+    """The class images of `prior:`, drawn as the base was trained (`own`), whatever the run trains it to predict."""
+    from xdiffusion.build import set_process
+    from xdiffusion.training.prior_preservation import prepare_class_images
+
+    set_process(model, own)
+    images = prepare_class_images(model, own, sampling_of(own), base_hash, process.device)
+    set_process(model, config)
+    return images
 
 
 def tell_unread(args: argparse.Namespace) -> None:
@@ -264,26 +276,10 @@ def sampling_of(config: DictConfig, *, guided: bool = True) -> dict[str, Any]:
 
 
 def base_file(config: DictConfig, args: argparse.Namespace, *, says: bool) -> ModelFile:
-    """The checkpoint that the run begins with, seen to be of its architecture; in what the run goes another way is said."""
-    from xdiffusion.checkpoints.drawing_settings import PROCESS
-    from xdiffusion.checkpoints.native import load_model_file
-    from xdiffusion.checkpoints.paths import weights_file
-    from xdiffusion.loading import check_same_architecture, choices_of_run
+    """The checkpoint that --load_model_weights_from_checkpoint names."""
+    from xdiffusion.loading import base_of_run
 
-    file = load_model_file(weights_file(args.load_model_weights_from_checkpoint), args.ema)
-    check_same_architecture(config, file)
-    choices = choices_of_run(config, file)
-    process = [choice for choice in choices if choice.startswith(PROCESS)]
-    if process and "textual_inversion" in config and not args.use_lora_training:
-        frozen = "a word alone leaves the network as it is: train it by those of its base, or with --use_lora_training"
-        raise ValueError(f"{file.path}: {process[0]}; {frozen}")
-    if says:
-        for choice in choices:
-            print(f"{file.path}: {choice}, by which this run goes", file=sys.stderr)
-        if file.words:
-            left_out = f"its words {', '.join(file.words)} are left out: a run has those that it learns"
-            print(f"{file.path}: {left_out}", file=sys.stderr)
-    return file
+    return base_of_run(config, args.load_model_weights_from_checkpoint, args.ema, lora=args.use_lora_training, says=says)
 
 
 def begun_model(config: DictConfig, args: argparse.Namespace, folder: Path, process: PartialState) -> ModelFile | None:

@@ -7,8 +7,7 @@ Half of each batch are class images: pictures of the class that the base model i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from xdiffusion.build import build_schedule
 from xdiffusion.checkpoints.writing import ensure_writable, write_atomically
 from xdiffusion.data.captioned_images import CaptionedImages
 from xdiffusion.data.image_folder import load_image_folder, picture_files
@@ -39,8 +37,8 @@ def prepare_class_images(
     """The class images of `prior:`, after the base model has drawn those that are missing, in the run's precision.
 
     Args:
-        model: the base, before it has an adapter.
-        config: resolved; its prediction and schedule are those by which the base draws, see `drawn_as_base`.
+        model: the base, before it has an adapter, with the prediction and the schedule that it was trained for.
+        config: resolved, of that prediction.
         sampling: see `build_sampling`.
         base_hash: of the model's weights, kept in each picture that is drawn.
         device: to draw on; the model is on the CPU afterwards.
@@ -67,8 +65,7 @@ def prepare_class_images(
         numbers = missing[start : start + block]
         generators = [generators_for(config.training.seed + number, 1)[0] for number in numbers]
         precision = HALF.get(config.training.mixed_precision)
-        with _drawing_by(model, config):
-            images = generate(model, [settings.prompt] * len(numbers), generators, autocast=precision, **of_captions(sampling))
+        images = generate(model, [settings.prompt] * len(numbers), generators, autocast=precision, **of_captions(sampling))
         for number, image in zip(numbers, images):
             write = partial(save_png, as_picture(image), metadata=drawn)
             write_atomically(_path(folder, number), write)  # the next run counts what stands there
@@ -85,17 +82,6 @@ def prepare_class_images(
         flip=config.data.flip,
         captions=[settings.prompt],
     )
-
-
-@contextmanager
-def _drawing_by(model: DiffusionModel, config: DictConfig) -> Iterator[None]:
-    """Within this block the model draws by the prediction and the schedule of a config, and by the run's own after it."""
-    of_run = model.schedule, model.prediction
-    model.schedule, model.prediction = build_schedule(config), config.diffusion.prediction
-    try:
-        yield
-    finally:
-        model.schedule, model.prediction = of_run
 
 
 def _path(folder: Path, number: int) -> Path:
