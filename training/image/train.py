@@ -185,7 +185,7 @@ def set_up_and_train(args: argparse.Namespace, config: DictConfig, adapts: bool,
             return status
     with first_ones_first(process):
         begin_with_weights(model, config, base, clip, process)
-        own = drawn_as_base(config, base)
+        own = drawn_as_base(config, base) if "prior" in config else config
         del base
         base_hash = content_hash(model.base_weights()) if adapts or "prior" in config else None
         class_images = own_class_images(model, config, own, base_hash, process) if "prior" in config else None
