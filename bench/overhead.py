@@ -11,8 +11,8 @@ row_threads: where threads share the rows of a batch (training/row_threads.py), 
 are added up, as they do where torch itself shares out each operation. What is not computing in them: "theirs" is from the
 first thread's beginning to the last one's end, with the forming of W', "ours" adds waking the threads and adding up.
 
-checkpoint: a state of so many MB (weights, two moments) besides its weights file: the seconds until `save` returns and
-training goes on are "ours", until both files are on the disk "theirs".
+checkpoint_base, checkpoint_lora: a state of so many MB (weights, two moments) besides its weights file: the seconds until
+`save` returns and training goes on are "ours", until both files are on the disk "theirs".
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch import nn
 from xdiffusion.build import build_data, build_model, load_config
 from xdiffusion.cli import REPOSITORY, positive_int, run
 from xdiffusion.diffusion import objective
+from xdiffusion.lora import apply_lora_to_model
 from xdiffusion.training import diffusion_task
 from xdiffusion.training.diffusion_task import DiffusionTask
 from xdiffusion.training.divergence import LossWatch
@@ -43,7 +44,7 @@ from xdiffusion.training.packed_weights import PackedWeights
 from xdiffusion.training.records import Records
 from xdiffusion.training.state import RunCheckpoints
 from xdiffusion.training.trainable import make_trainable
-from xdiffusion.training.weights_files import ModelWeights
+from xdiffusion.training.weights_files import AdapterWeights, ModelWeights
 
 CONFIG = REPOSITORY / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
 
@@ -61,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.add(f"overhead_{kind}", spent.whole, spent.needed, goal=Goal(1.03))
         if spent.in_rows:
             report.add(f"row_threads_{kind}", spent.passes, spent.in_rows)
-    blocked, written = writes(args.megabytes, max(1, args.rounds // 10))
-    report.add("checkpoint", blocked, written, goal=Goal(0.5, of="ours"), megabytes=args.megabytes)
+    for kind in ("base", "lora"):
+        blocked, written = writes(args.megabytes, max(1, args.rounds // 10), lora=kind == "lora")
+        report.add(f"checkpoint_{kind}", blocked, written, goal=Goal(0.5, of="ours"), megabytes=args.megabytes)
     report.finish()
     return 0
 
@@ -130,13 +132,17 @@ def steps(config: Any, lora: bool, rounds: int, device: torch.device) -> Spent:
     return spent
 
 
-def writes(megabytes: int, rounds: int) -> tuple[list[float], list[float]]:
+def writes(megabytes: int, rounds: int, *, lora: bool) -> tuple[list[float], list[float]]:
     """Seconds until a checkpoint's save returns, and until it is on the disk."""
     size = 1024
     layers = max(1, megabytes * 2**20 // (3 * 4 * size * size))  # weights and two moments in float32
     model = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(layers))
-    model.image_shape = (1, size, size)
-    trainable = dict(model.named_parameters())
+    model.image_shape, model.text_encoder = (1, size, size), SimpleNamespace(learned_tokens=dict)
+    files = ModelWeights(load_config(CONFIG))
+    if lora:
+        apply_lora_to_model(model, rank=size // 2, target_modules="all")  # as many factors as weights
+        files = AdapterWeights(load_config(CONFIG, (), True), "0" * 32)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     packed = PackedWeights({1.0: list(trainable.values())})
     optimizer = torch.optim.AdamW(packed.updated, fused=True)
     for parameter in packed.updated:
@@ -155,7 +161,7 @@ def writes(megabytes: int, rounds: int) -> tuple[list[float], list[float]]:
     )
     blocked, written = [], []
     with tempfile.TemporaryDirectory(dir=REPOSITORY) as folder:  # /tmp may be memory
-        checkpoints = RunCheckpoints(Path(folder), ModelWeights(load_config(CONFIG)))
+        checkpoints = RunCheckpoints(Path(folder), files)
         for step in range(1, rounds + 1):
             started = time.perf_counter()
             with trainer.ema.in_place():

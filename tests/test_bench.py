@@ -154,6 +154,14 @@ def test_parity_sd(capsys):
     assert line["errors"]["tiny"]["sd15"].keys() == parts | samplers
 
 
+def test_parity_that_is_not_met_is_a_failure(capsys, monkeypatch):
+    parity_sd = load("parity_sd")
+    for error, status in ((1e-6, 0), (1e-4, 1)):
+        monkeypatch.setattr(parity_sd, "parity", lambda *_, error=error: {"unet": error})
+        assert parity_sd.main(["--json"]) == status
+        assert json.loads(capsys.readouterr().out)["met"] == (status == 0)
+
+
 def test_sd(capsys):
     few = ["--figure", "forward", "lora_file", "txt2img", "lora_step", "--steps", 2]
     found = results(capsys, "sd", "--size", "tiny", *few)

@@ -75,3 +75,5 @@ def test_a_disk_without_locks_is_trained_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", flock)
     assert run_script(TRAIN, *COMMON, "--num_training_steps", 1, "--output_path", tmp_path) == 0
+    (tmp_path / ".lock").touch()
+    assert folder_lock.in_use(tmp_path)  # nobody can tell

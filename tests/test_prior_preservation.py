@@ -141,6 +141,8 @@ def test_class_images_of_another_prompt_are_refused(config_of, tmp_path):
         prepare(config_of("prior.prompt=a cat"))
     with pytest.raises(ValueError, match=r"class_0001.png was drawn with image_size '\d+', this run's is '32'"):
         prepare(config_of("data.image_size=32"))
+    with pytest.raises(ValueError, match=r"class_0001.png was drawn with prediction 'eps', this run's is 'v'"):
+        prepare(config_of("diffusion.prediction=v"))
     config = config_of()
     other = tiny_sd_model(config)
     other.network.conv_in.bias.data += 1

@@ -165,6 +165,25 @@ def test_a_resumed_run_replaces_what_a_kill_has_cut_short(killed_at, tmp_path):
     assert not list(tmp_path.glob("*.earlier")) and not list(tmp_path.glob("*.saving"))
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_what_was_cut_short_is_taken_away_by_its_own_run_alone(elsewhere, killed_at, tmp_path):
+    """A file that is named may be of this folder's run, or of another one's that goes on here."""
+    words = [*COMMON, "--output_path", tmp_path / "run"]
+    assert run_script(TRAIN, *words, "--num_training_steps", 2) == 0
+    from_file = tmp_path / "run/diffusion-2.safetensors"
+    if elsewhere:
+        from_file = (tmp_path / "run").rename(tmp_path / "other") / from_file.name
+    killed_at("state", *words, "--resume_from", from_file, "--save_and_sample_every_n", 3)
+    assert (tmp_path / ("run/diffusion-2.saving" if elsewhere else "run/diffusion-3.saving")).is_file()
+    cut_short = next((tmp_path / "run").glob("*.saving")).with_suffix(".safetensors")
+    weights = cut_short.read_bytes()
+    assert run_script(TRAIN, *words, "--resume_from", from_file, "--num_training_steps", 4) == 0
+    assert not list((tmp_path / "run").glob("*.saving"))
+    aside = [path.read_bytes() for path in (tmp_path / "run").glob("*.earlier")]
+    assert aside == ([weights] if elsewhere else [])
+    assert cut_short.is_file() == elsewhere  # step 3 is not due in this run, step 2 is what it begins from
+
+
 def test_a_run_goes_on_where_its_newest_checkpoint_is_damaged_on_the_disk(tmp_path, monkeypatch, capfd):
     """It keeps what it would have rotated away, says which is damaged, and writes the next one."""
 

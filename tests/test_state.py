@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from threading import Event
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from xdiffusion.checkpoints.hashes import content_hash
 from xdiffusion.checkpoints.lora_formats import read_lora
 from xdiffusion.checkpoints.native import load_model_file
 from xdiffusion.checkpoints.reading import load_pickled, load_safetensors
+from xdiffusion.lora.inject import lora_layers
+from xdiffusion.training import weights_files
 from xdiffusion.training.loop import fit
 from xdiffusion.training.state import RunCheckpoints, frozen_factors, saving_path, state_path
 from xdiffusion.training.weights_files import AdapterWeights, ModelWeights
@@ -94,6 +97,27 @@ def test_a_checkpoint_holds_the_average_and_its_state_the_weights(tmp_path):
     assert saved.config["training"]["num_training_steps"] == 5
     state = load_pickled(tmp_path / "diffusion-5.state.pt")
     assert equal_bits(state["trained"], {n: p.data for n, p in trainer.trainable.items()})
+
+
+def test_a_lora_is_written_as_it_was_while_the_run_goes_on(tmp_path, monkeypatch):
+    """By a thread: what it copies must not be what the next step changes."""
+    may_write, write = Event(), weights_files.write_lora
+    monkeypatch.setattr(weights_files, "write_lora", lambda *a, **k: may_write.wait(60) and write(*a, **k))
+    trainer, files = fresh(tmp_path, ["training.ema_decay=0", "lora.use_dora=true"], lora=True)
+    trainer.step(1)
+    with trainer.ema.in_place():
+        files.save(trainer, 1)
+        expected = {n: f for n, layer in lora_layers(trainer.model) for f in [copies(vars_of(layer.factors("default")))]}
+    trainer.step(2)
+    assert not files.path(1).exists()
+    may_write.set()
+    files.finish()
+    found = {name: vars_of(factors) for name, factors in read_lora(files.path(1)).modules.items()}
+    assert found.keys() == expected.keys() and all(equal_bits(found[name], expected[name]) for name in found)
+
+
+def vars_of(factors):
+    return {name: value for name, value in vars(factors).items() if isinstance(value, torch.Tensor)}
 
 
 def test_a_lora_run_leaves_the_base_untouched(tmp_path):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,6 @@ class LoRAFactors:
         """Whether all its numbers are."""
         tensors = (self.lora_A, self.lora_B, self.magnitude)
         return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
-
-    def copied(self) -> LoRAFactors:
-        """The same in host memory of its own, whatever becomes of these tensors."""
-        tensors = {"lora_A": self.lora_A, "lora_B": self.lora_B, "magnitude": self.magnitude}
-        return replace(self, **{name: t.to("cpu", copy=True) for name, t in tensors.items() if t is not None})
 
     def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """scaling * B A in the shape of the weight, (out, in, *kernel)."""

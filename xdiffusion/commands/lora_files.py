@@ -66,8 +66,8 @@ def write(lora: LoRAFile, path: str | Path, format: str, names: LayerTable | Non
     """
     write_lora(lora, Path(path), format, names=names, dtype=getattr(torch, dtype) if dtype else None)
     print(f"{path}: {len(lora.modules)} modules, {format}")
-    if lora.tokens and (beside := tokens_path(Path(path))).is_file() and not FORMATS[format].has_tokens:
-        print(f"{beside}: its learned words {', '.join(lora.tokens)}, for which {format} has no place")
+    if lora.tokens and not FORMATS[format].has_tokens:
+        print(f"{tokens_path(Path(path))}: its learned words {', '.join(lora.tokens)}, for which {format} has no place")
     if lost := unsaid(lora, format):
         print(f"{path}: it was trained with {', '.join(lost)}, which {format} has no word for", file=sys.stderr)
 

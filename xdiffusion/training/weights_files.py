@@ -118,8 +118,8 @@ class AdapterWeights(WeightsFiles):
             return lambda: None
         said = {"base_hash": self.base_hash, "config": self.config, "step": step}
         lora = lora_file_of(model, tokens=model.text_encoder.learned_tokens(), **said)
-        lora = replace(lora, modules={name: factors.copied() for name, factors in lora.modules.items()})
-        return partial(self._write, lora, path)
+        modules = {name: replace(factors, **host_copy(vars(factors))) for name, factors in lora.modules.items()}
+        return partial(self._write, replace(lora, modules=modules), path)
 
     def _write(self, lora: LoRAFile, path: Path) -> None:
         try:
