@@ -10,8 +10,9 @@ from test_resume import COMMON
 from test_state import flipped, fresh, train
 
 from xdiffusion.checkpoints.errors import CheckpointError
+from xdiffusion.training.exports import export_paths
 from xdiffusion.training.records import Records
-from xdiffusion.training.state import write_state
+from xdiffusion.training.state_files import aside_path, saving_path, state_path, write_state
 
 
 @pytest.mark.parametrize(
@@ -129,6 +130,16 @@ def test_kills_around_the_first_checkpoint_leave_nothing_behind(killed_at, tmp_p
     assert run_script(TRAIN, *words) == 0
     names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("run", "whole")]
     assert names[0] == names[1]
+
+
+def test_all_that_was_written_of_what_was_cut_short_goes_with_it(tmp_path):
+    _, files = fresh(tmp_path, lora=True)
+    cut_short, whole = files.path(2), [files.path(4), state_path(files.path(4))]
+    for path in (cut_short, *export_paths(cut_short), saving_path(cut_short), aside_path(cut_short), *whole):
+        path.touch()
+    files.goes_on = True
+    files.clear_cut_short()
+    assert sorted(tmp_path.iterdir()) == sorted(whole)
 
 
 def test_weights_cut_short_are_another_trainings_to_a_run_begun_anew(killed_at, tmp_path):
