@@ -201,6 +201,8 @@ def test_a_curve_of_losses_that_are_not_finite(tmp_path):
         ([0.95, 0.26], {"0.3", "0.5"}),
         ([0.95, 0.09], {"0.1", "0.2", "0.3", "0.5"}),
         ([3e3, 0.05], {"0.1", "10", "1000"}),
+        ([1.05, 0.91], {"0.95", "1", "1.05"}),
+        ([0.0123, 0.0051], {"0.006", "0.012"}),
     ],
 )
 def test_losses_are_labelled_as_they_are_read(losses, expected):

@@ -185,11 +185,12 @@ def draw_loss_curve(metrics_path: Path, picture: Path) -> None:
 
 def on_a_log_scale(axes: Axes) -> None:
     """The losses in these axes; their numbers stand as they are read: 0.2, not 2 x 10^-1."""
-    from matplotlib.ticker import LogLocator, NullLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high < 1000 * low else (1,)))
+    powers = LogLocator(subs=(1, 2, 3, 5) if high < 1000 * low else (1,))
+    axes.yaxis.set_major_locator(powers if high > 3 * low else MaxNLocator(6, steps=[1, 2, 5, 10]))  # else one or none
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
