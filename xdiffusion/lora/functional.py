@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,11 +49,11 @@ def lora_linear(
     if not holds_updates(weight, lora_A):
         x = x.to(_dtype_to_compute_in(x))  # once for W and A
         return plain_lora_linear(x, x, weight, bias, lora_A, lora_B, scaling)
-    if _is_exported() or _trains(weight, bias) or not merging_pays(x.numel() // x.shape[-1], weight):
+    if _is_traced() or _trains(weight, bias) or not merging_pays(x.numel() // x.shape[-1], weight):
         return plain_lora_linear(x, x, weight, bias, lora_A, lora_B, scaling)
     if x.numel() * len(weight) <= SMALL_PRODUCT:
         return F.linear(x, merged_weight(weight, lora_A, lora_B, scaling), bias)
-    return _merged_linear(x.to(_dtype_to_compute_in(x)), weight, bias, lora_A, lora_B, scaling)
+    return _MergedLinear.apply(x.to(_dtype_to_compute_in(x)), weight, bias, lora_A, lora_B, scaling)
 
 
 def plain_lora_linear(
@@ -89,9 +89,9 @@ def lora_conv(
         return plain_lora_conv(x, x, weight, bias, lora_A, lora_B, scaling, geometry, convolve)
     # convolutions reorder their weight on every call: measured, W' pays from about four times the positions on
     least_positions = 4 * math.prod(geometry.stride)
-    if _is_exported() or _trains(weight, bias) or not merging_pays(x[:, 0].numel() // least_positions, weight):
+    if _is_traced() or _trains(weight, bias) or not merging_pays(x[:, 0].numel() // least_positions, weight):
         return plain_lora_conv(x, x, weight, bias, lora_A, lora_B, scaling, geometry, convolve)
-    return _merged_conv(x.to(_dtype_to_compute_in(x)), weight, bias, lora_A, lora_B, scaling, *geometry)
+    return _MergedConv.apply(x.to(_dtype_to_compute_in(x)), weight, bias, lora_A, lora_B, scaling, geometry)
 
 
 def plain_lora_conv(
@@ -196,9 +196,13 @@ def _dtype_to_compute_in(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if casts else x.dtype
 
 
-def _is_exported() -> bool:
-    """Whether the call is written down for other sizes, or for a program without our Functions: by the one plain formula."""
-    return torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", bool)()  # torch 2.6 has none
+def _is_traced() -> bool:
+    """Whether the call is written down: for other sizes, for a program without our Functions, or for torch's compiler.
+
+    The compiler fuses the plain formula by itself. Tracing into a Function whose backward pass turns autocast off, that of
+    torch 2.14 believes it to be off in all that follows.
+    """
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def _autocasts(device: str) -> bool:
@@ -290,18 +294,3 @@ def _conv_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, 
         grad, x, weight, None, *geometry, False, unpadded_output, 1, [of_input, not of_input, False]
     )
     return gradients[0 if of_input else 1]
-
-
-# torch.compile takes them as they are: tracing into an autograd.Function whose backward turns autocast off, torch 2.14
-# believes it to be off in all that follows
-
-
-@torch.compiler.allow_in_graph
-def _merged_linear(*arguments: Any) -> Tensor:
-    return _MergedLinear.apply(*arguments)
-
-
-@torch.compiler.allow_in_graph
-def _merged_conv(*arguments: Any) -> Tensor:
-    *others, stride, padding, dilation = arguments
-    return _MergedConv.apply(*others, Geometry(stride, padding, dilation))
