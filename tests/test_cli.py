@@ -179,7 +179,7 @@ def test_sampling_with_a_lora_pairs_it_with_the_base(tiny_run, work_folder, caps
     assert np.array_equal(plain, pixels(work_folder / "on/base.png"))
     assert np.array_equal(plain, off)
     assert np.abs(plain - pixels(work_folder / "on/lora.png")).max() > 20
-    assert pixels(work_folder / "on/paired.png").shape[0] > 4 * 72  # base, x 0.8, x 1, x 1.2
+    assert 3 * 72 < pixels(work_folder / "on/paired.png").shape[0] < 4 * 72  # base, x 0.5, x 1
 
 
 def test_each_grid_is_called_by_its_own_strength(tiny_run, work_folder, monkeypatch):
@@ -199,7 +199,18 @@ def test_each_grid_is_called_by_its_own_strength(tiny_run, work_folder, monkeypa
     words = ["--checkpoint", tiny_run.checkpoint, "--num_samples", 2, "--lora_path", f"{tiny_run.lora}:2"]
     assert run_script(SAMPLE, *words, "--output_path", "on") == 0
     assert [title for title in titles if title] == ["base", "LoRA x 2"]  # the rows are grids too
-    assert rows == ["base", "LoRA x 1.6", "LoRA x 2", "LoRA x 2.4"]
+    assert rows == ["base", "LoRA x 1", "LoRA x 2"]
+    # shares of the strength that are asked for, in the order of their size; a picture remembers them
+    rows.clear()
+    assert run_script(SAMPLE, *words, "--output_path", "more", "--paired", 1.2, -0.25, 0) == 0
+    asked = list(rows)
+    assert asked == ["base", "LoRA x -0.5", "LoRA x 2", "LoRA x 2.4"]
+    assert run_script(SAMPLE, "--from_png", "more/lora.png", "--output_path", "again") == 0
+    assert rows == 2 * asked
+    more, again = (pixels(work_folder / name / "paired.png") for name in ("more", "again"))
+    assert np.array_equal(more, again)
+    assert run_script(SAMPLE, *words, "--output_path", "alone", "--no-paired") == 0
+    assert files_in(work_folder / "alone") == {"samples.png"}
 
 
 def test_a_film_goes_from_noise_to_the_images_whatever_the_batch(tiny_run, work_folder):

@@ -220,6 +220,7 @@ def test_the_moving_average_is_a_flag(sample, work_folder, capsys):
          "thin.png: the mask selects nothing of the latents (8x8), so nothing would be drawn anew: it must be bright over at "
          "least 2x2 of the image's 16x16 pixels"),
         ("--prompt x --paired", "--paired compares the base with what --lora_path names"),
+        ("--prompt x --paired 0.5 half", "argument --paired: 'half' must be a finite number"),
         ("--prompt x --strength 0.5", "--strength is that of --init_image, and there is none"),
         ("--prompt x --mask_image wide.png", "--mask_image says what to draw anew of --init_image"),
         ("--prompt x --learned_tokens none.pt", "no file of learned words at none.pt"),

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xdiffusion.cli import SAMPLING_FLAGS, Parser, add_model_flags, positive_int, run, sampling_overrides, seed_number
+from xdiffusion.cli import SAMPLING_FLAGS, Parser, add_model_flags, finite, positive_int, run, sampling_overrides, seed_number
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Film = list[list[torch.Tensor]]  # of each batch what is denoised, from moment to moment
     LoRAs = Sequence[tuple[Path, float]]  # files and scales
 
-PAIRED_SCALES = (0.8, 1.0, 1.2)  # a weaker, a stronger: what lies far from 1 was never trained
+PAIRED_SCALES = (0.5, 1.0)
 GRIDS = ("samples.png", "base.png", "lora.png", "paired.png", "trajectory.gif")
 FLAG_KEYS = SAMPLING_FLAGS | {"clip_skip": "model.text_encoder.clip_skip"}
 MAX_MEGAPIXELS = 300  # of all images; 1100 of 512x512, which take 3.6 GB
@@ -48,7 +48,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.words, args.output_path, args.recipe = words, output_path, recipe
     if args.lora_merge and not args.lora_path:
         parser.error("--lora_merge folds what --lora_path names, and there is none")
-    if args.paired and not args.lora_path:
+    if isinstance(args.paired, list) and not args.lora_path:
         parser.error("--paired compares the base with what --lora_path names, and there is none")
     if args.strength is not None and not args.init_image:
         parser.error("--strength is that of --init_image, and there is none")
@@ -66,11 +66,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     half = {"choices": ("no", "fp16", "bf16"), "default": "no"}
     add("--lora_path", "FILE[:SCALE]", "a LoRA and its strength (1); repeatable, strengths add up", **several)
     add("--lora_merge", help="fold the LoRAs into the weights to sample: as fast as the base", **switch)
-    add(
-        "--paired",
-        help="draw the base, a weaker and a stronger LoRA, too (default: for models with classes)",
-        action=argparse.BooleanOptionalAction,
-    )
+    shares = {"nargs": "*", "type": finite}
+    add("--paired", "S", "draw the base, and S times the LoRAs, too (0.5 1; default: for models with classes)", **shares)
+    add("--no-paired", dest="paired", action="store_false", default=None)
     add("--learned_tokens", "FILE[=NAME]", "words of textual inversion, for use in prompts; repeatable", **several)
     add("--num_samples", "N", "images; prompts take turns (default: one per prompt)", type=positive_int)
     add("--batch_size", "N", "images drawn at a time (100; 4 for models without classes)", type=positive_int)
@@ -155,9 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     place(model, best_device(args.force_cpu), args)  # before the LoRAs, whose factors stay float32
     strengths = load_loras(model, loras, base_hash, notes, texts, config.sampling.prompt_syntax)
     check_outputs(folder, args, len(prompts))
-    paired = bool(strengths) and (args.paired if args.paired is not None else table is not None)
+    paired = bool(strengths) and args.paired is not False and (table is not None or args.paired is not None)
     film, by_share = [] if args.save_trajectory else None, {}
-    for share in (0.0, *PAIRED_SCALES) if paired else (1.0,):
+    for share in dict.fromkeys([0.0, *sorted({1.0, *(args.paired or PAIRED_SCALES)})]) if paired else (1.0,):
         drawn_by = config if share else base_config
         set_process(model, drawn_by)
         sampling = build_sampling(drawn_by, model.schedule) | blocks

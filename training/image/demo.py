@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with stage("sample", seconds):
         # scored with the config's guidance, which keeps the data's variety; looked at with more, which draws cleaner digits
         draw = ["--num_samples", 40, "--save_trajectory", "--guidance", 3, "--sampling_steps", 20]
+        draw += ["--paired", 0.8, 1.2]  # half-way to inverted digits there is no picture to be learned
         draw += ["--lora_path", lora, "--output_path", folder]
         call_script("sampling/image/sample.py", "--checkpoint", base, *draw)
     with stage("evaluate", seconds):
