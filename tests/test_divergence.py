@@ -139,6 +139,21 @@ def test_weights_whose_next_loss_is_not_finite_are_no_good_checkpoint(tmp_path, 
     assert left == {f"diffusion-{STEPS}.safetensors", f"diffusion-{STEPS}.state.pt"}
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, exploding_update, monkeypatch, capfd):
+    """No loss shows what the last update of a run has done."""
+    last = ["--num_training_steps", 4, "--output_path"]
+    fill = torch.Tensor.fill_
+    monkeypatch.setattr(torch.Tensor, "fill_", lambda self, value: fill(self, math.inf if value == 1e30 else value))
+    assert run_script(TRAIN, *COMMON, *last, tmp_path / "stops") == 1
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert "after step 4, weights that are not finite after step 4, learning rate" in line
+    assert f"last good checkpoint: {tmp_path}/stops/diffusion-2.safetensors; to go on" in line
+    assert json.loads((tmp_path / "stops/diverged.json").read_text())["step"] == 4
+    assert not [*(tmp_path / "stops").glob("diffusion-4*")]
+    assert run_script(TRAIN, *COMMON, *last, tmp_path / "goes_back", "--set", "training.rollbacks=1") == 0
+    assert (tmp_path / "goes_back/diffusion-4.safetensors").is_file()
+
+
 def test_a_resume_after_a_divergence_begins_before_the_weights_that_gave_the_loss(tmp_path, exploding_update, capfd):
     words = [*COMMON, "--output_path", tmp_path, "--set", "checkpoints.keep_last=1", "--resume_from", "auto"]
     assert run_script(TRAIN, *words) == 1

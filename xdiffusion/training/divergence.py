@@ -18,7 +18,8 @@ MOST_SKIPPED = 20  # steps in a row that fp16's scaler skips: from 65536 its sca
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or its gradient is not finite (with fp16 MOST_SKIPPED times in a row), or the loss far above those before it.
+    """The loss or its gradient is not finite (with fp16 MOST_SKIPPED times in a row), or the loss far above those before it,
+    or a weight that is to be saved is not finite.
 
     report: what is known of the step: its losses, gradient norm, learning rate, and the indices of its batch.
     """

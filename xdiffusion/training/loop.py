@@ -36,7 +36,7 @@ from xdiffusion.training.processes import (
 from xdiffusion.training.randomness import generator_at
 from xdiffusion.training.row_threads import RowThreads, shares_of_a_step
 from xdiffusion.training.settings import OptimizerSettings
-from xdiffusion.training.sharded_weights import check_can_be_sharded, shard
+from xdiffusion.training.sharded_weights import check_can_be_sharded, local, shard
 from xdiffusion.training.task import Place, Task, parameters_by_rate
 
 
@@ -183,16 +183,31 @@ class Trainer:
         if scaled:
             self.accelerator.scaler.update()  # else it believes that the next step's gradients are unscaled already
         above = f", above {limit:.4g} = training.stop_above times the median of the last" if value > limit else ""
+        reason = f"loss {value}, gradient norm {grad_norm} at step {step}{above}{again}"
+        raise self._diverged(reason, step, value, grad_norm, learning_rate)
+
+    def check_weights(self, last: StepMetrics) -> None:
+        """Before a checkpoint: an update that is too large for float32 shows in the loss of the step after it alone.
+
+        Raises:
+            TrainingDiverged: if a weight is not finite after the last step, in any process.
+        """
+        finite = torch.stack([torch.isfinite(local(p)).all() for p in self.trainable.values()]).all()
+        if largest(self.accelerator, int(not finite)):
+            reason = f"weights that are not finite after step {last.step}, learning rate {last.learning_rate:.4g}"
+            raise self._diverged(reason, last.step, last.loss, last.grad_norm, last.learning_rate)
+
+    def _diverged(self, reason: str, step: int, loss: float, grad_norm: float, learning_rate: float) -> TrainingDiverged:
         report = {
             "step": step,
-            "loss": value,
+            "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "rollbacks": self.rollbacks,
             "losses_before": list(self.watch.losses),
             "batch_indices": self.task.indices(Place(step, rollbacks=self.rollbacks)).tolist(),
         }
-        raise TrainingDiverged(f"loss {value}, gradient norm {grad_norm} at step {step}{above}{again}", report)
+        return TrainingDiverged(reason, report)
 
 
 def fit(
@@ -210,12 +225,17 @@ def fit(
 
     on_checkpoint, and after it on_sample, run with the averaged weights in place; where the run is stopped between two
     checkpoints, on_checkpoint alone.
+
+    Raises:
+        TrainingDiverged: see `Trainer.step` and `Trainer.check_weights`.
     """
     settings = trainer.settings
     for step in range(first_step, settings.num_training_steps + 1):
-        on_step(trainer.step(step))
+        metrics = trainer.step(step)
+        on_step(metrics)
         stop = largest(trainer.accelerator, signal())
         if settings.is_due(step) or stop:
+            trainer.check_weights(metrics)
             with averaged(trainer):
                 on_checkpoint(step)
                 if settings.is_due(step):
