@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -11,6 +12,7 @@ from typing import Any
 
 from xdiffusion.data.captioned_images import CaptionedImages
 from xdiffusion.data.image_files import DamagedImage, Picture, open_file
+from xdiffusion.downloads import the_hub
 
 
 def load_hugging_face(
@@ -30,13 +32,15 @@ def load_hugging_face(
     """The pictures of one split, and one printed line about them. Needs `pip install datasets`.
 
     Args:
-        dataset_name: on the hub, such as "lambdalabs/naruto-blip-captions"; not needed with data_dir.
+        dataset_name: on the hub, such as "lambdalabs/naruto-blip-captions", or a folder that `datasets.load_dataset` reads;
+            not needed with data_dir.
         split, image_column, caption_column: which part of it; a column of lists of captions gives the first of each.
         data_dir: a folder written by `Dataset.save_to_disk`, read instead.
         image_size, bucket_multiple, max_aspect, random_crop, flip, captions: see `CaptionedImages`.
 
     Raises:
-        ValueError: if `datasets` is missing, or the data set, its split or its columns are, or a column is of another kind.
+        ValueError: if `datasets` is missing, or the data set, its split or its columns are, or a column is of another kind;
+            within seconds, if there is no network to the hub.
     """
     if dataset_name is None and data_dir is None:
         raise ValueError("image/hugging_face needs data.dataset_name, a set of the hub, or --data_dir, a folder that is saved")
@@ -69,14 +73,17 @@ def _rows(dataset_name: str | None, split: str, data_dir: str | None) -> Any:
             "image/hugging_face needs the library datasets: pip install datasets, or save the pictures in a folder "
             "and use --dataset_name image/folder"
         ) from error
+    on_hub = data_dir is None and not Path(dataset_name).exists()
+    instead = "; without a network: save the pictures in a folder and use --dataset_name image/folder" if on_hub else ""
     try:
-        if data_dir is None:
-            return datasets.load_dataset(dataset_name, split=split)
-        saved = datasets.load_from_disk(data_dir)
-        return saved[split] if isinstance(saved, dict) else saved
+        with the_hub(datasets.config) if on_hub else nullcontext():
+            if data_dir is None:
+                return datasets.load_dataset(dataset_name, split=split)
+            saved = datasets.load_from_disk(data_dir)
+            return saved[split] if isinstance(saved, dict) else saved
     except Exception as error:  # the hub's own errors, a split that is not there, no network: all end here
         reason = shorten(str(error), 200, placeholder="...")
-        raise ValueError(f"image/hugging_face {data_dir or dataset_name}, split {split}: {reason}") from error
+        raise ValueError(f"image/hugging_face {data_dir or dataset_name}, split {split}: {reason}{instead}") from error
 
 
 def _pictures(rows: Any, image_column: str, caption_column: str | None) -> list[Picture]:

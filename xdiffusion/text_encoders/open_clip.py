@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from textwrap import shorten
 
 from jaxtyping import Float
 from torch import Tensor
 
-from xdiffusion.downloads import reachable
+from xdiffusion.downloads import the_hub
 from xdiffusion.text_encoders.clip import CLIPTextEncoder
 
 
@@ -60,34 +57,10 @@ def download_open_clip_weights(model_name: str, tag: str, asked_by: str, otherwi
     if tag not in tags:
         raise ValueError(f"{asked_by}: {tag!r} is unknown; open_clip has for {model_name}: {', '.join(tags)}")
     try:
-        with _offline_unless_reachable(), _quiet():
+        with the_hub():
             return open_clip.create_model(model_name, pretrained=tag).state_dict()
     except Exception as error:  # the hub's own errors, a full disk, a damaged cache: all end here
         reason = shorten(str(error), 200, placeholder="...")
         raise ValueError(
             f"the weights {tag!r} of {model_name} cannot be downloaded ({reason}). Connect to the network, or {otherwise}"
         ) from error
-
-
-@contextmanager
-def _offline_unless_reachable() -> Iterator[None]:
-    """Without a network the hub would retry for a minute; told that it is offline it looks in its cache and says so."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not reachable(constants.ENDPOINT)
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The hub's log lines are folded into the one error that is raised."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
