@@ -7,9 +7,13 @@ import sys
 from functools import partial
 
 import pytest
+import torch
 from conftest import ROOT
+from omegaconf import OmegaConf
 from tiny import SIZE, tiny_images
 
+from xdiffusion.build import build_model, load_config
+from xdiffusion.checkpoints.native import save_model
 from xdiffusion.evaluation.judge import train_judge
 
 MACHINE = {"device", "threads", "torch"}
@@ -193,6 +197,20 @@ def test_sd_loading(capsys, monkeypatch):
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [line["figure"] for line in lines] == ["load_seconds", "load_peak_over_file"]
         assert all(line.keys() >= FIELDS | {"file_bytes", "dtype"} and line["suffix"] == suffix for line in lines)
+
+
+@pytest.mark.slow
+def test_a_model_of_300_mb_is_loaded_without_a_second_copy(tmp_path, monkeypatch):
+    """What a process needs beside the weights, 60 MB of libraries, has nothing to do with their size."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    config = load_config(ROOT / "configs/image/sd/sd15_tiny.yaml", ["model.text_encoder.width=1024"])
+    model = build_model(config, without_weights=True)
+    tensors = {name: torch.full(t.shape, 0.01, dtype=t.dtype) for name, t in model.state_dict().items()}
+    path, plain = tmp_path / "model.safetensors", OmegaConf.to_container(config)
+    save_model(path, tensors, config=plain, image_shape=model.image_shape, step=0)
+    size = path.stat().st_size
+    assert size > 3e8
+    assert 0.95 * size < load("sd_loading").in_a_process("ours", path, 1, "float32")["peak"] < size + 1e8
 
 
 def test_a_peer_s_lora_has_as_many_parameters():

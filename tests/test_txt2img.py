@@ -11,9 +11,10 @@ from omegaconf import OmegaConf
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from sd_files import write_native
+from tqdm import tqdm
 from txt2img_cases import ATTENTION, SIZE, factors, pixels, save_picture
 
-from xdiffusion.build import override
+from xdiffusion.build import SAMPLERS, override
 from xdiffusion.checkpoints.lora_file import LoRAFile
 from xdiffusion.checkpoints.lora_formats import write_lora
 from xdiffusion.checkpoints.native import load_model_file, save_model
@@ -29,6 +30,26 @@ def test_one_file_per_image_and_seed(sample, work_folder):
     assert pixels("b/image-8.png").shape == (24, 32, 3)
     with Image.open("a/image-8.png") as picture:
         assert (picture.text["prompt"], picture.text["seed"]) == ("a (red:1.3) fox", "8")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_bar_ends_when_the_last_picture_is_drawn(sampler, sample, work_folder, monkeypatch):
+    class Bar(tqdm):
+        def __init__(self, **keywords):
+            assert keywords.pop("disable") is None  # none where no terminal is
+            super().__init__(**keywords, disable=False)
+
+        def __exit__(self, *raised):
+            ends.append((self.n, self.total))
+            return super().__exit__(*raised)
+
+    ends = []
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    save_picture("start.png")
+    words = ["--prompt", "a fox", "--num_samples", 3, "--batch_size", 2, "--sampler", sampler, "--sampling_steps", 4]
+    assert sample("a", *words) == 0
+    assert sample("b", *words, "--init_image", "start.png", "--strength", 0.5) == 0
+    assert ends == [(8, 8), (4, 4)]
 
 
 def test_a_film_shows_decoded_latents(sample, work_folder):
