@@ -168,6 +168,17 @@ def test_sampling_without_a_lora(tiny_run, work_folder, capsys):
     assert not np.array_equal(pixels(picture), pixels(work_folder / "other/samples.png"))
 
 
+def test_drawing_loads_neither_the_compiler_nor_what_it_computes_sizes_with(tiny_run, work_folder):
+    """More than a second of every start: a decorator, or one call on the meta device, is enough."""
+    words = ["--checkpoint", tiny_run.checkpoint, "--lora_path", tiny_run.lora, "--num_samples", 1]
+    done = run_process(SAMPLE, *words, python=("-X", "importtime"))
+    assert done.returncode == 0, done.stderr
+    loaded = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines()]
+    after_torch = set(loaded[loaded.index("torch") :])  # what it loads itself stands before it
+    assert "xdiffusion.lora.functional" in after_torch
+    assert not after_torch & {"torch._dynamo", "sympy", "torch.fx.experimental.symbolic_shapes"}
+
+
 def test_sampling_with_a_lora_pairs_it_with_the_base(tiny_run, work_folder, capsys):
     words = ["--checkpoint", tiny_run.checkpoint, "--num_samples", 4, "--output_path"]
     assert run_script(SAMPLE, *words, "plain") == 0

@@ -251,7 +251,8 @@ def _fitted(tensor: Tensor, own: Tensor, mapped: bool) -> Tensor:
     only if need be."""
     if mapped and tensor.dtype == own.dtype and tensor.stride() == own.stride():
         return tensor
-    return torch.empty_like(own, device=tensor.device).copy_(tensor)
+    # `empty_like` of a meta tensor would load torch's symbolic shapes, a third of a second
+    return torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device=tensor.device).copy_(tensor)
 
 
 def check_same_architecture(config: DictConfig, file: ModelFile) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from xdiffusion.checkpoints.component_names import exchange_name
@@ -59,4 +59,5 @@ def _is_sample(values: Sequence[float] | None, weight: Tensor) -> bool:
 def _values(weight: Tensor) -> list[float]:
     count = weight.numel()
     places = [(2 * i + 1) * count // (2 * VALUES) for i in range(VALUES)]
-    return weight.detach()[torch.unravel_index(torch.tensor(places), weight.shape)].double().tolist()
+    # torch's own `unravel_index` would load its symbolic shapes, a third of a second of every start
+    return weight.detach()[np.unravel_index(places, weight.shape)].double().tolist()
