@@ -24,6 +24,15 @@ def test_every_document_has_its_place():
     assert listed[:5] == ["README.md", *sorted(lessons)]
 
 
+@pytest.mark.parametrize("lesson", sorted((ROOT / "docs/lessons").glob("*.md")), ids=lambda path: path.stem[:2])
+def test_equations_are_numbered_in_order_and_fit_a_laptop_s_page(lesson):
+    """Of 1,280 pixels; a number that one would have to scroll to is not seen."""
+    equations = re.findall(r"^    \S.*?\((\d+)\)$", lesson.read_text(), re.MULTILINE)
+    assert [int(number) for number in equations] == [*range(1, len(equations) + 1)] != []
+    lines = [line for line in lesson.read_text().splitlines() if re.fullmatch(r"    \S.*\(\d+\)", line)]
+    assert max(map(len, lines)) <= 92
+
+
 @pytest.fixture
 def build(tmp_path):
     """build(): the site of a copy of the repository's documents; returns its folder."""
