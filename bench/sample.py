@@ -8,11 +8,11 @@ DPMSolverMultistepScheduler or DDIMScheduler, both halves of the guidance in one
 noise, timesteps and float32. `largest_difference` is that of the images. Ours embeds its prompts within the time;
 theirs is handed the embeddings.
 
-sample_equal_accuracy: our default, DPM-Solver++ in 10 steps, beside theirs, DDIM in 50; the goal's figure. That the two
-draw equally well is a property of a trained model: with --checkpoint both are run and scored on it (share of samples in
-which the judge sees the prompted class). diffusers' scheduler then calls the checkpoint's own network, which diffusers
-cannot express, so that this ratio is of the solvers alone. Its clip_sample stays off: with guidance it leaves 0.26 of
-an accuracy of 0.99 on the digits.
+sample_equal_accuracy: DPM-Solver++ in 10 steps, beside theirs, DDIM in 50; the goal's figure. That the two draw equally
+well is a property of a trained model: with --checkpoint what its config says is run beside their DDIM, and both are scored
+(share of samples in which the judge sees the prompted class). diffusers' scheduler then calls the checkpoint's own network,
+which diffusers cannot express, so that this ratio is of the solvers alone. Its clip_sample stays off: with guidance it
+leaves 0.26 of an accuracy of 0.99 on the digits.
 """
 
 from __future__ import annotations
@@ -64,10 +64,9 @@ def betas(schedule: Schedule, steps: int = 1000) -> list[float]:
     return (1 - (alpha[1:] / alpha[:-1]) ** 2).clamp(max=0.999999).tolist()
 
 
-def our_run(model: DiffusionModel, prompts: list[str], solver: str, steps: int, cfg_scale: float, clip_x0=False) -> Draw:
+def our_run(model: DiffusionModel, prompts: list[str], solver: str, steps: int, cfg_scale: float) -> Draw:
     """`generate` with everything around it."""
-    times = uniform_times(model.schedule, steps)
-    settings = SamplingSettings(cfg_scale=cfg_scale, clip_x0=clip_x0)
+    times, settings = uniform_times(model.schedule, steps), SamplingSettings(cfg_scale=cfg_scale, clip_x0=False)
     sampling = {"sampler": SOLVERS[solver], "times": times, "settings": settings}
     return lambda: generate(model, prompts, generators_for(0, len(prompts)), **sampling)
 
@@ -110,7 +109,7 @@ def measure_random(size_name: str, args: argparse.Namespace, device: torch.devic
 
 def measure_checkpoint(args: argparse.Namespace, device: torch.device, report: Report) -> None:
     """A trained model: time and prompt accuracy of both ways, in one pass over all samples."""
-    from xdiffusion.build import build_data, override
+    from xdiffusion.build import build_data, build_sampling, override
     from xdiffusion.config_files import assignment
     from xdiffusion.loading import load_model
     from xdiffusion.scoring import cached_judge
@@ -120,7 +119,7 @@ def measure_checkpoint(args: argparse.Namespace, device: torch.device, report: R
     data = build_data(override(config, given, "--data_dir"))
     model.to(device)
     judge, judge_accuracy = cached_judge(data, args.judge_path)
-    cfg_scale, clip_x0 = config.sampling.cfg_scale, config.sampling.clip_x0
+    cfg_scale, sampling = config.sampling.cfg_scale, build_sampling(config, model.schedule)
     prompts, labels = prompts_for(args.num_samples, data.name)
 
     def network(xt: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -129,7 +128,7 @@ def measure_checkpoint(args: argparse.Namespace, device: torch.device, report: R
 
     scheduler = peer_scheduler(THEIRS[0], model)
     runs = {
-        "ours": our_run(model, prompts, *OURS, cfg_scale, clip_x0),
+        "ours": lambda: generate(model, prompts, generators_for(0, len(prompts)), **sampling),
         "theirs": peer_run(network, scheduler, model, prompts, THEIRS[1], cfg_scale),
     }
     seconds, accuracy = {}, {}
@@ -139,7 +138,8 @@ def measure_checkpoint(args: argparse.Namespace, device: torch.device, report: R
         seconds[side] = [time.perf_counter() - started]
         accuracy[f"prompt_accuracy_{side}"] = prompt_accuracy(judge, images, labels)
     details = accuracy | {"num_samples": args.num_samples, "judge_accuracy": judge_accuracy, "cfg_scale": cfg_scale}
-    report.add("sample_equal_accuracy_checkpoint", **seconds, goal=EQUAL_ACCURACY_GOAL, **_named_solvers(), **details)
+    named = _named_solvers((config.sampling.sampler.kind, config.sampling.steps))
+    report.add("sample_equal_accuracy_checkpoint", **seconds, goal=EQUAL_ACCURACY_GOAL, **named, **details)
 
 
 def prompts_for(count: int, dataset: str = "image/digits") -> tuple[list[str], Tensor]:
@@ -149,8 +149,8 @@ def prompts_for(count: int, dataset: str = "image/digits") -> tuple[list[str], T
     return table.choose(labels, torch.rand(count, generator=torch.Generator().manual_seed(0))), labels
 
 
-def _named_solvers() -> dict[str, str]:
-    return {f"{side}_sampler": f"{solver} {steps} steps" for side, (solver, steps) in (("our", OURS), ("their", THEIRS))}
+def _named_solvers(ours: tuple[str, int] = OURS) -> dict[str, str]:
+    return {f"{side}_sampler": f"{solver} {steps} steps" for side, (solver, steps) in (("our", ours), ("their", THEIRS))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import EVALUATE, SAMPLE, TRAIN, TRAIN_CLIP, files_in, run_process, run_script, set_words
+from commands import DEMO, EVALUATE, SAMPLE, TRAIN, TRAIN_CLIP, files_in, run_process, run_script, set_words
 
 from xdiffusion.checkpoints.lora_formats import read_lora, write_lora
 from xdiffusion.checkpoints.native import load_model_file, save_model
@@ -125,6 +125,7 @@ BAD_INPUT = {
         "--lora_path {lora} --checkpoint {other_base}": "-lora.safetensors was trained on another base",
         "--lora_path {lora} --checkpoint {other_process}": "-lora.safetensors was trained on another base",
     },
+    DEMO: {"--num_samples 1": "--num_samples ... '1' ... at least 2"},
     TRAIN_CLIP: {
         "--num_training_steps 0": "--num_training_steps ... '0' ... at least 1",
         "--dataset_name image/digit": "'image/digit' is unknown, did you mean image/digits?",
@@ -165,7 +166,7 @@ def command(tiny_run, tmp_path_factory):
 
     training = ["--config_path", str(tiny_run.config_path), *set_words(tiny_run.overrides)]
     model = ["--checkpoint", str(tiny_run.checkpoint)]
-    needed = {TRAIN: training, TRAIN_CLIP: training, SAMPLE: model, EVALUATE: model}
+    needed = {TRAIN: training, TRAIN_CLIP: training, SAMPLE: model, EVALUATE: model, DEMO: []}
     return lambda script, words: needed[script] + [word.format(**named) for word in shlex.split(words)]
 
 

@@ -88,7 +88,9 @@ def test_sample(capsys, tiny_run, work_folder, quick_judge):
     assert found["sample_ddim_2_tiny"]["largest_difference"] < 1e-3
     assert found["sample_dpm_solver_2_tiny"]["largest_difference"] < 1e-3
     assert found["sample_equal_accuracy_tiny"]["goal"] == 0.35
-    assert 0 <= found["sample_equal_accuracy_checkpoint"]["prompt_accuracy_theirs"] <= 1
+    of_checkpoint = found["sample_equal_accuracy_checkpoint"]
+    assert 0 <= of_checkpoint["prompt_accuracy_theirs"] <= 1
+    assert of_checkpoint["our_sampler"] == "ancestral 2 steps"  # its config's
 
 
 def test_lora_linear(capsys):

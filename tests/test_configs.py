@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parents[1]
 ALL_CONFIGS = sorted((ROOT / "configs/image").rglob("*.yaml"))
 CONFIGS = [path for path in ALL_CONFIGS if path.parent.name != "sd"]
 SD_CONFIGS = [path for path in ALL_CONFIGS if path.parent.name == "sd"]
-OF_README = ROOT / "configs/image/mnist/ddpm_32x32_v_continuous_clip.yaml"  # tests/test_lessons.py runs it, and it is large
 FAST = ["--set", "model.text_encoder.pretrained=null", "--num_training_steps", "2", "--batch_size", "2", "--force_cpu"]
 FAST += ["--set", "sampling.steps=1", "--set", "sampling.cfg_scale=1"]
 
@@ -47,7 +46,7 @@ def test_sd_config_is_short_and_its_name_tells_the_model(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [p for p in CONFIGS if p != OF_README], ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_config_trains_a_base_and_a_lora_and_samples(path, tmp_path, monkeypatch, request):
     import torchvision
 

@@ -75,6 +75,14 @@ def test_a_diverged_run_leaves_a_report(tmp_path, bad_noise, capfd):
     assert report["loss"] == "nan"
 
 
+def test_a_sole_checkpoint_whose_next_step_diverged_is_not_called_good(tmp_path, bad_noise, capfd):
+    words = ["--save_and_sample_every_n", 3, "--output_path", tmp_path]
+    assert run_script(TRAIN, *COMMON, *words) == 1
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert f"last good checkpoint: none for sure, as the step after {tmp_path}/diffusion-3.safetensors, the only one" in line
+    assert "to try it with other noise: python " in line and "--resume_from auto" in line
+
+
 def test_a_diverged_run_goes_back_and_on_with_other_noise(tmp_path, bad_noise):
     words = [*COMMON, "--set", "training.rollbacks=1", "--output_path"]
     assert run_script(TRAIN, *words, tmp_path / "run") == 0

@@ -86,6 +86,13 @@ def test_a_judge_is_kept_and_read_again(quick_judge, tmp_path, monkeypatch):
     assert [file] == list(tmp_path.glob("image/digits/*"))
 
 
+def test_a_folder_that_takes_no_judge_is_said_before_one_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "train_judge", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot write to .*file.image.digits"):
+        cached_judge(tiny_images(), tmp_path / "file")
+
+
 def test_other_data_has_another_judge(quick_judge, tmp_path):
     data = tiny_images()
     relabelled = ImageSet(data.name, Split(data.train.images, data.train.labels.flip(0)), data.test, data.prompts)

@@ -81,7 +81,8 @@ def imports(tree: ast.AST):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module
+            assert not node.level, "a relative import"  # the table has whole names
+            yield from [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
 
 
 def package_files():

@@ -292,5 +292,6 @@ def number_type(kind: type, fits: Callable[[Any], bool], allowed: str) -> Callab
 
 
 finite = number_type(float, math.isfinite, "a finite number")
+two_or_more = number_type(int, lambda number: number >= 2, "a whole number of at least 2")
 positive_int = number_type(int, lambda number: number >= 1, "a whole number of at least 1")
 seed_number = number_type(int, lambda number: 0 <= number < 2**63, "a whole number from 0 to 2^63 - 1")

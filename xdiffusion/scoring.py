@@ -17,7 +17,7 @@ from torch import Tensor
 from xdiffusion.checkpoints.errors import CheckpointError
 from xdiffusion.checkpoints.hashes import content_hash
 from xdiffusion.checkpoints.reading import load_safetensors
-from xdiffusion.checkpoints.writing import save_safetensors
+from xdiffusion.checkpoints.writing import ensure_writable, save_safetensors
 from xdiffusion.data.image_set import ImageSet, invert, to_uint8, to_unit_range
 from xdiffusion.evaluation.background import background_brightness, background_mask
 from xdiffusion.evaluation.bootstrap import interval
@@ -309,7 +309,7 @@ def cached_judge(images: ImageSet, folder: Path) -> tuple[Judge, float]:
     on each call, for another held-out split has another one.
 
     Raises:
-        CheckpointError: if the file that is kept is damaged.
+        CheckpointError: if the file that is kept is damaged, or the folder cannot be written to.
     """
     fingerprint = content_hash({"images": images.train.images, "labels": images.train.labels})[:12]
     path = folder / images.name / f"judge_{images.image_size}px_{fingerprint}.safetensors"
@@ -324,6 +324,7 @@ def cached_judge(images: ImageSet, folder: Path) -> tuple[Judge, float]:
             raise CheckpointError(f"{path} is no judge ({reason}); without it, one is trained") from error
         judge.eval().requires_grad_(False)
     else:
+        ensure_writable(path.parent)
         judge = train_judge(images.train.floats, images.train.labels, images.prompts.num_classes)
         save_safetensors(path, judge.state_dict(), {"dataset": images.name})
     return judge, accuracy(judge, images.test.floats(), images.test.labels)

@@ -83,9 +83,9 @@ def test_unknown_names_say_what_there_is():
 def test_without_a_network_the_download_fails_at_once_and_says_what_to_do(monkeypatch):
     import time
 
-    from xdiffusion.text_encoders import open_clip as module
+    from xdiffusion import downloads
 
-    monkeypatch.setattr(module, "reachable", lambda url: False)
+    monkeypatch.setattr(downloads, "reachable", lambda url: False)
     started = time.perf_counter()
     with pytest.raises(ValueError, match=r"cannot be downloaded .* Connect to the network, or do without"):
         download_open_clip_weights("ViT-B-32-quickgelu", "openai", "a.key", "do without")

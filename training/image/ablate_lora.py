@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xdiffusion.cli import REPOSITORY, Parser, call_script, positive_int, run
+from xdiffusion.cli import REPOSITORY, Parser, call_script, positive_int, run, two_or_more
 from xdiffusion.places import OUTPUT_ROOT
 
 CONFIG = REPOSITORY / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
@@ -61,7 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         f"{LORA_PLUS_RATIO} times that of A, and their geometric mean is the config's",
     )
     add("--num_training_steps", type=positive_int, metavar="N", help="of each run (default: the config's)")
-    add("--num_samples", type=positive_int, default=300, metavar="N", help="samples that are scored (300)")
+    add("--num_samples", type=two_or_more, default=300, metavar="N", help="samples that are scored (300)")
     add("--seed", type=int, nargs="+", default=[0], metavar="N", help="of the runs; several: each combination again (0)")
     add(
         "--set",

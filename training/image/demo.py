@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from xdiffusion.cli import REPOSITORY, Parser, call_script, positive_int, run
+from xdiffusion.cli import REPOSITORY, Parser, call_script, positive_int, run, two_or_more
 from xdiffusion.places import OUTPUT_ROOT
 
 CONFIG = REPOSITORY / "configs/image/digits/ddpm_24x24_v_continuous_clip.yaml"
@@ -32,7 +32,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="of base and LoRA each, for a trial run (default: the config's)",
     )
-    add("--num_samples", type=positive_int, default=1000, metavar="N", help="samples that are scored (1000)")
+    add("--num_samples", type=two_or_more, default=1000, metavar="N", help="samples that are scored (1000)")
     add("--seed", type=int, default=0, metavar="N", help="of the trainings; scores and pictures are of the same noise")
     return parser.parse_args(argv)
 

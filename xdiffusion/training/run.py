@@ -201,8 +201,10 @@ def train(
 
 
 def _why_it_stopped(error: Exception, last_step: int, checkpoints: RunCheckpoints, go_on: str) -> str:
-    newest = checkpoints.newest()
+    newest, step = checkpoints.newest(), checkpoints.newest_step()
     last_good = f"{newest}; to go on from it: {go_on}" if newest else "none"
+    if newest and isinstance(error, TrainingDiverged) and step == error.report["step"] - 1:
+        last_good = f"none for sure, as the step after {newest}, the only one, was this; to try it with other noise: {go_on}"
     reason = " ".join(str(error).split()) or type(error).__name__
     reason += f"; {TAKES_LESS}" if is_full_memory(error) else ""
     return f"error: training stopped after step {last_step}, {reason}; last good checkpoint: {last_good}"
