@@ -3,7 +3,7 @@
 # make lowest, make newest: the suite with the oldest and the newest packages that pyproject.toml allows, in .venv-lowest and
 # .venv-newest (5 GB each). make avx2: the suite with the kernels of a processor without AVX-512.
 # make audit: ask the network for known vulnerabilities of what is installed.
-# make fuzz: 10,000 damaged files (FILES=100: fewer) for every reader of files from strangers, some 90 minutes of a core.
+# make fuzz: 10,000 damaged files (FILES=100: fewer) for every reader of files from strangers, an estimated 90 minutes of a core.
 # Each sets up .venv by itself on its first call. PYTHON=python3.12 chooses another interpreter (3.10 to 3.13).
 PYTHON ?= python3
 NEWEST_PYTHON ?= 3.13

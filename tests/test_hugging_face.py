@@ -90,7 +90,12 @@ def test_sets_in_folders_and_other_columns(tmp_path):
 
 def test_without_a_network_it_ends_at_once_and_says_what_to_do(monkeypatch):
     """The library itself tries five times more, for half a minute."""
-    asked = []
+    asked, told = [], []
+    load = datasets.load_dataset
+
+    def load_dataset(*given, **named):
+        told.append((constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE))
+        return load(*given, **named)
 
     def no_route(request, timeout):
         asked.append(timeout)
@@ -99,9 +104,11 @@ def test_without_a_network_it_ends_at_once_and_says_what_to_do(monkeypatch):
     for place in (constants, datasets.config):
         monkeypatch.setattr(place, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(urllib.request, "urlopen", no_route)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ValueError, match=r"someone/pictures, split train: .*; without a network: save .* image/folder"):
         load_hugging_face(dataset_name="someone/pictures", **SMALL)
     assert asked and max(asked) <= 10
+    assert told == [(True, True)]
     assert constants.HF_HUB_OFFLINE is False and datasets.config.HF_HUB_OFFLINE is False
 
 

@@ -36,7 +36,7 @@ def reachable(url: str) -> bool:
 
 
 @contextmanager
-def the_hub(*configs: Any) -> Iterator[None]:
+def hub_downloads(*configs: Any) -> Iterator[None]:
     """Within this block downloads from the Hugging Face hub do not try again and again, nor log it: an error says it all.
 
     Without a network the hub's library would go on for half a minute or more; told that it is offline it looks in its cache.

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     Film = list[list[torch.Tensor]]  # of each batch what is denoised, from moment to moment
     LoRAs = Sequence[tuple[Path, float]]  # files and scales
 
-PAIRED_SCALES = (0.5, 1.0)
 GRIDS = ("samples.png", "base.png", "lora.png", "paired.png", "trajectory.gif")
 FLAG_KEYS = SAMPLING_FLAGS | {"clip_skip": "model.text_encoder.clip_skip"}
 MAX_MEGAPIXELS = 300  # of all images; 1100 of 512x512, which take 3.6 GB
@@ -66,9 +65,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     half = {"choices": ("no", "fp16", "bf16"), "default": "no"}
     add("--lora_path", "FILE[:SCALE]", "a LoRA and its strength (1); repeatable, strengths add up", **several)
     add("--lora_merge", help="fold the LoRAs into the weights to sample: as fast as the base", **switch)
-    shares = {"nargs": "*", "type": finite}
-    add("--paired", "S", "draw the base, and S times the LoRAs, too (0.5 1; default: for models with classes)", **shares)
-    add("--no-paired", dest="paired", action="store_false", default=None)
+    add("--paired", "S", "draw the base and S times the LoRAs too (0.5 1; default: with classes)", nargs="*", type=finite)
+    add("--no-paired", help="draw the LoRAs alone", dest="paired", action="store_false", default=None)
     add("--learned_tokens", "FILE[=NAME]", "words of textual inversion, for use in prompts; repeatable", **several)
     add("--num_samples", "N", "images; prompts take turns (default: one per prompt)", type=positive_int)
     add("--batch_size", "N", "images drawn at a time (100; 4 for models without classes)", type=positive_int)
@@ -153,9 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     place(model, best_device(args.force_cpu), args)  # before the LoRAs, whose factors stay float32
     strengths = load_loras(model, loras, base_hash, notes, texts, config.sampling.prompt_syntax)
     check_outputs(folder, args, len(prompts))
-    paired = bool(strengths) and args.paired is not False and (table is not None or args.paired is not None)
     film, by_share = [] if args.save_trajectory else None, {}
-    for share in dict.fromkeys([0.0, *sorted({1.0, *(args.paired or PAIRED_SCALES)})]) if paired else (1.0,):
+    for share in shares_to_draw(args.paired, with_classes=table is not None) if strengths else (1.0,):
         drawn_by = config if share else base_config
         set_process(model, drawn_by)
         sampling = build_sampling(drawn_by, model.schedule) | blocks
@@ -168,6 +165,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.save_trajectory:
         write_film(folder, model, film, prompts)
     return 0
+
+
+def shares_to_draw(paired: list[float] | bool | None, with_classes: bool) -> list[float]:
+    """Of the LoRAs' strengths: 0, the base, first, unless --no-paired (False), or nothing said (None), leaves all but 1 out."""
+    alone = paired is False or (paired is None and not with_classes)
+    return [1.0] if alone else [0.0, *sorted({1.0, *(paired or [0.5])} - {0.0})]
 
 
 def check_outputs(folder: Path, args: argparse.Namespace, count: int) -> None:

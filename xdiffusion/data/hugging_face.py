@@ -12,7 +12,7 @@ from typing import Any
 
 from xdiffusion.data.captioned_images import CaptionedImages
 from xdiffusion.data.image_files import DamagedImage, Picture, open_file
-from xdiffusion.downloads import the_hub
+from xdiffusion.downloads import hub_downloads
 
 
 def load_hugging_face(
@@ -76,7 +76,7 @@ def _rows(dataset_name: str | None, split: str, data_dir: str | None) -> Any:
     on_hub = data_dir is None and not Path(dataset_name).exists()
     instead = "; without a network: save the pictures in a folder and use --dataset_name image/folder" if on_hub else ""
     try:
-        with the_hub(datasets.config) if on_hub else nullcontext():
+        with hub_downloads(datasets.config) if on_hub else nullcontext():
             if data_dir is None:
                 return datasets.load_dataset(dataset_name, split=split)
             saved = datasets.load_from_disk(data_dir)

@@ -7,7 +7,7 @@ from textwrap import shorten
 from jaxtyping import Float
 from torch import Tensor
 
-from xdiffusion.downloads import the_hub
+from xdiffusion.downloads import hub_downloads
 from xdiffusion.text_encoders.clip import CLIPTextEncoder
 
 
@@ -57,7 +57,7 @@ def download_open_clip_weights(model_name: str, tag: str, asked_by: str, otherwi
     if tag not in tags:
         raise ValueError(f"{asked_by}: {tag!r} is unknown; open_clip has for {model_name}: {', '.join(tags)}")
     try:
-        with the_hub():
+        with hub_downloads():
             return open_clip.create_model(model_name, pretrained=tag).state_dict()
     except Exception as error:  # the hub's own errors, a full disk, a damaged cache: all end here
         reason = shorten(str(error), 200, placeholder="...")
